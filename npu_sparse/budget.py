@@ -1,0 +1,102 @@
+"""Budget: how many keys a query may read, and how queries share them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
+REDUCTIONS = ("max", "mean")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of dense attention a prefill may spend.
+
+    Attributes:
+        k: keys per support row, sinks and recent keys included. An int, or a mapping `{from_length: k}` whose entry with
+            the largest `from_length <= length` applies (`{0: 512, 65536: 1024}`).
+        block: queries that share one support (`b_sel`), a power of two up to 128; 1 = every query selects for itself.
+        reduce: how the scores of a block's queries become one row: "max" (the paper) or "mean" (of normalised weights).
+        sink: the first `sink` valid keys are always kept.
+        recent: the last `recent` keys of every query of the block are always kept.
+        per_layer: `{layer index: k}` overrides.
+        dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit.
+    """
+
+    k: int | Mapping[int, int] = 512
+    block: int = 64
+    reduce: str = "max"
+    sink: int = 0
+    recent: int = 0
+    per_layer: Mapping[int, int] = field(default_factory=dict)
+    dense_below: int = 0
+
+    def __post_init__(self):
+        tiers = self.k if isinstance(self.k, Mapping) else {0: self.k}
+        if not tiers:
+            raise ValueError("k must name at least one tier, got {}")
+        tiers = {_whole("k: from_length", length, 0): _whole("k", k, 1) for length, k in tiers.items()}
+        if 0 not in tiers:
+            raise ValueError(f"k must have a tier that starts at length 0, got {sorted(tiers)}")
+        per_layer = {_whole("per_layer: layer", n, 0): _whole("per_layer: k", k, 1) for n, k in self.per_layer.items()}
+        if self.block not in BLOCKS or isinstance(self.block, bool):
+            raise ValueError(f"block (b_sel) must be one of {', '.join(map(str, BLOCKS))}, got {self.block!r}")
+        if self.reduce not in REDUCTIONS:
+            raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {self.reduce!r}")
+        for name in ("sink", "recent", "dense_below"):
+            _whole(name, getattr(self, name), 0)
+        # a block's recent keys are the union over its queries
+        kept = self.sink + (self.recent + self.block - 1 if self.recent else 0)
+        smallest = min([*tiers.values(), *per_layer.values()])
+        if kept > smallest:
+            raise ValueError(
+                f"k must hold the keys that are always kept (sink {self.sink} + recent {self.recent} of every query of a "
+                f"block of {self.block} = {kept}), got {smallest}"
+            )
+        object.__setattr__(self, "k", self.k if not isinstance(self.k, Mapping) else tiers)
+        object.__setattr__(self, "per_layer", per_layer)
+
+    def k_for(self, length: int, layer: int | None = None) -> int:
+        """The k of one layer at a context of `length` tokens."""
+        if layer is not None and layer in self.per_layer:
+            return self.per_layer[layer]
+        if not isinstance(self.k, Mapping):
+            return self.k
+        return self.k[max(start for start in self.k if start <= length)]
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError where this budget asks for more keys than a context of `length` tokens has."""
+        k = max([self.k_for(length), *self.per_layer.values()])
+        if k > length:
+            raise ValueError(f"k must not exceed the context, got k = {k} for {length} tokens: lower k or run dense")
+
+    def replace(self, **changes) -> "Budget":
+        """A copy with some fields changed, validated again."""
+        return replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; `Budget.from_dict` reads them back."""
+        out = asdict(self)
+        if isinstance(self.k, Mapping):
+            out["k"] = {str(start): k for start, k in self.k.items()}
+        out["per_layer"] = {str(layer): k for layer, k in self.per_layer.items()}
+        return out
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "Budget":
+        """The Budget that `to_dict` wrote; unknown fields are refused."""
+        unknown = set(data) - set(cls.__dataclass_fields__)
+        if unknown:
+            raise ValueError(f"budget has unknown fields {sorted(unknown)}, known are {sorted(cls.__dataclass_fields__)}")
+        data = dict(data)
+        for name in ("k", "per_layer"):
+            if isinstance(data.get(name), Mapping):
+                data[name] = {int(key): value for key, value in data[name].items()}
+        return cls(**data)
+
+
+def _whole(name: str, value, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return value

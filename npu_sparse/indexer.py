@@ -1,0 +1,228 @@
+"""The indexer: a small scorer beside every full-attention layer, and the adapter it ships as."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+DIMS = (64, 128, 256)
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be used: damaged, of another format, or of another base checkpoint."""
+
+
+@dataclass(frozen=True)
+class IndexerConfig:
+    """The geometry of an indexer.
+
+    Attributes:
+        hidden_size: width of the hidden states it reads (after the layer's input norm).
+        layers: the full-attention layers it serves.
+        rotary_dim: how many dimensions the model rotates.
+        heads: index heads (1 = the paper's; several get a learned weight per query).
+        dim: width of an index head (d_idx): 64, 128 or 256. Dimensions beyond rotary_dim are not rotated.
+    """
+
+    hidden_size: int
+    layers: tuple[int, ...]
+    rotary_dim: int
+    heads: int = 1
+    dim: int = 128
+
+    def __post_init__(self):
+        object.__setattr__(self, "layers", tuple(self.layers))
+        if self.dim not in DIMS:
+            raise ValueError(f"dim (d_idx) must be one of {', '.join(map(str, DIMS))}, got {self.dim!r}")
+        if not isinstance(self.heads, int) or not 1 <= self.heads <= 64:
+            raise ValueError(f"heads must be an integer in [1, 64], got {self.heads!r}")
+        if not self.layers or len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers must name at least one layer and none twice, got {self.layers}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(f"rotary_dim must be a positive even number, got {self.rotary_dim}")
+
+
+class IndexHead(nn.Module):
+    """The index queries, keys and head weights of one layer.
+
+    `q = W_Q x`, `k = LayerNorm(W_K x)`, both rotated with the model's own cos and sin (arXiv 2606.07703, "Indexer"); with
+    several heads also `w = W_w x / sqrt(heads)` (arXiv 2606.22874).
+    """
+
+    def __init__(self, config: IndexerConfig):
+        super().__init__()
+        self.heads, self.dim = config.heads, config.dim
+        self.q_proj = nn.Linear(config.hidden_size, config.heads * config.dim, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, config.dim, bias=False)
+        self.k_norm = nn.LayerNorm(config.dim)
+        self.w_proj = nn.Linear(config.hidden_size, config.heads, bias=False) if config.heads > 1 else None
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`(qi [B, Hi, T, Di], ki [B, T, Di], w [B, T, Hi] or None)` of hidden states `[B, T, hidden_size]`.
+
+        cos, sin: the model's, `[B, T, rotary_dim]`.
+        """
+        cos, sin = rotary_for(cos, self.dim), rotary_for(sin, self.dim)
+        queries = self.q_proj(hidden).unflatten(-1, (self.heads, self.dim)).transpose(1, 2)  # [B, Hi, T, Di]
+        weights = None if self.w_proj is None else self.w_proj(hidden) * self.heads**-0.5
+        return rotate(queries, cos[:, None], sin[:, None]), self.keys(hidden, cos, sin), weights
+
+    def keys(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`ki [B, T, Di]`; cos and sin as `rotary_for` gives them."""
+        return rotate(self.k_norm(self.k_proj(hidden)), cos, sin)
+
+
+def rotary_for(table: Tensor, dim: int) -> Tensor:
+    """The model's cos or sin table `[..., R]` cut to at most `dim` dimensions, keeping the whole range of frequencies."""
+    R = table.shape[-1]
+    if R <= dim:
+        return table
+    half = table[..., : R // 2 : R // dim][..., : dim // 2]
+    return torch.cat([half, half], -1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding (half-split) of the first `cos.shape[-1]` dimensions of x; the rest pass through."""
+    R = cos.shape[-1]
+    turned, rest = x[..., :R], x[..., R:]
+    half = torch.cat([-turned[..., R // 2 :], turned[..., : R // 2]], -1)
+    turned = turned * cos.to(x.dtype) + half * sin.to(x.dtype)
+    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+
+class Indexer(nn.Module):
+    """One IndexHead per full-attention layer of a frozen backbone.
+
+    Attributes:
+        config: IndexerConfig.
+        base: identity of the checkpoint it was made for (`checkpoints.identity`), {} where unknown.
+        evidence: "distilled" after distillation, "untrained" before: untrained weights say nothing about quality.
+        budget: the budget recommended with it (`Budget.to_dict()`), or None.
+    """
+
+    def __init__(self, config: IndexerConfig, base: dict | None = None, evidence: str = "untrained", budget=None):
+        super().__init__()
+        self.config, self.base, self.evidence, self.budget = config, dict(base or {}), evidence, budget
+        self.layers = nn.ModuleDict({str(layer): IndexHead(config) for layer in config.layers})
+
+    @classmethod
+    def for_model(cls, model, *, heads: int = 1, dim: int = 128, seed: int = 0) -> "Indexer":
+        """An untrained Indexer of the model's geometry, on its device, in fp32, with seeded weights."""
+        from .architectures import describe
+        from .checkpoints import identity
+
+        a = describe(model.config)
+        config = IndexerConfig(a.hidden_size, a.layers, a.rotary_dim, heads, dim)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            indexer = cls(config, base=identity(model))
+        return indexer.to(model.device)
+
+    def forward(self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor):
+        """`IndexHead.forward` of one layer."""
+        return self.layers[str(layer)](hidden, cos, sin)
+
+    def check_base(self, model) -> None:
+        """Raises AdapterError where the model's geometry or weights are not those this indexer was made for."""
+        from .architectures import describe
+        from .checkpoints import identity
+
+        a = describe(model.config)
+        ours = (self.config.hidden_size, self.config.layers, self.config.rotary_dim)
+        theirs = (a.hidden_size, a.layers, a.rotary_dim)
+        if ours != theirs:
+            raise AdapterError(
+                "adapter must have the model's geometry (hidden_size, full-attention layers, rotary_dim) = "
+                f"{theirs}, got {ours}"
+            )
+        if not self.base:
+            return
+        found = identity(model)
+        for name, value in self.base.items():
+            if name in found and found[name] != value:
+                raise AdapterError(
+                    f"adapter was distilled from another base: {name} must be {value!r}, the model has {found[name]!r}"
+                )
+
+    def save_pretrained(self, directory, *, card: str = "") -> Path:
+        """Writes config.json, model.safetensors (bf16) and README.md, each atomically. Returns the directory."""
+        from safetensors.torch import save
+
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        weights = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()}
+        data = save(weights, metadata={"format": "pt", "npu_sparse_format": str(FORMAT)})
+        config = {
+            "format": FORMAT,
+            "indexer": asdict(self.config),
+            "base": self.base,
+            "evidence": self.evidence,
+            "budget": self.budget,
+            "weights_sha256": hashlib.sha256(data).hexdigest(),
+        }
+        for name, content in (
+            ("model.safetensors", data),
+            ("README.md", (card or _card(config)).encode()),
+            ("config.json", (json.dumps(config, indent=2) + "\n").encode()),
+        ):
+            temporary = directory / f".{name}.{os.getpid()}"
+            try:
+                with open(temporary, "wb") as file:
+                    file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, directory / name)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return directory
+
+    @classmethod
+    def from_pretrained(cls, directory, *, device="cpu", dtype=torch.float32) -> "Indexer":
+        """The Indexer saved in a directory. Raises AdapterError naming what is wrong with it."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        directory = Path(directory)
+        config = _read_config(directory)
+        try:
+            data = (directory / "model.safetensors").read_bytes()
+        except FileNotFoundError as error:
+            raise AdapterError(f"adapter {directory} must contain model.safetensors") from error
+        if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
+            raise AdapterError(f"adapter {directory}: model.safetensors is truncated or changed (its sha256 differs)")
+        try:
+            indexer = cls(IndexerConfig(**config["indexer"]), config["base"], config["evidence"], config["budget"])
+            indexer.load_state_dict(load(data))
+        except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise AdapterError(f"adapter {directory}: weights do not fit config.json ({reason})") from error
+        return indexer.to(device=device, dtype=dtype).requires_grad_(False)
+
+
+def _read_config(directory: Path) -> dict:
+    try:
+        config = json.loads((directory / "config.json").read_text())
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise AdapterError(f"adapter {directory} must be a directory with config.json") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise AdapterError(f"adapter {directory}: config.json is not JSON ({error})") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else None
+        raise AdapterError(f"adapter {directory}: format must be {FORMAT}, got {found!r}; distil it again or update npu-sparse")
+    missing = {"indexer", "base", "evidence", "budget", "weights_sha256"} - set(config)
+    if missing:
+        raise AdapterError(f"adapter {directory}: config.json must have {', '.join(sorted(missing))}")
+    return config
+
+
+def _card(config: dict) -> str:
+    indexer = config["indexer"]
+    return (
+        f"# npu-sparse indexer ({config['evidence']})\n\n{indexer['heads']} index head(s) x {indexer['dim']} for layers "
+        f"{list(indexer['layers'])}; base: {config['base'].get('model_type', 'unknown')}.\n"
+    )

@@ -1,0 +1,3 @@
+from .op import attention_mass
+
+__all__ = ["attention_mass"]

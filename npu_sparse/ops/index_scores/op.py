@@ -1,0 +1,109 @@
+"""index_scores: the indexer's score of every key, and its fusion with select_tokens in bounded memory."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ...budget import REDUCTIONS
+from ...support import Support, concatenate
+from .. import dispatch
+from ..attention_mass.op import FLOATS, check_lengths, check_valid
+from ..select_tokens import select_tokens
+from .reference import index_scores as reference
+
+SCORE_ELEMENTS = 1 << 26  # reduced fp32 scores alive at once in select_by_index: 256 MiB
+
+
+def _fake(qi, ki, w, block, reduce, valid):
+    return qi.new_empty((qi.shape[0], (qi.shape[2] + block - 1) // block, ki.shape[1]), dtype=torch.float32)
+
+
+dispatch.define(
+    "index_scores",
+    "(Tensor qi, Tensor ki, Tensor? w, int block, str reduce, Tensor? valid) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+def index_scores(
+    qi: Tensor,
+    ki: Tensor,
+    w: Tensor | None = None,
+    *,
+    block: int = 1,
+    reduce: str = "max",
+    valid: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The indexer's score of every key for every block of queries, float32 `[B, ceil(Tq / block), Tk]`.
+
+    `z[t, s] = sum_h w[t, h] ReLU(<qi[t, h], ki[s]> / sqrt(Di))` (one head without weights: arXiv 2606.07703, "Indexer";
+    several with weights: arXiv 2606.22874), reduced over the block's queries t >= s: "max" takes the largest z, "mean" the
+    mean of softmax_{s <= t}(z[t]). -inf where no query of the block sees the key.
+
+    Args:
+        qi: `[B, Hi, Tq, Di]` index queries after rotary embedding, the last Tq of Tk positions; fp16, bf16 or fp32.
+        ki: `[B, Tk, Di]` index keys, one head.
+        w: `[B, Tq, Hi]` head weights, or None for ones.
+        valid: bool `[B, Tk]`, False for padding.
+        impl: "auto", "reference" or "kernel". Products accumulate in fp32; the reference then rounds each z to the input
+            dtype, as `torch.matmul` does.
+    """
+    _check(qi, ki, w, block, reduce, valid)
+    return dispatch.call("index_scores", impl, qi.device.type, qi, ki, w, block, reduce, valid)
+
+
+def select_by_index(
+    qi: Tensor,
+    ki: Tensor,
+    w: Tensor | None = None,
+    *,
+    k: int,
+    block: int = 1,
+    reduce: str = "max",
+    sink: int = 0,
+    recent: int = 0,
+    valid: Tensor | None = None,
+    impl: str = "auto",
+    stage: Callable = lambda name: nullcontext(),
+) -> Support:
+    """The Support of `select_tokens(index_scores(...))`, by slices of queries, so that memory stays O(Tq k + a workspace).
+
+    Arguments as in `index_scores` and `select_tokens`; `stage(name)` is a context manager around "scoring" and "top-k".
+    """
+    _check(qi, ki, w, block, reduce, valid)
+    B, _, Tq, _ = qi.shape
+    Tk = ki.shape[1]
+    rows = max(1, SCORE_ELEMENTS // (B * Tk)) * block
+    parts = []
+    for start in range(0, Tq, rows):
+        stop = min(start + rows, Tq)
+        end = Tk - Tq + stop
+        seen = None if valid is None else valid[:, :end]
+        weights = None if w is None else w[:, start:stop]
+        with stage("scoring"):
+            scores = index_scores(
+                qi[:, :, start:stop], ki[:, :end], weights, block=block, reduce=reduce, valid=seen, impl=impl
+            )
+        with stage("top-k"):
+            parts.append(select_tokens(
+                scores, k=k, sink=sink, recent=recent, block=block, queries=stop - start, valid=seen, impl=impl
+            ))  # fmt: skip
+    return concatenate(parts)
+
+
+def _check(qi, ki, w, block, reduce, valid):
+    dispatch.check_tensor("qi", qi, (None, None, None, None), FLOATS)
+    B, Hi, Tq, Di = qi.shape
+    dispatch.check_tensor("ki", ki, (B, None, Di), (qi.dtype,), qi.device)
+    check_lengths(Tq, ki.shape[1])
+    if w is not None:
+        dispatch.check_tensor("w", w, (B, Tq, Hi), (qi.dtype,), qi.device)
+    if block < 1:
+        raise ValueError(f"block must be >= 1, got {block}")
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    check_valid(valid, B, ki.shape[1], qi.device)

@@ -1,0 +1,58 @@
+"""sparse_attention: causal GQA attention over each block's support."""
+
+import torch
+from torch import Tensor
+
+from ...support import Support
+from .. import dispatch
+from ..attention_mass.op import check_heads, check_lengths
+from .reference import sparse_attention as reference
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _fake(q, k, v, indices, count, block, scale):
+    return q.new_empty((*q.shape[:3], v.shape[-1]))
+
+
+dispatch.define(
+    "sparse_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor count, int block, float scale) -> Tensor",
+    reference,
+    _fake,
+)
+
+
+def sparse_attention(
+    q: Tensor, k: Tensor, v: Tensor, support: Support, *, scale: float, impl: str = "auto"
+) -> Tensor:
+    """Attention output over the support, `[B, Hq, Tq, Dv]` in q's dtype.
+
+    `out[t] = softmax over {s in S(block of t), s <= t} of (<q[t], k[s]> * scale), times v` - the original queries, keys and
+    values, renormalised over the support (arXiv 2606.07703, "Oracle"). A query whose support is empty gets zeros. Keys that
+    no row selects are never read.
+
+    Args:
+        q: `[B, Hq, Tq, D]`, the last Tq of Tk positions; fp16, bf16 or fp32.
+        k: `[B, Hkv, Tk, D]`.
+        v: `[B, Hkv, Tk, Dv]`.
+        support: a Support for these queries; its contract is the caller's (`Support.check` reads every entry).
+        scale: the model's score scale, usually `D ** -0.5`.
+        impl: "auto", "reference" or "kernel".
+    """
+    dispatch.check_tensor("q", q, (None, None, None, None), FLOATS)
+    B, Hq, Tq, D = q.shape
+    dispatch.check_tensor("k", k, (B, None, None, D), (q.dtype,), q.device)
+    Hkv, Tk = k.shape[1], k.shape[2]
+    dispatch.check_tensor("v", v, (B, Hkv, Tk, None), (q.dtype,), q.device)
+    check_heads(Hq, Hkv)
+    check_lengths(Tq, Tk)
+    if not isinstance(support, Support):
+        raise TypeError(f"support must be a Support, got {type(support).__name__}")
+    Nq = -(-Tq // support.block)
+    dispatch.check_tensor("support.indices", support.indices, (B, None, Nq, None), (torch.int32,), q.device)
+    if support.indices.shape[1] not in (1, Hkv):
+        raise ValueError(f"support must have 1 or Hkv = {Hkv} heads, got {support.indices.shape[1]}")
+    return dispatch.call(
+        "sparse_attention", impl, q.device.type, q, k, v, support.indices, support.count, support.block, float(scale)
+    )

@@ -1,0 +1,230 @@
+"""Sparse prefill: one patching interface for every supported model and device.
+
+Through transformers' own seams only. `AttentionMaskInterface` decides per forward whether this prefill is sparse and then hands
+a 2-D padding mask (or None) down, never S x S; a forward pre-hook on each full-attention layer turns its hidden states into
+index queries and keys; `AttentionInterface` selects a Support and attends to it. Everything else - sliding-window layers,
+decode steps, contexts below `dense_below` - goes to the model's original implementation with the mask it would have had.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import ops
+from .architectures import attention_modules, attention_selection, describe, text_config
+from .budget import Budget
+from .index_cache import IndexKeyCache
+from .indexer import Indexer as IndexerModule
+from .ops.dispatch import require_kernels, uses_kernel
+from .selectors import Indexer, LayerInputs, Selector
+
+_ATTACHED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # text config -> SparsePrefill
+
+
+class SparsePrefill:
+    """A model whose prefill is sparse, from `attach` to `detach`.
+
+        with SparsePrefill.attach(model, selector, Budget(k=512, block=64)):
+            model.generate(...)
+
+    Attributes:
+        model, selector, budget: as attached.
+        architecture: the model's Architecture.
+    """
+
+    def __init__(self, model, selector: Selector, budget: Budget, impl: str, stage: Callable, observe: Callable | None):
+        self.model, self.selector, self.budget = model, selector, budget
+        self.architecture = describe(model.config)
+        self.impl, self.stage, self.observe = impl, stage, observe
+        self.native = text_config(model)._attn_implementation
+        self._handles = []
+        self._finite: list[tuple[int, torch.Tensor]] = []
+
+    @classmethod
+    def attach(
+        cls,
+        model,
+        selector: Selector | IndexerModule,
+        budget: Budget | None = None,
+        *,
+        impl: str = "auto",
+        stage: Callable | None = None,
+        observe: Callable | None = None,
+    ) -> "SparsePrefill":
+        """Makes the prefill of `model` sparse until `detach()` (or the end of a with block).
+
+        Args:
+            model: a causal language model of a supported architecture, on any device.
+            selector: a Selector, or an npu_sparse.Indexer (its base must be this model).
+            budget: None = the adapter's recommended budget, else Budget().
+            impl: which operators run, "auto", "reference" or "kernel"; limits are checked here, before the first token.
+            stage: `stage(name)` gives a context manager around projection, scoring, top-k and attention, for timing.
+            observe: called as `observe(inputs: LayerInputs, support: Support, out)` after every sparse layer.
+
+        Raises UnsupportedArchitectureError, AdapterError, KernelUnavailableError or ValueError.
+        """
+        if isinstance(selector, IndexerModule):
+            selector = Indexer(selector)
+        if budget is None:
+            recommended = selector.indexer.budget if selector.indexer is not None else None
+            budget = Budget.from_dict(recommended) if recommended else Budget()
+        if not isinstance(budget, Budget):
+            raise TypeError(f"budget must be a Budget, got {type(budget).__name__}")
+        attached = cls(model, selector, budget, impl, stage or (lambda name: nullcontext()), observe)
+        attached._check()
+        attached._patch()
+        return attached
+
+    def detach(self) -> None:
+        """Restores the model bit for bit. Detaching twice does nothing."""
+        config = text_config(self.model)
+        if _ATTACHED.get(config) is not self:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.model.set_attn_implementation(attention_selection(self.model, self.native))
+        del _ATTACHED[config]
+
+    def __enter__(self) -> "SparsePrefill":
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.detach()
+
+    def is_sparse(self, queries: int, length: int) -> bool:
+        """True where a forward of `queries` new tokens at a context of `length` (the new ones included) runs sparse."""
+        return queries > 1 and length >= self.budget.dense_below
+
+    def _check(self) -> None:
+        if text_config(self.model) in _ATTACHED:
+            raise ValueError("model must not be attached twice: detach() the first SparsePrefill")
+        unknown = set(self.budget.per_layer) - set(self.architecture.layers)
+        if unknown:
+            raise ValueError(
+                f"per_layer must name full-attention layers {list(self.architecture.layers)}, got {sorted(unknown)}"
+            )
+        if uses_kernel(self.impl, self.model.device.type):
+            require_kernels(self.model.device.type)
+        indexer = self.selector.indexer
+        if indexer is not None:
+            indexer.check_base(self.model)
+            parameter = next(self.model.parameters())
+            indexer.to(device=parameter.device, dtype=parameter.dtype).requires_grad_(False)
+
+    def _patch(self) -> None:
+        config = text_config(self.model)
+        self.model.set_attn_implementation(attention_selection(self.model, _register(self.native)))
+        _ATTACHED[config] = self
+        for layer, module in attention_modules(self.model).items():
+            hook = self._layer_hook(layer)
+            self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        self._handles.append(self.model.register_forward_pre_hook(lambda *_: self._finite.clear()))
+        self._handles.append(self.model.register_forward_hook(self._check_finite))
+
+    def _layer_hook(self, layer: int):
+        indexer = self.selector.indexer
+        head = None if indexer is None else indexer.layers[str(layer)]
+
+        def before_attention(module, args, kwargs):
+            hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+            cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
+            cache = kwargs.get("past_key_values")
+            queries = hidden.shape[1]
+            seen = 0 if cache is None or queries == 1 else int(cache.get_seq_length(layer))
+            length = seen + queries
+            self._check_length(queries, length)
+            sparse = self.is_sparse(queries, length)
+            if not sparse:
+                if head is not None and cache is not None:
+                    IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head)
+                return None
+            index = None
+            if head is not None:
+                with self.stage("projection"):
+                    qi, ki, w = head(hidden, cos, sin)
+                    if cache is not None:
+                        ki = IndexKeyCache.of(cache, layer).extend(ki, seen, head)
+                    index = (qi, ki, w)
+            if not torch.compiler.is_compiling():
+                self._finite.append((layer, hidden.sum().isfinite()))
+            return args, {**kwargs, "sparse_ctx": (self, layer, length, index)}
+
+        return before_attention
+
+    def _check_length(self, queries: int, length: int) -> None:
+        if queries == 0:
+            raise ValueError("prompt must hold at least one token, got none")
+        limit = self.architecture.max_positions
+        if length > limit:
+            raise ValueError(f"prompt must fit the model's {limit} positions, got {length} tokens")
+
+    def _check_finite(self, module, args, output) -> None:
+        if self._finite and not bool(torch.stack([flag for _, flag in self._finite]).all()):
+            layer = next(layer for layer, flag in self._finite if not bool(flag))
+            raise FloatingPointError(f"hidden states of layer {layer} must be finite, got NaN or Inf")
+
+
+def _register(native: str) -> str:
+    """Registers the attention and mask functions that fall back to implementation `native`; returns their name."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    name = f"npu_sparse_{native}"
+
+    def attention(module, query, key, value, attention_mask, *, scaling=None, sparse_ctx=None, **kwargs):
+        if sparse_ctx is None:
+            dense = _dense_attention(native, module)
+            return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        return _sparse_attention(sparse_ctx, query, key, value, attention_mask, scaling), None
+
+    def mask(**kwargs):
+        return _mask(native, **kwargs)
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return name
+
+
+def _dense_attention(native: str, module):
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if native == "eager":
+        import sys
+
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[native]
+
+
+def _mask(native: str, **kwargs):
+    """The mask of one forward: native where it runs dense, else 2-D `[B, length]` bool where padded, or None."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+    attached = _ATTACHED.get(kwargs["config"])
+    queries, offset = kwargs["q_length"], kwargs["q_offset"]
+    length = queries if queries == 1 else int(offset) + queries
+    windowed = kwargs.get("local_size") is not None
+    if windowed or attached is None or not attached.is_sparse(queries, length):
+        return ALL_MASK_ATTENTION_FUNCTIONS[native](**kwargs)
+    if kwargs["mask_function"] is not causal_mask_function:
+        raise ValueError("sparse prefill takes one causal sequence per row; packed or custom masks are not supported")
+    padding = kwargs["attention_mask"]
+    if padding is None:
+        return None
+    padding = padding[:, :length].bool()
+    return None if bool(padding.all()) else padding
+
+
+def _sparse_attention(ctx, q, k, v, mask, scale):
+    attached, layer, length, index = ctx
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
+    k, v = k[:, :, :length], v[:, :, :length]  # a static cache hands over its whole buffer
+    inputs = LayerInputs(layer, q, k, v, scale, mask, index, attached.impl, attached.stage)
+    support = attached.selector.select(inputs, attached.budget)
+    with attached.stage("attention"):
+        out = ops.sparse_attention(q, k, v, support, scale=scale, impl=attached.impl)
+    if attached.observe is not None:
+        attached.observe(inputs, support, out)
+    return out.transpose(1, 2).contiguous()

@@ -1,0 +1,27 @@
+"""RULER-style long-context tasks (arXiv 2404.06654), written anew: generators for any length and RULER's scoring.
+
+```python
+from npu_sparse import tasks
+
+examples = tasks.generate("niah_multikey_2", tokenizer, length=4096, count=50, seed=0)
+outputs = [...]  # at most example.max_new_tokens new tokens after tasks.encode(tokenizer, example)
+accuracy = sum(map(tasks.score, examples, outputs)) / len(examples)
+```
+
+Six tasks need nothing, five need a haystack of ordinary text and are labelled "substitute haystack" because published
+figures use another text, two need the user's own question file: see `TASKS` and `task_names`. Templates, needle counts,
+frequencies and new tokens are RULER's; key words come from a list of our own, and sentences are split by a simple rule.
+
+Any length works from a minimum on, which depends on the tokenizer and the new tokens; the ValueError for a shorter one
+states it. With a vocabulary of 49K, 1024 is enough for every task (cwe needs about 820, the others 220 to 420).
+A needle's value is a few dozen tokens at most, so for `niah_single_*` a smaller `max_new_tokens` (16 for numbers, 40 for
+UUIDs) finds the same and leaves more room; a model that then repeats itself does no harm, since a score looks for the
+answer anywhere.
+"""
+
+from npu_sparse.tasks.catalogue import TASKS, Task, task_names
+from npu_sparse.tasks.generate import Example, encode, generate
+from npu_sparse.tasks.scoring import score
+from npu_sparse.tasks.texts import Document, documents, split
+
+__all__ = ["TASKS", "Document", "Example", "Task", "documents", "encode", "generate", "score", "split", "task_names"]

@@ -1,0 +1,80 @@
+"""The thirteen RULER tasks by name: what each asks of a model and what it needs from its user."""
+
+import difflib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from npu_sparse.tasks.aggregation import common_words, frequent_words
+from npu_sparse.tasks.draft import Draft, Request
+from npu_sparse.tasks.retrieval import Needles, in_needles, in_noise, in_text
+from npu_sparse.tasks.tracing import variable_tracking
+
+NEEDS = ("haystack", "qa_file")
+
+
+@dataclass(frozen=True)
+class Task:
+    """`needs` is None, "haystack" (text from the user) or "qa_file" (a question file from the user).
+
+    `draft` makes one prompt from a Request and the text; question answering drafts from its file instead.
+    """
+
+    name: str
+    summary: str
+    max_new_tokens: int
+    draft: Callable[[Request, Any], Draft] | None
+    needs: str | None = None
+
+    @property
+    def comparable_with_published(self) -> bool:
+        """False where the benchmark's own haystack is replaced by the user's."""
+        return self.needs != "haystack"
+
+    @property
+    def label(self) -> str:
+        """What a table must say beside this task's scores; empty when there is nothing to say."""
+        return "" if self.comparable_with_published else "substitute haystack"
+
+
+def _niah(name: str, summary: str, draft: Callable[..., Draft], **needles: int | str) -> Task:
+    needs = "haystack" if draft is in_text else None
+    return Task(name, summary, max_new_tokens=128, draft=partial(draft, Needles(**needles)), needs=needs)
+
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        _niah("niah_single_1", "one number in repeated sentences", in_noise),
+        _niah("niah_single_2", "one number in text", in_text),
+        _niah("niah_single_3", "one UUID in text", in_text, value="uuid"),
+        _niah("niah_multikey_1", "one number of four keys in text", in_text, keys=4),
+        _niah("niah_multikey_2", "one number among other needles", in_needles),
+        _niah("niah_multikey_3", "one UUID among other UUID needles", in_needles, key="uuid", value="uuid"),
+        _niah("niah_multivalue", "the four numbers of one key in text", in_text, values=4),
+        _niah("niah_multiquery", "the numbers of four keys in text", in_text, keys=4, queries=4),
+        Task("vt", "a chain of five variables in repeated sentences", 30, variable_tracking),
+        Task("cwe", "the ten most common words of a list", 120, common_words),
+        Task("fwe", "the three most frequent coded words", 50, frequent_words),
+        Task("qa_1", "a question over SQuAD paragraphs", 32, None, needs="qa_file"),
+        Task("qa_2", "a question over HotpotQA paragraphs", 32, None, needs="qa_file"),
+    )
+}
+
+
+def task_names(runnable_without: Collection[str] = ()) -> tuple[str, ...]:
+    """All task names in RULER's order, or those that run without "haystack", "qa_file" or both."""
+    without = {runnable_without} if isinstance(runnable_without, str) else set(runnable_without)
+    if unknown := without - set(NEEDS):
+        raise ValueError(f"runnable_without must name only {' and '.join(NEEDS)}, got {', '.join(sorted(unknown))}")
+    return tuple(name for name, task in TASKS.items() if task.needs not in without)
+
+
+def task_named(name: str) -> Task:
+    """The task of that name; ValueError with the nearest names if there is none."""
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(str(name), TASKS, n=3, cutoff=0.5)
+    advice = f"did you mean {' or '.join(near)}?" if near else f"the tasks are {', '.join(TASKS)}"
+    raise ValueError(f"task must be a known name, got {name!r}: {advice}")

@@ -1,0 +1,47 @@
+"""Draft: a prompt whose haystack can grow one unit at a time until it fills the length asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from random import Random
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A task's text before its haystack is sized.
+
+    `body(n)` is the user's text with n haystack units, `least <= n <= most`; `prefix` begins the answer.
+    The same n always gives the same text.
+    """
+
+    body: Callable[[int], str]
+    prefix: str
+    answers: tuple[str, ...]
+    least: int
+    most: int | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a task's drafting function is told: `room` is the number of tokens that the prompt may take."""
+
+    task: str
+    index: int
+    seed: int
+    length: int
+    room: int
+
+    def random(self, purpose: str = "") -> Random:
+        """A generator that depends on task, seed and index only; its seeding is stable across processes."""
+        return Random(f"{self.task}/{self.seed}/{self.index}/{purpose}")
+
+
+def insert_at(units: list[str], inserts: list[str], depths: list[float]) -> list[str]:
+    """`units` with each insert at its depth (0 = before all, towards 1 = after all), in order of depth."""
+    merged: list[str] = []
+    taken = 0
+    for depth, insert in sorted(zip(depths, inserts, strict=True), key=lambda pair: pair[0]):
+        place = int(depth * (len(units) + 1))
+        merged += units[taken:place]
+        merged.append(insert)
+        taken = place
+    return merged + units[taken:]
