@@ -123,6 +123,13 @@ class Indexer(nn.Module):
             indexer = cls(config, base=identity(model))
         return indexer.to(model.device)
 
+    def copy_for(self, model) -> "Indexer":
+        """A frozen copy with the model's dtype and device: what serves it."""
+        copy = Indexer(self.config, self.base, self.evidence, self.budget)
+        copy.load_state_dict(self.state_dict())
+        parameter = next(model.parameters())
+        return copy.to(device=parameter.device, dtype=parameter.dtype).requires_grad_(False)
+
     def forward(self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor):
         """`IndexHead.forward` of one layer."""
         return self.layers[str(layer)](hidden, cos, sin)
@@ -144,7 +151,7 @@ class Indexer(nn.Module):
             return
         found = identity(model)
         for name, value in self.base.items():
-            if name in found and found[name] != value:
+            if name != "architectures" and found.get(name, value) != value:
                 raise AdapterError(
                     f"adapter was distilled from another base: {name} must be {value!r}, the model has {found[name]!r}"
                 )

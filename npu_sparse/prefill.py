@@ -175,7 +175,7 @@ def _register(native: str) -> str:
 
     def attention(module, query, key, value, attention_mask, *, scaling=None, sparse_ctx=None, **kwargs):
         if sparse_ctx is None:
-            dense = _dense_attention(native, module)
+            dense = dense_attention(native, module)
             return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return _sparse_attention(sparse_ctx, query, key, value, attention_mask, scaling), None
 
@@ -187,7 +187,8 @@ def _register(native: str) -> str:
     return name
 
 
-def _dense_attention(native: str, module):
+def dense_attention(native: str, module) -> Callable:
+    """transformers' attention function of implementation `native` for this module."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     if native == "eager":

@@ -1,0 +1,235 @@
+"""The command line: parse, then call one function. Options are the fields of each stage's config, so they cannot drift apart.
+
+Nothing heavy is imported before a command is known: `--help` has to be quick.
+"""
+
+import dataclasses
+import inspect
+import os
+import re
+import sys
+import typing
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+USER_ERROR, FAILURE = 2, 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand: what it says of itself, and where its config and its function live."""
+
+    help: str
+    module: str = ""
+    config: str = ""
+    run: str = ""
+
+
+COMMANDS = {
+    "doctor": Command("What this machine can run, and the command that gets the rest."),
+    "demo": Command("The whole story on a real checkpoint, in minutes: oracle, indexer, sparse prefill, one report."),
+    "oracle": Command(
+        "How much dense attention a checkpoint needs: top-k of its own attention mass, by budget and sharing.",
+        "npu_sparse.oracle", "OracleConfig", "run_oracle",
+    ),
+    "distill": Command(
+        "Train an indexer from the model's own dense attention, backbone frozen; resumes where it was killed.",
+        "npu_sparse.distill", "DistillConfig", "run_distill",
+    ),
+    "eval": Command(
+        "Score dense, oracle, indexer and controls on the same prompts, with the three gaps.",
+        "npu_sparse.bench", "EvalConfig", "run_eval",
+    ),
+    "ttft": Command(
+        "Time to first token of dense and sparse prefill, interleaved, with the stage breakdown.",
+        "npu_sparse.bench", "TtftConfig", "run_ttft",
+    ),
+    "frontier": Command(
+        "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
+        "npu_sparse.bench", "FrontierConfig", "run_frontier",
+    ),
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0 done, 1 could not be done, 2 a mistake in what was asked for."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    wanted = next((a for a in arguments if not a.startswith("-")), None)
+    app = typer.Typer(
+        help="Oracle-guided sparse prefill for existing long-context checkpoints.",
+        no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )  # fmt: skip
+    app.callback()(_root)
+    for name, command in COMMANDS.items():
+        app.command(name, help=command.help)(_function(name, command) if name == wanted else _unbuilt)
+    try:
+        status = app(arguments, prog_name="npu-sparse", standalone_mode=True)
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else FAILURE
+    except KeyboardInterrupt:
+        return _failed("interrupted: the same command goes on where it can", FAILURE)
+    except Exception as error:  # every mistake of a user is one sentence; what is not is a bug and keeps its traceback
+        status = _status(error)
+        if status is None or os.environ.get("NPU_SPARSE_TRACEBACK"):
+            raise
+        return _failed(str(error).strip() or type(error).__name__, status)
+    return status or 0
+
+
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        from npu_sparse import __version__
+
+        typer.echo(f"npu-sparse {__version__}")
+        raise typer.Exit
+
+
+def _unbuilt() -> None:
+    """Stands for a command that was not asked for."""
+
+
+def _function(name: str, command: Command):
+    if name == "doctor":
+        return _doctor
+    if name == "demo":
+        return _demo
+    return _stage(name, command)
+
+
+def _doctor(json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    from npu_sparse import doctor
+
+    raise typer.Exit(doctor.main(["--json"] if json else []))
+
+
+def _demo(
+    output: Annotated[Path, typer.Option(help="Directory of the report.")] = Path("runs/demo"),
+    model: Annotated[str, typer.Option(help="Demo checkpoint: smollm2-135m or gemma3-270m.")] = "smollm2-135m",
+) -> None:
+    from npu_sparse.demo import run_demo
+
+    run_demo(output, model)
+
+
+def _stage(name: str, command: Command):
+    """A function whose signature is the stage's config: `model` as argument, the other fields as options."""
+    module = import_module(command.module)
+    config_class, run = getattr(module, command.config), getattr(module, command.run)
+    help_of = _attribute_help(config_class)
+    hints = typing.get_type_hints(config_class)
+
+    def stage(**options) -> None:
+        output = options.pop("output") or Path("runs") / f"{name}-{Path(options['model']).name}"
+        extra = {key: options.pop(key) for key in ("shard", "workers") if key in options and key not in hints}
+        if "shard" in extra:
+            extra["shard"] = _shard(extra["shard"])
+        config = config_class(**options)
+        result = run(config, output, **extra)
+        _show(output, result)
+
+    parameters = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY,
+            annotation=_annotation(field, hints[field.name], help_of.get(field.name, "")),
+            default=inspect.Parameter.empty if field.name == "model" else _default(field),
+        )
+        for field in dataclasses.fields(config_class)
+    ]  # fmt: skip
+    output = Annotated[Path | None, typer.Option(help=f"Run directory; default runs/{name}-MODEL.")]
+    parameters.append(inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, annotation=output, default=None))
+    accepted = inspect.signature(run).parameters
+    if "workers" in accepted:
+        workers = Annotated[int, typer.Option(help="Processes that prepare batches ahead.")]
+        parameters.append(inspect.Parameter("workers", inspect.Parameter.KEYWORD_ONLY, annotation=workers, default=0))
+    if "shard" in accepted:
+        shard = Annotated[str, typer.Option(help="I/N: compute every N-th cell, beginning with the I-th (from 0).")]
+        parameters.append(inspect.Parameter("shard", inspect.Parameter.KEYWORD_ONLY, annotation=shard, default="0/1"))
+    stage.__signature__ = inspect.Signature(parameters)
+    stage.__annotations__ = {p.name: p.annotation for p in parameters}
+    return stage
+
+
+def _annotation(field, hint, text: str):
+    if field.name == "model":
+        return Annotated[str, typer.Argument(help=text)]
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return Annotated[
+            tuple, typer.Option(help=text, parser=lambda value: _items(value, item), metavar="A,B,...", show_default=False)
+        ]
+    if typing.get_origin(hint) not in (None, typing.Union) and "Mapping" in str(hint):
+        return Annotated[dict, typer.Option(help=text, parser=_pairs, metavar="A=B,...", show_default=False)]
+    return Annotated[hint, typer.Option(help=text)]
+
+
+def _default(field):
+    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    if isinstance(value, dict):
+        return ",".join(f"{key}={item}" for key, item in value.items())
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _items(value, item: type) -> tuple:
+    if isinstance(value, tuple):
+        return value
+    try:
+        return tuple(item(part) for part in str(value).split(",") if part)
+    except ValueError as error:
+        raise typer.BadParameter(f"must be a comma-separated list of {item.__name__}, got {value!r}") from error
+
+
+def _pairs(value) -> dict:
+    if isinstance(value, dict):
+        return value
+    pairs = [part.partition("=") for part in str(value).split(",") if part]
+    if any(not mark for _, mark, _ in pairs):
+        raise typer.BadParameter(f"must be a comma-separated list of NAME=VALUE, got {value!r}")
+    return {key: item for key, _, item in pairs}
+
+
+def _shard(value: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", value)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"shard must be I/N with 0 <= I < N, got {value!r}")
+    return int(found[1]), int(found[2])
+
+
+def _attribute_help(config_class) -> dict[str, str]:
+    """The sentences of the docstring's Attributes section, by field name."""
+    section = inspect.getdoc(config_class).partition("Attributes:")[2]
+    found: dict[str, str] = {}
+    for entry in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {8,}.*)*)", section, re.M):
+        for name in entry[0].split(","):
+            found[name.strip()] = " ".join(entry[1].split())
+    return found
+
+
+def _show(output: Path, result: dict) -> None:
+    path = Path(output) / "report.md"
+    if path.exists():
+        typer.echo(path.read_text())
+        typer.echo(f"Report: {path}")
+
+
+def _status(error: Exception) -> int | None:
+    """The exit status of an error that a user can act on, None for a bug."""
+    from npu_sparse.checkpoints import CheckpointError
+
+    if isinstance(error, CheckpointError):
+        return FAILURE
+    if isinstance(error, (ValueError, TypeError)):
+        return USER_ERROR
+    if isinstance(error, OSError):
+        return USER_ERROR if isinstance(error, (FileNotFoundError, NotADirectoryError)) else FAILURE
+    if type(error).__name__ in ("KernelUnavailableError", "FloatingPointError", "OutOfMemoryError", "RuntimeError"):
+        return FAILURE
+    return None
+
+
+def _failed(message: str, status: int) -> int:
+    typer.secho(f"error: {message}", fg=typer.colors.RED, err=True)
+    return status

@@ -1,0 +1,100 @@
+"""Training and validation contexts. Every batch is a function of (seed, step) alone, so that a resumed run sees the same."""
+
+import random
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from .. import tasks
+from .config import DistillConfig
+
+CHARS_PER_TOKEN = 8  # more than any text has on average: a window is cut long and then to length
+TRAINING_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # task prompts of evaluation use small seeds
+
+
+class Contexts:
+    """Token windows of documents, and task prompts with their answers."""
+
+    def __init__(self, config: DistillConfig, tokenizer):
+        self.config, self.tokenizer = config, tokenizer
+        documents = tasks.documents(config.texts)
+        self.training, self.validation = tasks.split(documents, config.validation_fraction or 0.1, config.seed)
+
+    def batch(self, step: int, rank: int, world: int) -> Tensor:
+        """int64 `[sequences of this process, length]` of one training step."""
+        config = self.config
+        rng = random.Random(f"{config.seed}/{step}")
+        length = rng.choice(config.lengths)
+        from_tasks = rng.random() < config.task_fraction
+        task = rng.choice(config.tasks) if from_tasks else None
+        sequences = max(1, config.tokens // length // world)
+        rng = random.Random(f"{config.seed}/{step}/{rank}")
+        return torch.stack([
+            self._prompt(task, length, self.training, TRAINING_SEED + rng.randrange(900_000)) if task
+            else self._window(length, self.training, rng)
+            for _ in range(sequences)
+        ])  # fmt: skip
+
+    def held_out(self) -> list[tuple[str, Tensor]]:
+        """`(kind, int64 [1, validation_length])` contexts, text and tasks in turn; from documents training never sees."""
+        config = self.config
+        rng = random.Random(f"{config.seed}/validation")
+        contexts = []
+        for n in range(config.validation_prompts):
+            if n % 2 == 0 or not config.tasks:
+                ids, kind = self._window(config.validation_length, self.validation, rng), "text"
+            else:
+                task = config.tasks[n // 2 % len(config.tasks)]
+                ids, kind = self._prompt(task, config.validation_length, self.validation, VALIDATION_SEED + n), "tasks"
+            contexts.append((kind, ids[None]))
+        return contexts
+
+    def _window(self, length: int, documents, rng: random.Random) -> Tensor:
+        ids: list[int] = []
+        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
+        while len(ids) + len(start) < length:
+            text = rng.choice(documents).text
+            at = rng.randrange(max(1, len(text) - length * CHARS_PER_TOKEN // 2))
+            piece = text[at : at + length * CHARS_PER_TOKEN].partition(" ")[2]
+            ids += self.tokenizer(piece, add_special_tokens=False).input_ids
+        return torch.tensor((start + ids)[:length])
+
+    def _prompt(self, task: str, length: int, documents, seed: int) -> Tensor:
+        haystack = [documents[random.Random(seed).randrange(len(documents))]] if documents else None
+        example = tasks.generate(task, self.tokenizer, length=length, count=1, seed=seed, haystack=haystack)[0]
+        ids = tasks.encode(self.tokenizer, example)
+        answer = " " + ", ".join(example.answers) + ".\n"
+        ids = ids + self.tokenizer(answer, add_special_tokens=False).input_ids
+        # in front, so that the answer stays at the end: text of the same documents
+        missing = length - len(ids)
+        if missing > 0:
+            rng = random.Random(seed)
+            head, body = ids[:1], ids[1:]
+            ids = head + self._window(missing + 1, documents, rng).tolist()[1:] + body
+        return torch.tensor(ids[-length:])
+
+
+class _Steps(Dataset):
+    def __init__(self, contexts: Contexts, rank: int, world: int):
+        self.contexts, self.rank, self.world = contexts, rank, world
+
+    def __getitem__(self, step: int) -> Tensor:
+        return self.contexts.batch(step, self.rank, self.world)
+
+
+def batches(contexts: Contexts, start: int, rank: int, world: int, workers: int) -> DataLoader:
+    """The batches of steps start, start + 1, ...; `workers` processes prepare them ahead."""
+    steps = range(start, contexts.config.steps)
+    return DataLoader(_Steps(contexts, rank, world), batch_size=None, sampler=steps, num_workers=workers)
+
+
+def row_segments(config: DistillConfig, length: int, step: int) -> list[tuple[int, int]]:
+    """`[start, stop)` query rows to supervise at one step: the last segment always, the rest at random without overlap."""
+    if not config.rows or config.rows >= length:
+        return [(start, min(start + config.segment, length)) for start in range(0, length, config.segment)]
+    rng = random.Random(f"{config.seed}/{step}/rows")
+    slots = list(range(length // config.segment))
+    chosen = rng.sample(slots[:-1], min(len(slots) - 1, max(0, config.rows // config.segment - 1))) + slots[-1:]
+    shift = length - len(slots) * config.segment  # segments end with the context
+    return [(shift + slot * config.segment, shift + (slot + 1) * config.segment) for slot in sorted(chosen)]

@@ -1,0 +1,228 @@
+"""The distillation loop: resumable at any moment, the same alone or under torchrun."""
+
+import json
+import os
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import distributed
+
+from .. import checkpoints, report
+from ..architectures import describe
+from ..budget import Budget
+from ..indexer import Indexer
+from .config import DistillConfig
+from .data import Contexts, batches, row_segments
+from .loss import DistillLoss
+from .teacher import tap
+from .validate import validate
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+BACKENDS = {"cuda": "nccl", "npu": "hccl"}
+
+
+def run_distill(
+    config: DistillConfig, output, *, model=None, tokenizer=None, workers: int = 0, progress: bool = True
+) -> dict:
+    """Distils an indexer and returns its report; `output` then holds adapter/, metrics.jsonl, report.json, report.md and a plot.
+
+    Killed at any moment and called again, it goes on from its last checkpoint to the same loss curve. Under torchrun every
+    process calls it; rank 0 writes. `workers` processes prepare batches ahead. Raises RunError, ValueError, CheckpointError or UnsupportedArchitectureError.
+    """
+    rank, world = _join_processes(config.device)
+    device = f"{config.device}:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and config.device != "cpu" else config.device
+    if model is None:
+        model, tokenizer = checkpoints.load(config.model, dtype=config.dtype, device=device, progress=progress and rank == 0)
+    model.requires_grad_(False).eval()
+    limit = describe(model.config).max_positions
+    if max(*config.lengths, config.validation_length) > limit:
+        raise ValueError(f"lengths must fit the model's {limit} positions, got {max(config.lengths)}")
+    contexts = Contexts(config, tokenizer)
+    output = Path(output)
+    if rank == 0:
+        report.open_run(output, {"stage": "distill", "processes": world, **config.to_dict()})
+    _barrier(world)
+    indexer = Indexer.for_model(model, heads=config.heads, dim=config.dim, seed=config.seed)
+    loss_module = DistillLoss(indexer, config)
+    optimizer = torch.optim.AdamW(
+        indexer.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    state = _resume(output, indexer, optimizer, device)
+    if world > 1:
+        loss_module = torch.nn.parallel.DistributedDataParallel(loss_module)
+    with _progress(config.steps, state["step"], progress and rank == 0) as advance:
+        ahead = batches(contexts, state["step"], rank, world, workers)
+        for step, batch in enumerate(ahead, start=state["step"]):
+            began = time.perf_counter()
+            loss, per_layer = _step(model, loss_module, optimizer, batch.to(model.device), config, step, world)
+            last = step + 1 == config.steps
+            record = {"step": step, "loss": loss, "lr": config.lr_at(step), "by_layer": per_layer}
+            record["seconds"] = time.perf_counter() - began
+            if rank == 0 and (last or (step + 1) % config.validate_every == 0):
+                record["validation"] = validate(model, indexer, contexts.held_out(), config.budgets)
+            state["metrics"].append(record)
+            state["step"] = step + 1
+            if rank == 0 and (last or (step + 1) % config.save_every == 0):
+                _save(output, indexer, optimizer, state)
+            advance(loss)
+    return _finish(output, config, indexer, state, device) if rank == 0 else {}
+
+
+def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -> tuple[float, list[float]]:
+    segments = row_segments(config, batch.shape[1], step)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr_at(step)
+    optimizer.zero_grad(set_to_none=True)
+    total, layers = 0.0, 0.0
+    parts = batch.split(config.micro_batch)
+    for n, part in enumerate(parts):
+        taps = []
+        tap(model, part, taps.append)
+        share = part.shape[0] / batch.shape[0]
+        waiting = world > 1 and n + 1 < len(parts)
+        with loss_module.no_sync() if waiting else nullcontext():
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
+                loss, per_layer = loss_module(taps, segments)
+            (loss * share).backward()
+        total = total + loss.detach() * share
+        layers = layers + per_layer * share
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, config.clip, error_if_nonfinite=True)
+    optimizer.step()
+    if world > 1:
+        distributed.all_reduce(total)
+        distributed.all_reduce(layers)
+        total, layers = total / world, layers / world
+    return float(total), layers.tolist()
+
+
+def _save(output: Path, indexer: Indexer, optimizer, state: dict) -> None:
+    """One file that is replaced atomically: weights, optimizer moments and the loss curve always belong together."""
+    from safetensors.torch import save
+
+    tensors = {f"indexer.{name}": tensor.detach().cpu().contiguous() for name, tensor in indexer.state_dict().items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{index}.{name}": value.detach().cpu() for name, value in moments.items()})
+    curve = json.dumps({"step": state["step"], "metrics": state["metrics"]})
+    report.write_bytes(output / CHECKPOINT, save(tensors, metadata={"curve": curve}))
+    report.write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
+
+
+def _resume(output: Path, indexer: Indexer, optimizer, device: str) -> dict:
+    from safetensors import SafetensorError, safe_open
+
+    path = output / CHECKPOINT
+    if not path.exists():
+        return {"step": 0, "metrics": []}
+    try:
+        with safe_open(path, "pt", device="cpu") as file:
+            state = json.loads(file.metadata()["curve"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise report.RunError(f"{path} is damaged ({error}): delete it to begin again") from error
+    indexer.load_state_dict({n.removeprefix("indexer."): t for n, t in tensors.items() if n.startswith("indexer.")})
+    moments: dict[int, dict] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".")
+            moments.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    return state
+
+
+def _finish(output: Path, config: DistillConfig, indexer: Indexer, state: dict, device: str) -> dict:
+    last = state["metrics"][-1]["validation"]
+    result = {
+        "stage": "distill",
+        "evidence": "distilled",
+        "config": config.to_dict(),
+        "machine": report.machine(device),
+        "parameters": sum(p.numel() for p in indexer.parameters()),
+        "final_loss": state["metrics"][-1]["loss"],
+        "validation": last,
+        "curve": [{"step": m["step"], "loss": m["loss"]} for m in state["metrics"]],
+        "validations": [{"step": m["step"], **m["validation"]} for m in state["metrics"] if "validation" in m],
+    }
+    indexer.evidence = "distilled"
+    indexer.budget = Budget(k=512, block=16, reduce="max", sink=4, recent=64).to_dict()
+    text = _markdown(result)
+    indexer.save_pretrained(output / "adapter", card=text)
+    report.write_json(output / "report.json", result)
+    report.write_text(output / "report.md", text)
+    report.write_figure(output / "curve.png", _figure(result))
+    return result
+
+
+def _markdown(result: dict) -> str:
+    config, last = result["config"], result["validation"]
+    rows = [
+        {"k": k, **{f"{kind} {what}": part[f"{what}_recall"][k] for kind, part in _kinds(last) for what in ("mass", "support")}}
+        for k in last["mass_recall"]
+    ]
+    return (
+        f"# npu-sparse indexer for {config['model']} (evidence: distilled)\n\n"
+        f"{config['heads']} index head(s) x {config['dim']}, {result['parameters']:,} parameters, distilled from the model's "
+        f"own dense attention with a frozen backbone: {config['steps']} steps of {config['tokens']} tokens, lengths "
+        f"{', '.join(map(str, config['lengths']))}, loss {config['loss']}, seed {config['seed']}. Texts: "
+        f"{', '.join(config['texts'])}; tasks mixed in ({config['task_fraction']:.0%} of steps): "
+        f"{', '.join(config['tasks']) or 'none'} (other seeds and documents than evaluation).\n\n"
+        f"Validation at {config['validation_length']} tokens on held-out documents, measured: KL {last['kl']:.4f} nats; "
+        "recall of the oracle's top k, per query, as attention mass and as share of its keys:\n\n"
+        f"{report.markdown_table(rows)}\nMachine: {report.machine_line(result['machine'])}.\n"
+    )
+
+
+def _kinds(validation: dict) -> list[tuple[str, dict]]:
+    return [("all", validation), *sorted(validation["by_kind"].items())]
+
+
+def _figure(result: dict):
+    figure, axes = report.new_figure(2)
+    loss_axis, recall_axis = axes[0]
+    loss_axis.plot([m["step"] for m in result["curve"]], [m["loss"] for m in result["curve"]], lw=0.8, label="training")
+    steps = [m["step"] for m in result["validations"]]
+    loss_axis.plot(steps, [m["kl"] for m in result["validations"]], "o-", label="held-out KL")
+    loss_axis.set(xlabel="step", ylabel="loss (nats)", yscale="log", title="Does the indexer learn?")
+    loss_axis.legend()
+    for k in result["validation"]["mass_recall"]:
+        recall_axis.plot(steps, [m["mass_recall"][k] for m in result["validations"]], "o-", label=f"k = {k}")
+    recall_axis.set(xlabel="step", ylabel="share of the oracle's mass", title="How much of the oracle does it find?")
+    recall_axis.legend()
+    return figure
+
+
+def _join_processes(device: str) -> tuple[int, int]:
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1 and not distributed.is_initialized():
+        distributed.init_process_group(BACKENDS.get(device, "gloo"))
+    if world > 1 and device != "cpu":
+        torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
+    return (distributed.get_rank(), world) if world > 1 else (0, 1)
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        distributed.barrier()
+
+
+def _progress(steps: int, done: int, shown: bool):
+    """A context manager that gives `advance(loss)`."""
+    from contextlib import contextmanager
+
+    @contextmanager
+    def bar():
+        if not shown:
+            yield lambda loss: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as shower:
+            task = shower.add_task("distil", total=steps, completed=done, loss="")
+            yield lambda loss: shower.update(task, advance=1, loss=f"loss {loss:.4f}")
+
+    return bar()
