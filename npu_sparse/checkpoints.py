@@ -279,8 +279,9 @@ def identity(model_or_path: Any) -> dict[str, Any]:
 def weights_fingerprint(model: PreTrainedModel) -> str:
     """16 hex digits of a SHA-256 over samples of the embedding and of the first full-attention layer's q_proj.
 
-    Weights stored in bf16 or fp16 give the same digits whichever of fp32, bf16 and fp16 they are loaded in. It tells
-    checkpoints apart and is no protection against tampering. Raises ValueError for a model without such weights.
+    Weights stored in bf16 or fp16 give the same digits whichever of fp32, bf16 and fp16 they are loaded in; weights
+    stored in fp32 do in fp32 and bf16. It tells checkpoints apart and is no protection against tampering. Raises
+    ValueError for a model without such weights.
     """
     weights = dict(model.named_parameters())
     layer = _first_full_attention_layer(model.config)

@@ -41,15 +41,15 @@ COMMANDS = {
     ),
     "eval": Command(
         "Score dense, oracle, indexer and controls on the same prompts, with the three gaps.",
-        "npu_sparse.bench", "EvalConfig", "run_eval",
+        "npu_sparse.bench.quality", "EvalConfig", "run_eval",
     ),
     "ttft": Command(
         "Time to first token of dense and sparse prefill, interleaved, with the stage breakdown.",
-        "npu_sparse.bench", "TtftConfig", "run_ttft",
+        "npu_sparse.bench.ttft", "TtftConfig", "run_ttft",
     ),
     "frontier": Command(
         "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
-        "npu_sparse.bench", "FrontierConfig", "run_frontier",
+        "npu_sparse.bench.frontier", "FrontierConfig", "run_frontier",
     ),
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 They live on the cache's own layer object, so they are reordered by beam search, cropped, reset and copied with it.
 """
 
-from types import MethodType
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,12 +23,14 @@ class IndexKeyCache:
     @staticmethod
     def of(cache, layer: int) -> "IndexKeyCache":
         """The IndexKeyCache of one layer of a transformers Cache, made on first use."""
+        while len(cache.layers) <= layer:  # a cache made without a config grows as it is updated
+            cache.layers.append(cache.layer_class_to_replicate())
         holder = cache.layers[layer]
         if not hasattr(holder, "index_keys"):
             holder.index_keys = IndexKeyCache()
             for name, method in _CARRYING.items():
                 if hasattr(holder, name):
-                    setattr(holder, name, MethodType(method, holder))
+                    setattr(holder, name, partial(method, holder))
         return holder.index_keys
 
     def remember(self, hidden: Tensor, cos: Tensor, sin: Tensor, head) -> None:

@@ -82,7 +82,7 @@ def rotary_for(table: Tensor, dim: int) -> Tensor:
     R = table.shape[-1]
     if R <= dim:
         return table
-    half = table[..., : R // 2 : R // dim][..., : dim // 2]
+    half = table[..., [i * (R // 2) // (dim // 2) for i in range(dim // 2)]]
     return torch.cat([half, half], -1)
 
 
@@ -151,7 +151,8 @@ class Indexer(nn.Module):
             return
         found = identity(model)
         for name, value in self.base.items():
-            if name != "architectures" and found.get(name, value) != value:
+            known = value is not None and found.get(name) is not None
+            if name != "architectures" and known and found[name] != value:
                 raise AdapterError(
                     f"adapter was distilled from another base: {name} must be {value!r}, the model has {found[name]!r}"
                 )
@@ -172,19 +173,22 @@ class Indexer(nn.Module):
             "budget": self.budget,
             "weights_sha256": hashlib.sha256(data).hexdigest(),
         }
-        for name, content in (
-            ("model.safetensors", data),
-            ("README.md", (card or _card(config)).encode()),
-            ("config.json", (json.dumps(config, indent=2) + "\n").encode()),
-        ):
-            temporary = directory / f".{name}.{os.getpid()}"
-            try:
-                with open(temporary, "wb") as file:
+        contents = {
+            "README.md": (card or _card(config)).encode(),
+            "model.safetensors": data,
+            "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        }
+        written = {name: directory / f".{name}.{os.getpid()}" for name in contents}
+        try:
+            for name, content in contents.items():
+                with open(written[name], "wb") as file:
                     file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
+            for name, temporary in written.items():  # only once all of them are safely on the disk
                 os.replace(temporary, directory / name)
-            finally:
+        finally:
+            for temporary in written.values():
                 temporary.unlink(missing_ok=True)
         return directory
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import ops
 from .architectures import attention_modules, attention_selection, describe, text_config
@@ -20,7 +19,8 @@ from .indexer import Indexer as IndexerModule
 from .ops.dispatch import require_kernels, uses_kernel
 from .selectors import Indexer, LayerInputs, Selector
 
-_ATTACHED: WeakIdKeyDictionary = WeakIdKeyDictionary()  # text config -> SparsePrefill
+_PREFIX = "npu_sparse"  # of the names that attached models select their attention and mask functions by
+_UNHOOKED = object()
 
 
 class SparsePrefill:
@@ -39,6 +39,7 @@ class SparsePrefill:
         self.architecture = describe(model.config)
         self.impl, self.stage, self.observe = impl, stage, observe
         self.native = text_config(model)._attn_implementation
+        self.indexer: IndexerModule | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
         self._finite: list[tuple[int, torch.Tensor]] = []
 
@@ -79,14 +80,12 @@ class SparsePrefill:
 
     def detach(self) -> None:
         """Restores the model bit for bit. Detaching twice does nothing."""
-        config = text_config(self.model)
-        if _ATTACHED.get(config) is not self:
+        if not self._handles:
             return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self.model.set_attn_implementation(attention_selection(self.model, self.native))
-        del _ATTACHED[config]
 
     def __enter__(self) -> "SparsePrefill":
         return self
@@ -96,10 +95,10 @@ class SparsePrefill:
 
     def is_sparse(self, queries: int, length: int) -> bool:
         """True where a forward of `queries` new tokens at a context of `length` (the new ones included) runs sparse."""
-        return queries > 1 and length >= self.budget.dense_below
+        return _is_sparse(queries, length, self.budget.dense_below)
 
     def _check(self) -> None:
-        if text_config(self.model) in _ATTACHED:
+        if self.native.startswith(_PREFIX):
             raise ValueError("model must not be attached twice: detach() the first SparsePrefill")
         unknown = set(self.budget.per_layer) - set(self.architecture.layers)
         if unknown:
@@ -111,22 +110,20 @@ class SparsePrefill:
         indexer = self.selector.indexer
         if indexer is not None:
             indexer.check_base(self.model)
-            parameter = next(self.model.parameters())
-            indexer.to(device=parameter.device, dtype=parameter.dtype).requires_grad_(False)
+            self.indexer = indexer.copy_for(self.model)
 
     def _patch(self) -> None:
-        config = text_config(self.model)
-        self.model.set_attn_implementation(attention_selection(self.model, _register(self.native)))
-        _ATTACHED[config] = self
-        for layer, module in attention_modules(self.model).items():
+        modules = attention_modules(self.model)
+        name = _register(self.native, self.budget.dense_below)
+        self.model.set_attn_implementation(attention_selection(self.model, name))
+        for layer, module in modules.items():
             hook = self._layer_hook(layer)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         self._handles.append(self.model.register_forward_pre_hook(lambda *_: self._finite.clear()))
         self._handles.append(self.model.register_forward_hook(self._check_finite))
 
     def _layer_hook(self, layer: int):
-        indexer = self.selector.indexer
-        head = None if indexer is None else indexer.layers[str(layer)]
+        head = None if self.indexer is None else self.indexer.layers[str(layer)]
 
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -140,7 +137,7 @@ class SparsePrefill:
             if not sparse:
                 if head is not None and cache is not None:
                     IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head)
-                return None
+                return args, {**kwargs, "sparse_ctx": None}
             index = None
             if head is not None:
                 with self.stage("projection"):
@@ -149,7 +146,7 @@ class SparsePrefill:
                         ki = IndexKeyCache.of(cache, layer).extend(ki, seen, head)
                     index = (qi, ki, w)
             if not torch.compiler.is_compiling():
-                self._finite.append((layer, hidden.sum().isfinite()))
+                self._finite.append((layer, hidden.sum(dtype=torch.float32).isfinite()))
             return args, {**kwargs, "sparse_ctx": (self, layer, length, index)}
 
         return before_attention
@@ -167,20 +164,29 @@ class SparsePrefill:
             raise FloatingPointError(f"hidden states of layer {layer} must be finite, got NaN or Inf")
 
 
-def _register(native: str) -> str:
-    """Registers the attention and mask functions that fall back to implementation `native`; returns their name."""
+def _is_sparse(queries: int, length: int, dense_below: int) -> bool:
+    return queries > 1 and length >= dense_below
+
+
+def _register(native: str, dense_below: int) -> str:
+    """Registers the attention and mask functions that fall back to implementation `native`; returns their name.
+
+    The functions hold no model: what they need to know is in their name, and torch.compile can follow them.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    name = f"npu_sparse_{native}"
+    name = f"{_PREFIX}_{native}_from_{dense_below}"
 
-    def attention(module, query, key, value, attention_mask, *, scaling=None, sparse_ctx=None, **kwargs):
-        if sparse_ctx is None:
+    def attention(module, query, key, value, attention_mask, *, scaling=None, sparse_ctx=_UNHOOKED, **kwargs):
+        if sparse_ctx is _UNHOOKED and kwargs.get("sliding_window") is None:
+            raise ValueError("model shares its config object with one that is attached: make it with copy.deepcopy(config)")
+        if sparse_ctx is _UNHOOKED or sparse_ctx is None:
             dense = dense_attention(native, module)
             return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return _sparse_attention(sparse_ctx, query, key, value, attention_mask, scaling), None
 
     def mask(**kwargs):
-        return _mask(native, **kwargs)
+        return _mask(native, dense_below, **kwargs)
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, mask)
@@ -198,23 +204,29 @@ def dense_attention(native: str, module) -> Callable:
     return ALL_ATTENTION_FUNCTIONS[native]
 
 
-def _mask(native: str, **kwargs):
+def _mask(native: str, dense_below: int, **kwargs):
     """The mask of one forward: native where it runs dense, else 2-D `[B, length]` bool where padded, or None."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-    attached = _ATTACHED.get(kwargs["config"])
     queries, offset = kwargs["q_length"], kwargs["q_offset"]
     length = queries if queries == 1 else int(offset) + queries
     windowed = kwargs.get("local_size") is not None
-    if windowed or attached is None or not attached.is_sparse(queries, length):
+    if windowed or not _is_sparse(queries, length, dense_below):
         return ALL_MASK_ATTENTION_FUNCTIONS[native](**kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
-        raise ValueError("sparse prefill takes one causal sequence per row; packed or custom masks are not supported")
+        raise ValueError(
+            "sparse prefill takes one causal sequence per row; packed or custom masks are not supported (a compiled prefill "
+            "without a cache needs an attention_mask, if only of ones, to show that nothing is packed)"
+        )
     padding = kwargs["attention_mask"]
     if padding is None:
         return None
+    if padding.shape[1] < length:
+        raise ValueError(f"attention_mask must cover all {length} tokens, those in the cache too, got {tuple(padding.shape)}")
     padding = padding[:, :length].bool()
-    return None if bool(padding.all()) else padding
+    if not torch.compiler.is_compiling() and bool(padding.all()):
+        return None
+    return padding
 
 
 def _sparse_attention(ctx, q, k, v, mask, scale):

@@ -91,15 +91,19 @@ def new_figure(columns: int = 1, rows: int = 1, width: float = 5.2, height: floa
 
 
 def machine(device: str = "cpu") -> dict:
-    """What a figure was measured on: processor or card, versions, commit and whether the tree was changed."""
+    """What a figure was measured on: processor or card, versions, commit and whether the tree was changed.
+
+    Where the tree travels without its history, `NPU_SPARSE_COMMIT` says which commit it is.
+    """
+    stated = os.environ.get("NPU_SPARSE_COMMIT")
     found = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "device": device,
-        "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
+        "commit": stated or _git("rev-parse", "--short=12", "HEAD"),
+        "dirty": not stated and bool(_git("status", "--porcelain")),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     for package in ("torch", "transformers", "triton", "npu-sparse"):

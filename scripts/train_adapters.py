@@ -21,19 +21,19 @@ COMMON = {
     "tasks": "niah_single_1,niah_single_2,niah_multikey_1,niah_multikey_2,niah_multivalue,vt",
     "lengths": "1024,2048,4096",
     "tokens": 16384,
-    "micro_batch": 4,
+    "micro_batch": 16,
     "rows": 512,
-    "segment": 128,
+    "segment": 256,
     "validation_prompts": 12,
     "validate_every": 250,
     "save_every": 50,
     "device": "cuda",
 }
 RUNS = {
-    "smollm2-h1d128-both": {"model": "smollm2-135m", "heads": 1, "dim": 128, "loss": "both"},
-    "smollm2-h1d128-kl": {"model": "smollm2-135m", "heads": 1, "dim": 128, "loss": "kl"},
-    "gemma3-h4d128-both": {"model": "gemma3-270m", "heads": 4, "dim": 128, "loss": "both"},
     "smollm2-h4d64-both": {"model": "smollm2-135m", "heads": 4, "dim": 64, "loss": "both"},
+    "smollm2-h4d64-kl": {"model": "smollm2-135m", "heads": 4, "dim": 64, "loss": "kl"},
+    "gemma3-h4d128-kl": {"model": "gemma3-270m", "heads": 4, "dim": 128, "loss": "kl"},
+    "smollm2-h1d128-kl": {"model": "smollm2-135m", "heads": 1, "dim": 128, "loss": "kl"},
 }
 
 
@@ -59,6 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/adapters"))
     parser.add_argument("--seconds", type=float, default=360.0)
+    parser.add_argument("--steps", type=int, default=None, help="for every run; no probe then")
     parser.add_argument("--runs", nargs="*", default=list(RUNS), choices=list(RUNS))
     parser.add_argument("--gpus", type=int, default=None)
     args = parser.parse_args()
@@ -70,6 +71,7 @@ def main() -> int:
     steps = json.loads(steps_file.read_text()) if steps_file.exists() else {}
     for first in range(0, len(args.runs), gpus):
         wave = args.runs[first : first + gpus]
+        steps.update({name: args.steps for name in wave if args.steps})
         unknown = [name for name in wave if name not in steps]
         probes = {name: step_seconds(wave.index(name), RUNS[name], args.out / f"probe-{name}") for name in unknown}
         for name, process in probes.items():

@@ -14,10 +14,15 @@ def visible_to_block(queries: int, keys: int, block: int, valid: Tensor | None, 
 
 
 def visible_to_query(start: int, stop: int, offset: int, keys: int, valid: Tensor | None, device) -> Tensor:
-    """Bool `[B or 1, stop - start, keys]`: True where query `start + i` (at position `offset + start + i`) sees the key."""
+    """Bool `[B or 1, stop - start, keys]`: True where query `start + i` (at position `offset + start + i`) sees the key.
+
+    A padding query sees nothing.
+    """
     query = torch.arange(offset + start, offset + stop, device=device)
     visible = torch.arange(keys, device=device) <= query[:, None]  # [rows, keys]
-    return visible[None] if valid is None else visible & valid[:, None, :keys]
+    if valid is None:
+        return visible[None]
+    return visible & valid[:, None, :keys] & valid[:, offset + start : offset + stop, None]
 
 
 def padded_to_blocks(rows: Tensor, block: int, fill: float) -> Tensor:

@@ -12,11 +12,11 @@ Six tasks need nothing, five need a haystack of ordinary text and are labelled "
 figures use another text, two need the user's own question file: see `TASKS` and `task_names`. Templates, needle counts,
 frequencies and new tokens are RULER's; key words come from a list of our own, and sentences are split by a simple rule.
 
-Any length works from a minimum on, which depends on the tokenizer and the new tokens; the ValueError for a shorter one
-states it. With a vocabulary of 49K, 1024 is enough for every task (cwe needs about 820, the others 220 to 420).
-A needle's value is a few dozen tokens at most, so for `niah_single_*` a smaller `max_new_tokens` (16 for numbers, 40 for
-UUIDs) finds the same and leaves more room; a model that then repeats itself does no harm, since a score looks for the
-answer anywhere.
+Any length works from a minimum on, which depends on the tokenizer and the new tokens and which the ValueError for a
+shorter one states. With a vocabulary of 49K, 1024 is enough for every task (cwe needs 820, the others 220 to 420).
+A needle's value is a few dozen tokens at most, so for `niah_single_*` a smaller `max_new_tokens` (16 for numbers, 40
+for UUIDs) finds the same and leaves more room; a model that then repeats itself does no harm, since a score looks for
+the answer anywhere.
 """
 
 from npu_sparse.tasks.catalogue import TASKS, Task, task_names

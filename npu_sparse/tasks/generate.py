@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from npu_sparse.tasks.texts import Document
 
-USER_TEXT = "<<user text>>"
+USER_TEXT = "the text of the user"
 PROBE_UNITS = 16
 SECANT_STEPS = 8
 

@@ -88,38 +88,50 @@ def split(
 ) -> tuple[list[Document], list[Document]]:
     """Training and validation documents, in their given order; none is in both.
 
-    A file's side follows from seed and name alone, so adding files moves no other file: a file of fewer than ten parts
-    is held out whole with probability `validation_fraction`; of a longer one, one run of adjacent parts is held out, so
-    that neighbouring parts are separated at its two ends only. If chance leaves one side empty, the file nearest to the
-    threshold changes sides.
+    Files of fewer than ten parts go whole to one side: they are held out in the order of a hash of seed and name, as
+    many as come nearest to `validation_fraction` of their characters (files added later move only those at the end of
+    the row). Of a longer file, one run of adjacent parts is held out, at a place that the hash chooses, so that
+    neighbouring parts are separated at the run's two ends only. Neither side is empty unless the fraction is 0.
     """
     if not 0 <= validation_fraction < 1:
         raise ValueError(f"validation_fraction must be in [0, 1), got {validation_fraction}")
-    by_file: dict[str, list[Document]] = {}
-    for document in documents:
-        by_file.setdefault(document.file, []).append(document)
     if len({document.name for document in documents}) < len(documents):
         raise ValueError("documents must have distinct names, got one twice")
     if validation_fraction == 0:
         return list(documents), []
-    held_out: set[str] = set()
+    by_file: dict[str, list[Document]] = {}
+    for document in documents:
+        by_file.setdefault(document.file, []).append(document)
     places = {file: _unit_interval(f"{seed}/{file}") for file in by_file}
-    for file, parts in by_file.items():
-        if len(parts) >= LEAST_PARTS_TO_DIVIDE:
-            run = min(max(1, round(validation_fraction * len(parts))), len(parts) - 1)
-            start = int(places[file] * (len(parts) - run + 1))
-            held_out.update(part.name for part in parts[start : start + run])
-        elif places[file] < validation_fraction:
-            held_out.update(part.name for part in parts)
-    if not 0 < len(held_out) < len(documents):
-        if len(by_file) < 2:
+    whole = sorted((file for file, parts in by_file.items() if len(parts) < LEAST_PARTS_TO_DIVIDE), key=places.get)
+    held_out: set[str] = set()
+    for file in by_file.keys() - set(whole):
+        parts = by_file[file]
+        run = min(max(1, round(validation_fraction * len(parts))), len(parts) - 1)
+        start = int(places[file] * (len(parts) - run + 1))
+        held_out.update(part.name for part in parts[start : start + run])
+    sizes = {file: sum(len(part.text) for part in by_file[file]) for file in whole}
+    chosen = _nearest_sum(whole, sizes, validation_fraction * sum(sizes.values()))
+    if not held_out:
+        if len(whole) < 2:
             raise ValueError(
                 f"documents must come from two files or be ten parts of one to be split, got {len(documents)}"
             )
-        nearest = min(by_file, key=lambda file: abs(places[file] - validation_fraction))
-        held_out ^= {part.name for part in by_file[nearest]}
+        chosen = (chosen or whole[:1])[: len(whole) - 1]
+    held_out.update(part.name for file in chosen for part in by_file[file])
     training = [document for document in documents if document.name not in held_out]
     return training, [document for document in documents if document.name in held_out]
+
+
+def _nearest_sum(files: list[str], sizes: dict[str, int], target: float) -> list[str]:
+    """Files taken in order while each brings the sum of sizes nearer to the target."""
+    chosen: list[str] = []
+    total = 0
+    for file in files:
+        if total + sizes[file] / 2 <= target:
+            chosen.append(file)
+            total += sizes[file]
+    return chosen
 
 
 def _unit_interval(name: str) -> float:
@@ -142,7 +154,7 @@ def _read_source(source: str) -> Iterator[tuple[str, str]]:
     if path.is_file():
         if not _readable(path):
             raise ValueError(f"a source file must end in {' '.join(SUFFIXES)} or .gz, got {source!r}")
-        return _read_files(path.parent.name, path.parent, [path])
+        return _read_files(path.resolve().parent.name, path.parent, [path])
     if path.is_dir():
         return _read_files(path.resolve().name, path, sorted(file for file in path.rglob("*") if _readable(file)))
     raise FileNotFoundError(

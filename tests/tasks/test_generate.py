@@ -210,16 +210,32 @@ def test_common_words_continue_with_pairs_when_the_list_is_used_up(word_tokenize
     assert not any(answer in pair for answer in example.answers for pair in pairs)
 
 
+def frequencies(example: tasks.Example) -> list[tuple[int, str]]:
+    """The coded words of an fwe prompt with their counts, most frequent first."""
+    start, end = example.prompt.index("coded words. "), example.prompt.index("\nQuestion")
+    words = example.prompt[start:end].split()[2:]
+    return sorted(((words.count(word), word) for word in set(words)), reverse=True)
+
+
 @pytest.mark.parametrize("length", [540, 600, 700, LONG_ENOUGH, 9000])
 def test_frequent_words_are_strictly_the_three_most_frequent(length, tokenizer):
     for example in tasks.generate("fwe", tokenizer, length=length, count=3, seed=0):
-        context = example.prompt[example.prompt.index("coded words. ") : example.prompt.index("\nQuestion")]
-        words = context.split()[2:]
-        counts = sorted(((words.count(word), word) for word in set(words)), reverse=True)
-        assert counts[0][1] == "..."
-        assert {word for _, word in counts[1:4]} == set(example.answers)
-        assert counts[3][0] > counts[4][0]
-        assert length < 2000 or counts[1][0] / counts[2][0] == pytest.approx((3 / 2) ** 2, rel=0.2)
+        (_, dots), *_, (third, _), (fourth, _) = frequencies(example)[:5]
+        assert dots == "..." and third > fourth
+        assert {word for _, word in frequencies(example)[1:4]} == set(example.answers)
+
+
+def test_frequent_words_follow_zipfs_law(tokenizer):
+    [example] = tasks.generate("fwe", tokenizer, length=9000, count=1, seed=0)
+    counts = [count for count, _ in frequencies(example)]
+    assert counts[0] / counts[1] == pytest.approx(4, rel=0.05)
+    assert counts[1] / counts[3] == pytest.approx(4, rel=0.15)
+
+
+def test_lengths_that_would_tie_frequent_words_are_refused(tokenizer):
+    for length in range(300, 533, 10):
+        with pytest.raises(ValueError, match="length must be >= 533"):
+            tasks.generate("fwe", tokenizer, length=length, count=1, seed=0)
 
 
 def test_chat_wraps_the_question_and_begins_the_answer(tokenizer):
@@ -264,6 +280,14 @@ def test_hotpot_shows_supporting_documents_first_when_room_is_short(tokenizer, q
     for example in tasks.generate("qa_2", tokenizer, length=240, count=4, seed=0, qa_file=qa_files["qa_2"]):
         assert 2 <= example.prompt.count("\nDocument ") <= 4
         assert "is Ann's" in example.prompt and f"Ann lives at {example.answers[0]}" in example.prompt
+
+
+def test_the_seed_orders_the_questions(tokenizer, qa_files):
+    orders = [
+        [e.answers for e in tasks.generate("qa_1", tokenizer, length=1400, count=20, seed=s, qa_file=qa_files["qa_1"])]
+        for s in (0, 1)
+    ]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
 
 
 def test_unanswerable_questions_are_left_out(tokenizer, qa_files):

@@ -27,7 +27,7 @@ def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: s
         hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=z.device).triu_(1)
         z[..., first:].masked_fill_(hidden, float("-inf"))
         if valid is not None:
-            z.masked_fill_(~valid[:, None, :end], float("-inf"))
+            z.masked_fill_(~(valid[:, None, :end] & valid[:, first:end, None]), float("-inf"))
         if reduce == "max":
             reduced = _max_over_rows(padded_to_blocks(z, block, float("-inf")))
         else:

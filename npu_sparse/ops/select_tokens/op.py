@@ -54,6 +54,12 @@ def select_tokens(
     for name, value, least in (("k", k, 1), ("sink", sink, 0), ("recent", recent, 0), ("block", block, 1)):
         if value < least:
             raise ValueError(f"{name} must be >= {least}, got {value}")
+    kept = sink + (recent + block - 1 if recent else 0)
+    if k < min(kept, Tk):
+        raise ValueError(
+            f"k must hold the keys that are always kept (sink {sink} + recent {recent} of every query of a block of {block} = "
+            f"{kept}), got {k}"
+        )
     if queries is None:
         queries = min(Nq * block, Tk)
     if Nq != -(-queries // block) or queries > Tk:

@@ -40,7 +40,7 @@ def _gather_blocks(q, k, v, indices, count, block, scale):
             tile = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
             seen = allowed.any(-1).transpose(0, 1).reshape(-1, 1, block, 1)
             out[b, n] = torch.where(seen, tile, 0.0).view(-1, Hq, block, Dv)
-    return out.transpose(1, 2).reshape(B, Hq, Nq * block, Dv)[:, :, :Tq]
+    return out.transpose(1, 2).reshape(B, Hq, Nq * block, Dv)[:, :, :Tq].contiguous()
 
 
 def _gather(x: Tensor, idx: Tensor) -> Tensor:
@@ -59,8 +59,9 @@ def _gather_unions(q, k, v, indices, count, block, scale):
     used = torch.arange(K, device=q.device) < count[..., None]
     slots = torch.where(used, indices, Tk).long()  # unused slots land in a column that is cut off
     out = torch.zeros(B, Hq, Tq, Dv, dtype=q.dtype, device=q.device)
-    for start in range(0, Tq, UNION_ROWS):
-        stop = min(start + UNION_ROWS, Tq)
+    rows_at_once = max(1, UNION_ROWS // block) * block  # whole blocks
+    for start in range(0, Tq, rows_at_once):
+        stop = min(start + rows_at_once, Tq)
         blocks = slots[:, :, start // block : -(-stop // block)]
         member = torch.zeros(*blocks.shape[:3], Tk + 1, dtype=torch.bool, device=q.device).scatter_(-1, blocks, True)
         union = member[..., :Tk].flatten(0, 2).any(0).nonzero()[:, 0]  # [U]
@@ -70,8 +71,9 @@ def _gather_unions(q, k, v, indices, count, block, scale):
         position = torch.arange(start, stop, device=q.device) + Tk - Tq
         allowed = member & (union <= position[:, None])
         mask = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, float("-inf"))
-        # a key that is in the union for another row must not reach this one through 0 * NaN
-        keys, values = k[:, :, union], v[:, :, union]
+        # a key that only another sequence or KV group selects may hold anything: it must not reach this one as 0 * NaN
+        unused = ~member.any(2)[..., None]  # [B, Hs, U, 1]
+        keys, values = k[:, :, union].masked_fill_(unused, 0.0), v[:, :, union].masked_fill_(unused, 0.0)
         rows = q[:, :, start:stop].reshape(B * Hs, Hq // Hs, stop - start, D)
         tile = scaled_dot_product_attention(
             rows, keys.reshape(B * Hs, Hkv // Hs, -1, D), values.reshape(B * Hs, Hkv // Hs, -1, Dv),

@@ -1,0 +1,108 @@
+"""Clocks: synchronised wall time, time per stage, dense attention's share, peak memory."""
+
+import time
+from collections import defaultdict
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for everything queued on an accelerator; does nothing on the CPU."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
+class StageTimer:
+    """Seconds spent in named stages, as `SparsePrefill.attach(stage=...)` takes it: `with timer("scoring"): ...`.
+
+    Both ends of a stage wait for the device. That stops work from overlapping, so a run with a StageTimer is slower
+    than the
+    run it explains: time to first token is measured without one.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str):
+        synchronize(self.device)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronize(self.device)
+            self.seconds[name] += time.perf_counter() - started
+
+
+@contextmanager
+def dense_attention_timed(model, stage):
+    """Runs the model's own attention function within `stage("attention")` on full-attention layers, the ones made
+    sparse.
+
+    Through transformers' registries only; leaving restores the model.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    from ..architectures import attention_modules, attention_selection, text_config
+
+    native = text_config(model)._attn_implementation
+    timed = set(attention_modules(model).values())
+
+    def attention(module, *args, **kwargs):
+        run = _attention_function(native, module)
+        if module not in timed:
+            return run(module, *args, **kwargs)
+        with stage("attention"):
+            return run(module, *args, **kwargs)
+
+    name = f"npu_sparse_timed_{native}"
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[native])
+    model.set_attn_implementation(attention_selection(model, name))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention_selection(model, native))
+
+
+def _attention_function(native: str, module):
+    import sys
+
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if native == "eager":  # each modelling file has its own, in no registry
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[native]
+
+
+def amdahl_ceiling(total_s: float, attention_s: float) -> float:
+    """The largest speed-up that making attention free can give: `total_s / (total_s - attention_s)`."""
+    if not 0 <= attention_s < total_s:
+        raise ValueError(f"attention_s must lie in [0, total_s = {total_s}), got {attention_s}")
+    return total_s / (total_s - attention_s)
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Starts a new peak: of the device's allocator, or on the CPU (Linux) of the process's resident memory."""
+    if device.type != "cpu":
+        getattr(torch, device.type).reset_peak_memory_stats(device)
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        pass
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """The peak since `reset_peak_memory`, weights included; None where the system does not say."""
+    if device.type != "cpu":
+        return getattr(torch, device.type).max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("VmHWM:")[2].split()[0])
+    except (OSError, IndexError, ValueError):
+        return None

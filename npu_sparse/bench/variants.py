@@ -1,0 +1,153 @@
+"""What is compared: dense attention, oracle and indexer at two granularities, and controls, all at one budget."""
+
+import hashlib
+from dataclasses import dataclass, replace
+
+from ..budget import Budget
+
+LOCAL_SINK = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a prefill: `chooser` picks the keys, `shared` says whether a block of queries shares them."""
+
+    name: str
+    label: str
+    chooser: str  # "dense", "oracle", "indexer", "local" or "random"
+    shared: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("dense", "dense", "dense"),
+        Variant("oracle", "oracle, per query", "oracle"),
+        Variant("oracle-shared", "oracle, shared", "oracle", shared=True),
+        Variant("indexer", "indexer, per query", "indexer"),
+        Variant("indexer-shared", "indexer, shared", "indexer", shared=True),
+        Variant("local", f"{LOCAL_SINK} sinks + recent", "local"),
+        Variant("random", "random keys", "random"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a loaded model with its tokenizer and indexer, either of which may be None where nobody needs
+    it."""
+
+    model: object
+    tokenizer: object
+    indexer: object
+
+    def base(self) -> dict:
+        """`checkpoints.identity` of the model."""
+        from ..checkpoints import identity
+
+        return identity(self.model)
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raises ValueError unless `names` are known variants, none twice."""
+    if not names:
+        raise ValueError(f"variants must name at least one of {', '.join(VARIANTS)}, got none")
+    for name in names:
+        if name not in VARIANTS:
+            raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {name!r}")
+    if len(set(names)) != len(names):
+        raise ValueError(f"variants must not be named twice, got {', '.join(names)}")
+
+
+def check_budgets(names: tuple[str, ...], length: int, budget: Budget) -> None:
+    """Raises ValueError where a variant's budget is inconsistent or larger than a context of `length` tokens."""
+    for name in names:
+        if (own := budget_of(name, budget)) is not None:
+            own.check_length(length)
+        if VARIANTS[name].chooser == "local":
+            own.replace(sink=LOCAL_SINK, recent=0)
+
+
+def needs_indexer(names) -> bool:
+    """Whether any of these variants selects by an indexer."""
+    return any(VARIANTS[name].chooser == "indexer" for name in names)
+
+
+def budget_of(name: str, budget: Budget) -> Budget | None:
+    """The Budget one variant runs at, of the common `budget`: block 1 where every query selects; None for dense."""
+    variant = VARIANTS[name]
+    if variant.chooser == "dense":
+        return None
+    return budget if variant.shared else budget.replace(block=1)
+
+
+def selector_of(name: str, indexer=None, seed: int = 0):
+    """The Selector of a sparse variant."""
+    from .. import selectors
+
+    chooser = VARIANTS[name].chooser
+    if chooser == "indexer":
+        return selectors.Indexer(indexer)
+    if chooser == "local":
+        return selectors.Local(LOCAL_SINK)
+    return {"oracle": selectors.Oracle, "random": lambda: selectors.Random(seed)}[chooser]()
+
+
+def evidence_of(name: str, indexer=None) -> str:
+    """The evidence type of a variant's figures: "dense", "oracle", "distilled", "untrained" or "control"."""
+    return "dense" if VARIANTS[name].chooser == "dense" else selector_of(name, indexer).evidence
+
+
+def load_subject(config, names, model=None, tokenizer=None, indexer=None) -> Subject:
+    """The Subject of a config with `model`, `adapter`, `dtype` and `device`; what is passed in is not loaded again."""
+    if indexer is None and config.adapter is not None and needs_indexer(names):
+        from ..indexer import Indexer
+
+        indexer = Indexer.from_pretrained(config.adapter)
+    if model is None:
+        from ..checkpoints import load
+
+        model, loaded = load(config.model, dtype=config.dtype, device=config.device)
+        tokenizer = tokenizer or loaded
+    return Subject(model, tokenizer, indexer)
+
+
+def with_tokenizer(subject: Subject, config) -> Subject:
+    """The same Subject with the tokenizer of `config.model`, where the model was passed in without one."""
+    if subject.tokenizer is not None:
+        return subject
+    from ..checkpoints import load_tokenizer
+
+    return replace(subject, tokenizer=load_tokenizer(config.model))
+
+
+def adapter_fingerprint(indexer) -> str:
+    """16 hex digits of an indexer's weights in the form they are saved in."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(indexer.state_dict().items()):
+        stored = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(stored.shape)}".encode() + stored.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def attachable(subject: Subject, names, budget: Budget, impl: str) -> None:
+    """Attaches and detaches every sparse variant, so that what cannot run is refused before anything is computed.
+
+    Raises AdapterError, KernelUnavailableError, UnsupportedArchitectureError or ValueError.
+    """
+    from ..prefill import SparsePrefill
+
+    for name in names:
+        if (own := budget_of(name, budget)) is not None:
+            SparsePrefill.attach(subject.model, selector_of(name, subject.indexer), own, impl=impl).detach()
+
+
+def check_context(model, length: int) -> None:
+    """Raises ValueError where `length` tokens do not fit the model."""
+    from ..architectures import describe
+
+    limit = describe(model.config).max_positions
+    if length > limit:
+        raise ValueError(f"length must fit the model's {limit} positions, got {length}")

@@ -1,0 +1,256 @@
+"""Runs an oracle study: refuses what cannot be measured, measures cell by cell, and writes the report.
+
+Every cell - a variant at a budget, a prompt's layers, the noise floor - is kept in its own file as soon as it is
+measured, so an interrupted study loses the cell it was in and no other.
+"""
+
+import copy
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import checkpoints, report, tasks
+from ..architectures import Architecture, describe
+from ..budget import Budget
+from ..ops.dispatch import require_kernels, uses_kernel
+from ..selectors import Local, Oracle, Random, Selector
+from ..tasks.catalogue import task_named
+from . import figures, page, quality
+from .config import OracleConfig, Variant, granularities, variants
+from .layers import measure_layers
+from .prompts import text_prompts
+from .summary import summarise
+
+
+def run_oracle(config: OracleConfig, output, *, model=None, tokenizer=None) -> dict:
+    """The report of an oracle study, also written to `output` as report.json, report.md and PNG figures.
+
+    `output` gets config.json first and every finished cell in cells/; running the same config again measures what is
+    missing and writes the report anew. `model` and `tokenizer`, together, are used instead of loading `config.model`.
+
+    Raises ValueError (report.RunError for the directory) before anything is measured: texts that are empty or too
+    short, an unknown task, a model that is not supported, a used directory. CheckpointError and
+    KernelUnavailableError as their modules do.
+    """
+    if not isinstance(config, OracleConfig):
+        raise TypeError(f"config must be an OracleConfig, got {type(config).__name__}")
+    output = Path(output)
+    if output.is_file():
+        raise report.RunError(f"output must be a directory, got the file {output}")
+    if output.is_dir() and any(output.iterdir()):
+        report.open_run(
+            output, config.to_dict()
+        )  # refuses a used directory before a model is loaded, and writes nothing
+    study = _prepare(config, model, tokenizer)
+    report.open_run(output, config.to_dict())
+    cells = _measure(study, output / "cells")
+    return _write(study, cells, output)
+
+
+@dataclass
+class Study:
+    """Everything a study measures with: `prompts` are `(name, int64 [T])`, `examples` are by task."""
+
+    config: OracleConfig
+    model: torch.nn.Module
+    tokenizer: object
+    architecture: Architecture
+    prompts: list[tuple[str, Tensor]]
+    examples: dict[str, list[tasks.Example]]
+
+    @cached_property
+    def inputs(self) -> str:
+        """16 hex digits of the weights, prompts and examples: cells of other inputs are never mixed in."""
+        digest = hashlib.sha256(checkpoints.weights_fingerprint(self.model).encode())
+        for _, ids in self.prompts:
+            digest.update(ids.numpy().tobytes())
+        for example in self.all_examples:
+            digest.update(example.prompt.encode())
+        return digest.hexdigest()[:16]
+
+    @property
+    def all_examples(self) -> list[tasks.Example]:
+        return [example for examples in self.examples.values() for example in examples]
+
+    @property
+    def ids(self) -> list[Tensor]:
+        return [ids for _, ids in self.prompts]
+
+    @cached_property
+    def dense(self) -> list[Tensor]:
+        """`hidden_states` of every prompt under the model's own attention."""
+        return [quality.hidden_states(self.model, ids, self.config.position_stride) for ids in self.ids]
+
+
+def _prepare(config: OracleConfig, model, tokenizer) -> Study:
+    if (model is None) != (tokenizer is None):
+        raise ValueError("model and tokenizer must be given together")
+    for task in config.tasks:
+        if task_named(task).needs == "qa_file" and config.qa_file is None:
+            raise ValueError(f"{task} needs qa_file: the path of a question file")
+    _check_device(config)
+    try:
+        documents = tasks.documents(config.texts)
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+    if model is None:
+        model, tokenizer = checkpoints.load(config.model, dtype=config.dtype, device=config.device)
+    architecture = describe(model.config)
+    if model.dtype != getattr(torch, config.dtype) or model.device.type != torch.device(config.device).type:
+        raise ValueError(
+            f"model must be {config.dtype} on {config.device}, as the config says, got {model.dtype} on {model.device}"
+        )
+    if config.length > architecture.max_positions:
+        raise ValueError(f"length must fit the model's {architecture.max_positions} positions, got {config.length}")
+    prompts = text_prompts(tokenizer, documents, length=config.length, count=config.prompts, seed=config.seed)
+    examples = {task: _examples(config, task, tokenizer, documents) for task in config.tasks}
+    return Study(config, model.eval(), tokenizer, architecture, prompts, examples)
+
+
+def _check_device(config: OracleConfig) -> None:
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ValueError(f"device must be a torch device such as cpu or cuda, got {config.device!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device must be one that this torch has, got {config.device!r}: torch.cuda is not available")
+    if uses_kernel(config.impl, device.type):
+        require_kernels(device.type)
+
+
+def _examples(config: OracleConfig, task: str, tokenizer, documents) -> list[tasks.Example]:
+    try:
+        return tasks.generate(
+            task, tokenizer, length=config.length, count=config.task_count, seed=config.seed, haystack=documents,
+            qa_file=config.qa_file, chat=config.chat,
+            max_new_tokens=min(task_named(task).max_new_tokens, config.task_new_tokens),
+        )  # fmt: skip
+    except FileNotFoundError as error:
+        raise ValueError(str(error)) from error
+
+
+def _cells(study: Study) -> Iterator[tuple[str, Callable[[], dict]]]:
+    """`(name, measure)` of every cell, the floor and the layers first."""
+    config = study.config
+    if config.tasks:
+        yield "dense", lambda: {"scores": _scores(study, study.model)}
+    if config.noise_dtype:
+        yield f"noise-{config.noise_dtype}", lambda: _noise_floor(study)
+    for n in range(config.layer_prompts):
+        yield f"layers-{n}", lambda n=n: _layers(study, n)
+    for variant in variants(config, study.architecture.kv_heads):
+        yield variant.cell, lambda variant=variant: _end_to_end(study, variant)
+
+
+def _measure(study: Study, directory: Path) -> dict[str, dict]:
+    directory.mkdir(exist_ok=True)
+    wanted = list(_cells(study))
+    cells = {name: cell for name, _ in wanted if (cell := _read(study, directory / f"{name}.json")) is not None}
+    if cells:
+        report.say(f"oracle: {len(cells)} of {len(wanted)} cells are there already")
+    for number, (name, measure) in enumerate(wanted, start=1):
+        if name in cells:
+            continue
+        started = time.perf_counter()
+        cell = {"inputs": study.inputs, **measure(), "seconds": round(time.perf_counter() - started, 3)}
+        report.write_json(directory / f"{name}.json", cell)
+        cells[name] = cell
+        report.say(f"oracle: [{number}/{len(wanted)}] {name}{_first_figures(cell)}, {cell['seconds']:.1f} s")
+    return cells
+
+
+def _read(study: Study, path: Path) -> dict | None:
+    if not path.exists():
+        return None
+    try:
+        cell = json.loads(path.read_text())
+        inputs = cell["inputs"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise report.RunError(f"{path} cannot be read ({error}): delete it and it is measured again") from error
+    if inputs != study.inputs:
+        raise report.RunError(
+            f"{path.parent.parent} was measured with other weights or texts than there are now: "
+            "choose another directory"
+        )
+    return cell
+
+
+def _first_figures(cell: dict) -> str:
+    if "prompts" not in cell:
+        return ""
+    kl = sum(prompt["kl"] for prompt in cell["prompts"]) / len(cell["prompts"])
+    agreement = sum(prompt["agreement"] for prompt in cell["prompts"]) / len(cell["prompts"])
+    return f": KL {kl:.4g} nats, agreement {agreement:.1%}"
+
+
+def _end_to_end(study: Study, variant: Variant) -> dict:
+    config = study.config
+    selector = _selector(variant, config)
+    budget = Budget(k=variant.k, block=variant.block, reduce=variant.reduce or "max")
+    prompts = quality.measure(
+        study.model, study.ids, study.dense, study.model, selector=selector, budget=budget, impl=config.impl,
+        stride=config.position_stride,
+    )  # fmt: skip
+    return {"prompts": prompts, "scores": _scores(study, study.model, selector, budget)}
+
+
+def _selector(variant: Variant, config: OracleConfig) -> Selector:
+    if variant.selector == "local":
+        return Local(variant.sink)
+    if variant.selector == "random":
+        return Random(config.seed)
+    return Oracle(per_kv=variant.heads == "kv")
+
+
+def _noise_floor(study: Study) -> dict:
+    dense = study.dense
+    other = copy.deepcopy(study.model)
+    dtype = getattr(torch, study.config.noise_dtype)
+    for parameter in other.parameters():  # buffers stay: rotary frequencies are fp32 in a model of any dtype
+        parameter.data = parameter.data.to(dtype)
+    prompts = quality.measure(other, study.ids, dense, study.model, stride=study.config.position_stride)
+    return {"prompts": prompts, "scores": _scores(study, other)}
+
+
+def _scores(study: Study, model, selector: Selector | None = None, budget: Budget | None = None) -> dict:
+    return {
+        task: quality.task_scores(
+            model, study.tokenizer, examples, selector=selector, budget=budget, impl=study.config.impl
+        )
+        for task, examples in study.examples.items()
+    }
+
+
+def _layers(study: Study, n: int) -> dict:
+    config = study.config
+    return measure_layers(
+        study.model, study.ids[n], study.dense[n], granularities(config, study.architecture.kv_heads), config.budgets,
+        impl=config.impl, stride=config.position_stride,
+    )  # fmt: skip
+
+
+def _write(study: Study, cells: dict[str, dict], output: Path) -> dict:
+    found = {
+        "stage": "oracle",
+        "config": study.config.to_dict(),
+        "model": {**checkpoints.identity(study.model), **study.architecture.to_dict()},
+        "machine": report.machine(study.config.device),
+        "prompts": [name for name, _ in study.prompts],
+        "inputs": study.inputs,
+        "seconds": round(sum(cell["seconds"] for cell in cells.values()), 1),
+        **summarise(study.config, study.architecture.kv_heads, cells),
+    }
+    report.write_json(output / "report.json", found)
+    drawn = figures.draw(found)
+    for name, figure in drawn.items():
+        report.write_figure(output / name, figure)
+    report.write_text(output / "report.md", page.markdown(found, list(drawn)))
+    report.say(f"oracle: wrote {output / 'report.md'}")
+    return found

@@ -1,0 +1,199 @@
+"""What every operator owes the PyTorch dispatcher, and the back-end policy."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from npu_sparse import ops
+from npu_sparse.ops import KernelUnavailableError, dispatch
+from npu_sparse.support import Support
+from npu_sparse.testing import attention_inputs, index_inputs, padding, ragged_scores, random_support
+
+
+def mass_arguments(device, block=8):
+    q, k, _ = attention_inputs(2, 4, 2, 21, 30, 16, device=device)
+    return q, k, 0.25, block, "max", True, padding(2, 30, "left", device=device)
+
+
+def index_arguments(device, block=8):
+    qi, ki, w = index_inputs(2, 3, 21, 30, 64, device=device)
+    return qi, ki, w, block, "mean", padding(2, 30, "right", device=device)
+
+
+def select_arguments(device, block=8):
+    return ragged_scores(2, 2, 21, 30, block=block).to(device), 20, 2, 1, block, 21, None
+
+
+def sparse_arguments(device, block=8):
+    q, k, v = attention_inputs(2, 4, 2, 21, 30, 16, 24, device=device, strided=True)
+    support = random_support(2, 2, 21, 30, k=7, block=block, device=device)
+    return q, k, v, support.indices, support.count, block, 0.25
+
+
+ARGUMENTS = {
+    "attention_mass": mass_arguments,
+    "index_scores": index_arguments,
+    "select_tokens": select_arguments,
+    "sparse_attention": sparse_arguments,
+}
+
+
+def attention_mass(q, k, scale, block, reduce, per_kv, valid, impl):
+    return ops.attention_mass(q, k, scale=scale, reduce_block=block, reduce=reduce, per_kv=per_kv, valid=valid, impl=impl)
+
+
+def index_scores(qi, ki, w, block, reduce, valid, impl):
+    return ops.index_scores(qi, ki, w, block=block, reduce=reduce, valid=valid, impl=impl)
+
+
+def select_tokens(scores, k, sink, recent, block, queries, valid, impl):
+    support = ops.select_tokens(
+        scores, k=k, sink=sink, recent=recent, block=block, queries=queries, valid=valid, impl=impl
+    )
+    return support.indices, support.count
+
+
+def sparse_attention(q, k, v, indices, count, block, scale, impl):
+    return ops.sparse_attention(q, k, v, Support(indices, count, block), scale=scale, impl=impl)
+
+
+PUBLIC = {f.__name__: f for f in (attention_mass, index_scores, select_tokens, sparse_attention)}
+everywhere = pytest.mark.parametrize("op", ARGUMENTS)
+
+
+def test_every_operator_is_tested_here():
+    assert sorted(ARGUMENTS) == sorted(dispatch.OPERATORS)
+
+
+@everywhere
+@pytest.mark.parametrize("block", [1, 8, 16])
+def test_opcheck(backend, op, block):
+    name = op if backend.impl == "kernel" else f"{op}_reference"
+    torch.library.opcheck(getattr(torch.ops.npu_sparse, name).default, ARGUMENTS[op](backend.device, block))
+
+
+@everywhere
+@pytest.mark.parametrize("block", [1, 8, 16])
+def test_fake_has_the_shape_the_dtype_and_the_strides_of_the_result(backend, op, block):
+    arguments = ARGUMENTS[op](backend.device, block)
+    real = PUBLIC[op](*arguments, impl=backend.impl)
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
+        fake = PUBLIC[op](*fakes, impl=backend.impl)
+    pairs = [(real, fake)] if isinstance(real, torch.Tensor) else list(zip(real, fake, strict=True))
+    for a, b in pairs:
+        assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
+
+
+@everywhere
+def test_full_graph_compile_gives_the_same(backend, op):
+    arguments = ARGUMENTS[op](backend.device)
+    expected = PUBLIC[op](*arguments, impl=backend.impl)
+    torch.compiler.reset()
+    compiled = torch.compile(PUBLIC[op], fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*arguments, impl=backend.impl), expected, rtol=0, atol=0)
+
+
+def test_full_graph_compile_of_selection_in_slices_gives_the_same(backend):
+    qi, ki, w, block, reduce, valid = index_arguments(backend.device)
+
+    def select(qi, ki, w, valid):
+        support = ops.select_by_index(
+            qi, ki, w, k=12, sink=1, recent=2, block=block, reduce=reduce, valid=valid, impl=backend.impl
+        )
+        return support.indices, support.count
+
+    torch.compiler.reset()
+    compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(qi, ki, w, valid), select(qi, ki, w, valid), rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_inductor_gives_the_same(backend):
+    """Inductor checks the strides that the fakes promise."""
+
+    def layer(qi, ki, w, q, k, v):
+        support = ops.select_by_index(qi * 2, ki, w, k=12, block=16, impl=backend.impl)
+        return ops.sparse_attention(q + 1, k, v, support, scale=0.25, impl=backend.impl).relu()
+
+    inputs = (*index_inputs(2, 3, 21, 30, 64, device=backend.device), *attention_inputs(2, 4, 2, 21, 30, 16, device=backend.device))
+    torch.compiler.reset()
+    compiled = torch.compile(layer, fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs), layer(*inputs))
+
+
+# Policy
+
+
+@pytest.mark.parametrize(
+    "impl, device, kernel",
+    [
+        ("auto", "cpu", False),
+        ("auto", "cuda", True),
+        ("auto", "npu", True),
+        ("auto", "mps", False),
+        ("reference", "cuda", False),
+        ("kernel", "cpu", True),
+    ],
+)
+def test_auto_means_the_kernel_on_cuda_and_npu_only(impl, device, kernel):
+    assert dispatch.uses_kernel(impl, device) is kernel
+
+
+def test_an_unknown_implementation_is_refused():
+    with pytest.raises(ValueError, match="impl must be one of auto, reference, kernel, got 'triton'"):
+        dispatch.uses_kernel("triton", "cpu")
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(dispatch, "_KERNELS", {})
+
+
+@everywhere
+def test_a_missing_kernel_is_an_error_that_says_what_to_do(op, no_kernels):
+    with pytest.raises(KernelUnavailableError, match=rf"{op} has no kernel on 'cpu': .* pass impl='reference'"):
+        PUBLIC[op](*ARGUMENTS[op]("cpu"), impl="kernel")
+
+
+@pytest.mark.parametrize("device", ["cuda", "npu", "cpu", "mps"])
+def test_every_device_without_kernels_is_told_what_to_do(device, no_kernels):
+    with pytest.raises(KernelUnavailableError, match=f"attention_mass has no kernel on '{device}': .*impl='reference'"):
+        dispatch.require_kernels(device)
+
+
+@everywhere
+def test_a_registered_kernel_is_what_runs(op, no_kernels):
+    arguments = ARGUMENTS[op]("cpu")
+    expected = PUBLIC[op](*arguments, impl="reference")
+    calls = []
+
+    def kernel(*inputs):
+        calls.append(inputs)
+        return getattr(torch.ops.npu_sparse, f"{op}_reference")(*inputs)
+
+    dispatch.register_kernel(op, "cpu", kernel)
+    torch.testing.assert_close(PUBLIC[op](*arguments, impl="kernel"), expected, rtol=0, atol=0)
+    assert len(calls) == 1
+    PUBLIC[op](*arguments, impl="reference")
+    PUBLIC[op](*arguments, impl="auto")
+    assert len(calls) == 1
+
+
+@everywhere
+def test_a_kernel_that_fails_never_falls_back(op, no_kernels):
+    def kernel(*inputs):
+        raise RuntimeError("device lost")
+
+    dispatch.register_kernel(op, "cpu", kernel)
+    with pytest.raises(RuntimeError, match="device lost"):
+        PUBLIC[op](*ARGUMENTS[op]("cpu"), impl="kernel")
+
+
+def test_require_kernels_wants_every_operator(no_kernels):
+    for op in dispatch.OPERATORS[:-1]:
+        dispatch.register_kernel(op, "cpu", print)
+    with pytest.raises(KernelUnavailableError, match=dispatch.OPERATORS[-1]):
+        dispatch.require_kernels("cpu")
+    dispatch.register_kernel(dispatch.OPERATORS[-1], "cpu", print)
+    dispatch.require_kernels("cpu")

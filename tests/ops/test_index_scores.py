@@ -1,0 +1,174 @@
+from dataclasses import dataclass
+from importlib import import_module
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npu_sparse import ops
+from npu_sparse.testing import DTYPES, assert_accurate, index_inputs, naive_index_scores, padding
+
+op = import_module("npu_sparse.ops.index_scores.op")
+reference = import_module("npu_sparse.ops.index_scores.reference")
+
+
+@dataclass(frozen=True)
+class Case:
+    B: int = 1
+    Hi: int = 1
+    Tq: int = 37
+    Tk: int = 37
+    Di: int = 64
+    block: int = 1
+    reduce: str = "max"
+    weighted: bool = False
+    side: str | None = None
+    strided: bool = False
+    dtype: torch.dtype = torch.float32
+
+    def inputs(self, device="cpu"):
+        qi, ki, w = index_inputs(
+            self.B, self.Hi, self.Tq, self.Tk, self.Di, dtype=self.dtype, device=device, strided=self.strided
+        )
+        valid = padding(self.B, self.Tk, self.side, device=device) if self.side else None
+        return qi, ki, w if self.weighted else None, dict(block=self.block, reduce=self.reduce, valid=valid)
+
+
+CASES = [
+    Case(Tq=1, Tk=1),
+    Case(Tq=1, Tk=37, B=2),
+    Case(),
+    Case(Hi=4, weighted=True, B=2),
+    Case(Hi=3),
+    Case(weighted=True),
+    Case(block=16, Tq=17, Tk=17),
+    Case(block=16, Tq=17, Tk=53, Hi=2, weighted=True),
+    Case(block=16, reduce="mean", B=2, Tq=33, Tk=40),
+    Case(block=64, Di=128),
+    Case(block=5, reduce="mean", side="left", B=2, Hi=2, weighted=True),
+    Case(block=8, side="right", B=3, strided=True),
+    Case(block=8, side="left", B=3, Hi=2, weighted=True, strided=True),
+    Case(side="left", B=2, Tq=9),
+]
+SHAPES = st.builds(
+    Case,
+    B=st.integers(1, 2), Hi=st.integers(1, 3), Tq=st.integers(1, 9), Tk=st.integers(9, 21), Di=st.just(8),
+    block=st.sampled_from([1, 2, 3, 4, 8, 16]), reduce=st.sampled_from(["max", "mean"]), weighted=st.booleans(),
+    side=st.sampled_from([None, "left", "right"]), strided=st.booleans(),
+)  # fmt: skip
+
+
+def check(case, impl="reference", device="cpu", factor=2.0):
+    qi, ki, w, options = case.inputs(device)
+    actual = ops.index_scores(qi, ki, w, impl=impl, **options)
+    exact = naive_index_scores(qi, ki, w, **options)
+    if impl == "reference":
+        yardstick = naive_index_scores(qi, ki, w, dtype=case.dtype, **options)
+    else:
+        yardstick = ops.index_scores(qi, ki, w, impl="reference", **options)
+    assert actual.dtype == torch.float32
+    assert_accurate(actual, exact, yardstick, factor)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_scores_are_as_accurate_as_the_yardstick(backend, case):
+    check(case, backend.impl, backend.device)
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_dtype_is_as_accurate_as_the_yardstick(backend, dtype, reduce):
+    case = Case(B=2, Hi=4, Tq=33, Tk=65, Di=128, block=16, weighted=True, reduce=reduce, dtype=dtype)
+    check(case, backend.impl, backend.device)
+
+
+@given(case=SHAPES)
+def test_scores_match_the_definition_for_any_shape(case):
+    check(case, factor=8)  # a handful of numbers: their RMS is a noisy estimate
+
+
+def test_keys_that_no_query_of_the_block_sees_score_minus_infinity(backend):
+    qi, ki, w, options = Case(B=2, Tq=20, Tk=24, block=8, side="left").inputs(backend.device)
+    scores = ops.index_scores(qi, ki, w, impl=backend.impl, **options).cpu()
+    last = torch.tensor([11, 19, 23])
+    visible = (torch.arange(24) <= last[:, None]) & options["valid"].cpu()[:, None]
+    assert torch.equal(scores > float("-inf"), visible)
+
+
+def test_negative_weights_make_negative_scores(backend):
+    qi, ki, _, _ = Case().inputs(backend.device)
+    scores = ops.index_scores(qi, ki, -torch.ones(1, 37, 1, device=backend.device), impl=backend.impl)
+    assert float(scores[scores > float("-inf")].min()) < 0
+    assert float(scores.max()) <= 0
+
+
+def test_padding_queries_do_not_speak_for_their_block(backend):
+    qi, ki, w, options = Case(Tq=24, Tk=24, block=8, Hi=2, weighted=True).inputs(backend.device)
+    valid = torch.arange(24, device=backend.device)[None] < 19
+    for reduce in ("max", "mean"):
+        options["reduce"] = reduce
+        padded = ops.index_scores(qi, ki, w, impl=backend.impl, **options | {"valid": valid})
+        alone = ops.index_scores(qi[:, :, :19], ki[:, :19], w[:, :19], impl=backend.impl, **options)
+        torch.testing.assert_close(padded[..., :19], alone)
+
+
+def test_nan_in_invisible_keys_does_not_leak(backend):
+    qi, ki, w, options = Case(B=2, side="left", block=8).inputs(backend.device)
+    clean = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
+    ki = ki.masked_fill(~options["valid"][..., None], float("nan"))
+    assert torch.equal(ops.index_scores(qi, ki, w, impl=backend.impl, **options), clean)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.Tq > 16], ids=str)
+def test_tiling_does_not_change_the_reference(case, monkeypatch):
+    qi, ki, w, options = case.inputs()
+    whole = ops.index_scores(qi, ki, w, **options)
+    monkeypatch.setattr(reference, "TILE_ELEMENTS", 1)
+    torch.testing.assert_close(ops.index_scores(qi, ki, w, **options), whole)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_select_by_index_selects_what_the_two_operators_select(backend, case, monkeypatch):
+    monkeypatch.setattr(op, "SCORE_ELEMENTS", 2 * case.B * case.Tk)  # two blocks of queries at a time
+    qi, ki, w, options = case.inputs(backend.device)
+    scores = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
+    kept = dict(k=case.block + 6, sink=2, recent=3, block=case.block)
+    whole = ops.select_tokens(scores, queries=case.Tq, valid=options["valid"], impl=backend.impl, **kept)
+    sliced = ops.select_by_index(
+        qi, ki, w, reduce=case.reduce, valid=options["valid"], impl=backend.impl, **kept
+    ).check(case.Tq, case.Tk)
+    assert torch.equal(sliced.count, whole.count)
+    assert torch.equal(sliced.member_mask(case.Tk), whole.member_mask(case.Tk))
+
+
+def test_select_by_index_names_its_stages():
+    names = []
+
+    def stage(name):
+        names.append(name)
+        return torch.inference_mode()
+
+    qi, ki, w, _ = Case().inputs()
+    ops.select_by_index(qi, ki, w, k=4, stage=stage)
+    assert names == ["scoring", "top-k"]
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"qi": torch.zeros(1, 37, 64)}, ValueError, r"qi must have shape \(\*, \*, \*, \*\), got \(1, 37, 64\)"),
+        ({"ki": torch.zeros(1, 1, 37, 64)}, ValueError, r"ki must have shape \(1, \*, 64\), got \(1, 1, 37, 64\)"),
+        ({"ki": torch.zeros(1, 37, 64).bfloat16()}, TypeError, "ki must be float32, got torch.bfloat16"),
+        ({"ki": torch.zeros(1, 36, 64)}, ValueError, "got Tq = 37, Tk = 36"),
+        ({"w": torch.zeros(1, 2, 37)}, ValueError, r"w must have shape \(1, 37, 2\), got \(1, 2, 37\)"),
+        ({"block": 0}, ValueError, "block must be >= 1, got 0"),
+        ({"reduce": "sum"}, ValueError, "reduce must be one of max, mean, got 'sum'"),
+        ({"valid": torch.ones(2, 37).bool()}, ValueError, r"valid must have shape \(1, 37\), got \(2, 37\)"),
+    ],
+)
+def test_bad_inputs_are_refused_with_the_rule(change, error, message):
+    qi, ki, w = index_inputs(1, 2, 37, 37, 64)
+    arguments = {"qi": qi, "ki": ki, "w": w, **change}
+    with pytest.raises(error, match=message):
+        ops.index_scores(arguments.pop("qi"), arguments.pop("ki"), arguments.pop("w"), **arguments)

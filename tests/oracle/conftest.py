@@ -1,0 +1,57 @@
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from npu_sparse.oracle import OracleConfig
+
+WORDS = "river hill stone cloud ember willow lantern harbor meadow copper velvet thunder".split()
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE that begins raw text with one token of its own."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<bos>"], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>")
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer) -> LlamaForCausalLM:
+    """Two layers of random weights, sharp enough that attention is not uniform."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(12.0)
+    return model
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Three text files of words in changing order."""
+    folder = tmp_path_factory.mktemp("texts")
+    generator = torch.Generator().manual_seed(1)
+    for n in range(3):
+        choice = torch.randint(len(WORDS), (1500,), generator=generator).tolist()
+        (folder / f"{n}.txt").write_text(" ".join(WORDS[i] for i in choice))
+    return folder
+
+
+@pytest.fixture
+def config(folder) -> OracleConfig:
+    return OracleConfig(
+        "tiny", length=100, budgets=(8, 40), texts=(str(folder),), prompts=3, blocks=(1, 16), layer_prompts=2
+    )
