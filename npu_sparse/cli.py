@@ -1,6 +1,7 @@
-"""The command line: parse, then call one function. Options are the fields of each stage's config, so they cannot drift apart.
+"""The command line: parse, then call one function.
 
-Nothing heavy is imported before a command is known: `--help` has to be quick.
+Options are the fields of each stage's config, so that they cannot drift apart. Nothing heavy is imported before a
+command is known: `--help` has to be quick.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from typing import Annotated
 import typer
 
 USER_ERROR, FAILURE = 2, 1
+INTERRUPTED = 130  # typer's exit status of a command that Ctrl-C ended
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,24 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0 done, 1 could not be done, 2 a mistake in what was asked for."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        status = _app(arguments)(arguments, prog_name="npu-sparse", standalone_mode=True)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            return _failed("interrupted: the same command goes on where it can", FAILURE)
+        return stop.code if isinstance(stop.code, int) else FAILURE
+    except KeyboardInterrupt:  # before the command began; later typer makes it an exit of its own
+        return _failed("interrupted", FAILURE)
+    except Exception as error:  # every mistake of a user is one sentence; what is not is a bug and keeps its traceback
+        status = _status(error)
+        if status is None or os.environ.get("NPU_SPARSE_TRACEBACK"):
+            raise
+        return _failed(str(error).strip() or type(error).__name__, status)
+    return status or 0
+
+
+def _app(arguments: list[str]) -> typer.Typer:
+    """The application; of its commands only the one that `arguments` ask for is built."""
     wanted = next((a for a in arguments if not a.startswith("-")), None)
     app = typer.Typer(
         help="Oracle-guided sparse prefill for existing long-context checkpoints.",
@@ -66,26 +86,23 @@ def main(arguments: list[str] | None = None) -> int:
     app.callback()(_root)
     for name, command in COMMANDS.items():
         app.command(name, help=command.help)(_function(name, command) if name == wanted else _unbuilt)
-    try:
-        status = app(arguments, prog_name="npu-sparse", standalone_mode=True)
-    except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else FAILURE
-    except KeyboardInterrupt:
-        return _failed("interrupted: the same command goes on where it can", FAILURE)
-    except Exception as error:  # every mistake of a user is one sentence; what is not is a bug and keeps its traceback
-        status = _status(error)
-        if status is None or os.environ.get("NPU_SPARSE_TRACEBACK"):
-            raise
-        return _failed(str(error).strip() or type(error).__name__, status)
-    return status or 0
+    return app
 
 
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         from npu_sparse import __version__
 
         typer.echo(f"npu-sparse {__version__}")
         raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Takes the options that stand before a command."""
 
 
 def _unbuilt() -> None:
@@ -128,8 +145,8 @@ def _stage(name: str, command: Command):
         if "shard" in extra:
             extra["shard"] = _shard(extra["shard"])
         config = config_class(**options)
-        result = run(config, output, **extra)
-        _show(output, result)
+        if run(config, output, **extra):  # of several processes only the first has a report
+            _show(output)
 
     parameters = [
         inspect.Parameter(
@@ -158,9 +175,10 @@ def _annotation(field, hint, text: str):
         return Annotated[str, typer.Argument(help=text)]
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
-        return Annotated[
-            tuple, typer.Option(help=text, parser=lambda value: _items(value, item), metavar="A,B,...", show_default=False)
-        ]
+        option = typer.Option(
+            help=text, parser=lambda value: _items(value, item), metavar="A,B,...", show_default=False
+        )
+        return Annotated[tuple, option]
     if typing.get_origin(hint) not in (None, typing.Union) and "Mapping" in str(hint):
         return Annotated[dict, typer.Option(help=text, parser=_pairs, metavar="A=B,...", show_default=False)]
     return Annotated[hint, typer.Option(help=text)]
@@ -208,7 +226,7 @@ def _attribute_help(config_class) -> dict[str, str]:
     return found
 
 
-def _show(output: Path, result: dict) -> None:
+def _show(output: Path) -> None:
     path = Path(output) / "report.md"
     if path.exists():
         typer.echo(path.read_text())
@@ -218,8 +236,11 @@ def _show(output: Path, result: dict) -> None:
 def _status(error: Exception) -> int | None:
     """The exit status of an error that a user can act on, None for a bug."""
     from npu_sparse.checkpoints import CheckpointError
+    from npu_sparse.report import RunError
 
     if isinstance(error, CheckpointError):
+        return FAILURE
+    if isinstance(error, RunError) and isinstance(error.__cause__, OSError):
         return FAILURE
     if isinstance(error, (ValueError, TypeError)):
         return USER_ERROR

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 1
+SHIPPED = Path(__file__).parent / "adapters"  # adapters of the demo checkpoints, by name
 DIMS = (64, 128, 256)
 
 
@@ -194,11 +195,14 @@ class Indexer(nn.Module):
 
     @classmethod
     def from_pretrained(cls, directory, *, device="cpu", dtype=torch.float32) -> "Indexer":
-        """The Indexer saved in a directory. Raises AdapterError naming what is wrong with it."""
+        """The Indexer saved in a directory, or shipped with this package under the name of a demo checkpoint.
+
+        Raises AdapterError naming what is wrong with it.
+        """
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        directory = Path(directory)
+        directory = _located(directory)
         config = _read_config(directory)
         try:
             data = (directory / "model.safetensors").read_bytes()
@@ -215,11 +219,23 @@ class Indexer(nn.Module):
         return indexer.to(device=device, dtype=dtype).requires_grad_(False)
 
 
+def shipped() -> list[str]:
+    """The names of the adapters that come with this package."""
+    return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
+
+
+def _located(directory) -> Path:
+    path = Path(directory)
+    return SHIPPED / path if not path.exists() and str(directory) in shipped() else path
+
+
 def _read_config(directory: Path) -> dict:
     try:
         config = json.loads((directory / "config.json").read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise AdapterError(f"adapter {directory} must be a directory with config.json") from error
+        raise AdapterError(
+            f"adapter {directory} must be a directory with config.json, or one of {', '.join(shipped())}"
+        ) from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(f"adapter {directory}: config.json is not JSON ({error})") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:

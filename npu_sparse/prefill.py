@@ -179,7 +179,7 @@ def _register(native: str, dense_below: int) -> str:
 
     def attention(module, query, key, value, attention_mask, *, scaling=None, sparse_ctx=_UNHOOKED, **kwargs):
         if sparse_ctx is _UNHOOKED and kwargs.get("sliding_window") is None:
-            raise ValueError("model shares its config object with one that is attached: make it with copy.deepcopy(config)")
+            raise ValueError("model shares its config with one that is attached: make it with copy.deepcopy(config)")
         if sparse_ctx is _UNHOOKED or sparse_ctx is None:
             dense = dense_attention(native, module)
             return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -215,14 +215,16 @@ def _mask(native: str, dense_below: int, **kwargs):
         return ALL_MASK_ATTENTION_FUNCTIONS[native](**kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
         raise ValueError(
-            "sparse prefill takes one causal sequence per row; packed or custom masks are not supported (a compiled prefill "
-            "without a cache needs an attention_mask, if only of ones, to show that nothing is packed)"
+            "sparse prefill takes one causal sequence per row; packed or custom masks are not supported "
+            "(a compiled prefill without a cache needs an attention_mask, if only of ones, to show that nothing is packed)"
         )
     padding = kwargs["attention_mask"]
     if padding is None:
         return None
     if padding.shape[1] < length:
-        raise ValueError(f"attention_mask must cover all {length} tokens, those in the cache too, got {tuple(padding.shape)}")
+        raise ValueError(
+            f"attention_mask must cover all {length} tokens, those in the cache too, got {tuple(padding.shape)}"
+        )
     padding = padding[:, :length].bool()
     if not torch.compiler.is_compiling() and bool(padding.all()):
         return None

@@ -37,8 +37,10 @@ def open_run(directory, config: dict) -> Path:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise RunError(f"output directory {directory}: config.json cannot be read ({error})") from error
+    if not isinstance(found, dict):
+        raise RunError(f"output directory {directory}: config.json cannot be read (it holds no object)")
     if found != config:
-        keys = [key for key in {**found, **config} if found.get(key) != config.get(key)]
+        keys = [key for key in {**found, **config} if found.get(key, ...) != config.get(key, ...)]
         change = ", ".join(f"{key} = {found.get(key)!r} there, {config.get(key)!r} now" for key in sorted(keys)[:3])
         raise RunError(f"output directory {directory} holds another run ({change}): choose another directory")
     return directory
@@ -55,8 +57,9 @@ def write_bytes(path, data: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise RunError(f"{path} could not be written ({error.strerror})") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text: str) -> None:

@@ -77,7 +77,16 @@ def attention_inputs(
 
 
 def index_inputs(
-    B: int, Hi: int, Tq: int, Tk: int, Di: int, *, dtype=torch.float32, device="cpu", seed: int = 0, strided: bool = False
+    B: int,
+    Hi: int,
+    Tq: int,
+    Tk: int,
+    Di: int,
+    *,
+    dtype=torch.float32,
+    device="cpu",
+    seed: int = 0,
+    strided: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`(qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi])`."""
     options = {"dtype": dtype, "device": device, "strided": strided}
@@ -87,7 +96,7 @@ def index_inputs(
 
 
 def padding(B: int, T: int, side: str, *, device="cpu") -> Tensor:
-    """bool `[B, T]`: row b has about `(b + 1) T / (B + 2)` padding tokens on this side, at least one valid token each."""
+    """bool `[B, T]`: row b has about `(b + 1) T / (B + 2)` padding tokens on this side, but not all of it."""
     missing = torch.tensor([min((b + 1) * T // (B + 2), T - 1) for b in range(B)])[:, None]
     position = torch.arange(T)
     return (position >= missing if side == "left" else position < T - missing).to(device)
@@ -127,7 +136,9 @@ def poisoned(x: Tensor, selected: Tensor) -> Tensor:
     return x.masked_fill(~selected[..., None], float("nan"))
 
 
-def ragged_scores(B: int, Hs: int, Tq: int, Tk: int, *, block: int, valid: Tensor | None = None, seed=0, levels=0) -> Tensor:
+def ragged_scores(
+    B: int, Hs: int, Tq: int, Tk: int, *, block: int, valid: Tensor | None = None, seed=0, levels=0
+) -> Tensor:
     """float32 scores `[B, Hs, ceil(Tq / block), Tk]`, -inf beyond each block's last query and at padding.
 
     With `levels` the scores take only so many values, so that most of them tie.
@@ -158,8 +169,8 @@ def naive_attention_mass(
 
 
 def naive_index_scores(
-    qi: Tensor, ki: Tensor, w: Tensor | None = None, *, block: int = 1, reduce: str = "max", valid: Tensor | None = None,
-    dtype=torch.float64,
+    qi: Tensor, ki: Tensor, w: Tensor | None = None, *, block: int = 1, reduce: str = "max",
+    valid: Tensor | None = None, dtype=torch.float64,
 ) -> Tensor:  # fmt: skip
     """Index scores by definition, in `dtype`: `z = sum_h w ReLU(q k / sqrt(Di))`, then one row per block."""
     sees = _sees(qi.shape[0], qi.shape[2], ki.shape[1], valid, qi.device)
@@ -202,7 +213,7 @@ def naive_select_tokens(
 def naive_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, support: Support, *, scale: float, dtype=torch.float64
 ) -> Tensor:
-    """Dense attention in `dtype` under the mask that the support and causality leave; zeros where they leave nothing."""
+    """Dense attention in `dtype` under the mask that support and causality leave; zeros where they leave nothing."""
     B, Hq, Tq, _ = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
     Hs = support.indices.shape[1]
@@ -269,14 +280,15 @@ def rms_error(actual: Tensor, exact: Tensor) -> float:
 def assert_accurate(actual: Tensor, exact: Tensor, yardstick: Tensor, factor: float = 2.0) -> None:
     """Asserts that the RMS error of `actual` is at most `factor` times that of `yardstick`, both against `exact`.
 
-    The yardstick is another computation in the same dtype: the reference for a kernel, a naive one for the reference. Nobody
-    is asked to do better than `exact` rounded once to actual's dtype.
+    The yardstick is another computation in the same dtype: the reference for a kernel, a naive one for the reference.
+    Nobody is asked to do better than `exact` rounded once to actual's dtype.
     """
     error, theirs = rms_error(actual, exact), rms_error(yardstick, exact)
     rounding = rms_error(exact.to(actual.dtype), exact)
     limit = factor * max(theirs, rounding)
     assert error <= limit, (
-        f"RMS error must be at most {factor} x max({theirs:.3e} of the yardstick, {rounding:.3e} of rounding), got {error:.3e}"
+        f"RMS error must be at most {limit:.3e} ({factor} x {theirs:.3e} of the yardstick or {rounding:.3e} "
+        f"of rounding), got {error:.3e}"
     )
 
 

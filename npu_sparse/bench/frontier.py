@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .. import report
 from ..report import RunError
-from .quality import EVIDENCE_COLOURS, GAPS, MACRO, EvalConfig, adopt_records, points, run_eval
+from .quality import EVIDENCE_COLOURS, GAPS, MACRO, EvalConfig, adopt_records, machine_lines, points, run_eval
 from .stats import summary
 from .ttft import TtftConfig, run_ttft
 from .variants import VARIANTS, Subject, load_subject, with_tokenizer
@@ -148,45 +148,36 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
     """One table of `(quality report, ttft report)` pairs, a point each.
 
     Raises RunError unless both halves of a point have the same model, adapter, length, budget and runtime, and all
-    points the same model, adapter, length, runtime and prompts.
+    points the same model, adapter, length, runtime and prompts, timed on the same hardware.
     """
     if not pairs:
         raise ValueError("pairs must hold at least one point, got none")
-    whole = {**_identity(pairs[0][0]), "prompts": pairs[0][0]["prompts"]}
+    first = pairs[0][0]
+    whole = {**_identity(first), "prompts": first["prompts"]}
     for quality, ttft in pairs:
-        _require_same(
-            "the quality and the ttft run of a point",
-            _identity(quality) | _grid(quality),
-            _identity(ttft) | _grid(ttft),
-        )
+        halves = "the quality and the ttft run of a point"
+        _require_same(halves, _identity(quality) | _grid(quality), _identity(ttft) | _grid(ttft))
         _require_same("all points", whole, {**_identity(quality), "prompts": quality["prompts"]})
-    tasks = pairs[0][0]["tasks"]
-    solved = [task for task in tasks if tasks[task]["solved"]]
+        _require_same("all ttft runs", _hardware(pairs[0][1]), _hardware(ttft))
+    solved = [task for task, found in first["tasks"].items() if found["solved"]]
     if not solved:
         raise RunError("dense attention must solve at least one task for a frontier, got none: see the quality reports")
-    dense_s = [seconds for _, ttft in pairs for seconds in _row(ttft, "dense")["seconds"]]
-    references = {quality["config"]["k"]: _row(quality, "oracle") for quality, _ in pairs}
+    timings = [ttft for _, ttft in pairs]
+    dense_s = [seconds for ttft in timings for seconds in _row(ttft, "dense")["seconds"]]
+    oracles = {quality["config"]["k"]: quality for quality, _ in pairs}
     return {
         "base": whole["model"],
         "adapter": whole["adapter"],
         "length": whole["length"],
         "tasks": solved,
-        "unsolved": [task for task in tasks if task not in solved],
+        "unsolved": [task for task in first["tasks"] if task not in solved],
         "rows": [
-            {
-                "label": "dense", "evidence": "dense", "k": None, "block": None, "ttft_s": summary(dense_s),
-                "speed_up": None,
-                "score": _row(pairs[0][0], "dense")["score"], "gaps": {}, **_where(pairs[0][1]),
-            },
-            *({
-                "label": row["label"], "evidence": row["evidence"], "k": k, "block": 1, "ttft_s": None,
-                "speed_up": None,
-                "score": row["score"], "gaps": {}, **_where(pairs[0][1]),
-            } for k, row in sorted(references.items())),
+            {**_scored(first, "dense"), "ttft_s": summary(dense_s), **_where(first, *timings)},
+            *({**_scored(oracles[k], "oracle"), **_where(oracles[k])} for k in sorted(oracles)),
             *(_point(quality, ttft) for quality, ttft in pairs),
         ],
         "machines": [half["machines"][0] for pair in pairs for half in pair],
-    }  # fmt: skip
+    }
 
 
 def _run_path(directory: Path, kind: str, k: int, block: int) -> Path:
@@ -225,41 +216,49 @@ def _row(half: dict, variant: str) -> dict:
     raise RunError(f"the {half['stage']} run of a point must have variant {variant!r}, got none")
 
 
-def _where(half: dict) -> dict:
-    machine = half["machines"][0]
-    return {"how": "measured", "machine": report.machine_line(machine), "commit": machine["commit"]}
+def _where(*halves: dict) -> dict:
+    commits = dict.fromkeys(machine["commit"] for half in halves for machine in half["machines"])
+    return {"how": "measured", "machine": "; ".join(machine_lines(*halves)), "commit": ", ".join(commits)}
+
+
+def _hardware(ttft: dict) -> dict:
+    return {name: ttft["machines"][0].get(name) for name in ("processor", "card", "threads", "dense_attention")}
+
+
+def _scored(quality: dict, variant: str) -> dict:
+    """A row with the macro score of a variant and nothing timed."""
+    row = _row(quality, variant)
+    kept = {name: row[name] for name in ("variant", "label", "evidence", "k", "block", "score")}
+    return {**kept, "ttft_s": None, "dense_ttft_s": None, "speed_up": None, "gaps": {}}
 
 
 def _point(quality: dict, ttft: dict) -> dict:
-    k, block = quality["config"]["k"], quality["config"]["block"]
-    variant = timed_variant(block)
-    scored, timed = _row(quality, variant), _row(ttft, variant)
+    scored = _scored(quality, timed_variant(quality["config"]["block"]))
+    timed = _row(ttft, scored["variant"])
     if scored["evidence"] != timed["evidence"]:
         raise RunError(f"a point must have one evidence type, got {scored['evidence']} and {timed['evidence']}")
     gaps = {gap["gap"]: gap["change"] for gap in quality["gaps"] if gap["task"] == MACRO and gap["gap"] in GAPS}
-    return {
-        "label": VARIANTS[variant].label, "evidence": scored["evidence"], "k": k, "block": block,
-        "score": scored["score"],
-        "ttft_s": timed["ttft_s"], "speed_up": timed["speed_up"], "gaps": gaps, **_where(ttft),
-    }  # fmt: skip
+    times = {"ttft_s": timed["ttft_s"], "dense_ttft_s": _row(ttft, "dense")["ttft_s"], "speed_up": timed["speed_up"]}
+    return {**scored, **times, "gaps": gaps, **_where(quality, ttft)}
 
 
 def _markdown(result: dict) -> str:
     config = result["config"]
     lines = []
     for row in result["rows"]:
-        ttft, speed_up = row["ttft_s"], row["speed_up"]
+        ttft, dense, speed_up = row["ttft_s"], row["dense_ttft_s"], row["speed_up"]
         lines.append({
             **{name: row[name] for name in ("label", "evidence", "k", "block", "how")},
             "score": points(row["score"]),
             "ttft": ttft and f"{ttft['median']:.4g} ({ttft['q1']:.4g} - {ttft['q3']:.4g})",
+            "dense": dense and dense["median"],
             "speed_up": speed_up and f"{speed_up['value']:.3f} [{speed_up['low']:.3f}, {speed_up['high']:.3f}]",
             **{gap: points(change) for gap, change in row["gaps"].items()},
         })  # fmt: skip
     label = {name: variant.label for name, variant in VARIANTS.items()}
     columns = {
         "label": "prefill", "evidence": "evidence", "k": "k", "block": "b_sel", "score": "score (of 100)",
-        "ttft": "TTFT median (quartiles) (s)", "speed_up": "speed-up",
+        "ttft": "TTFT median (quartiles) (s)", "dense": "dense beside it (s)", "speed_up": "speed-up",
         **{gap: f"{gap} ({label[before]} → {label[after]})" for gap, (before, after) in GAPS.items()}, "how": "how",
     }  # fmt: skip
     skipped = (
@@ -269,12 +268,14 @@ def _markdown(result: dict) -> str:
         f"# Which budgets are worth their quality?\n\n{config['model']}, {result['length']} tokens, {config['dtype']}, "
         f"operators `{config['impl']}`. Score: macro average over {', '.join(result['tasks'])}, {config['count']} "
         f"prompts each, with 95% bootstrap intervals.{skipped} TTFT: batch 1, {config['runs']} interleaved rounds. "
-        "Gaps: paired differences in points, negative = lost; at b_sel = 1 nothing is shared and there is no realization gap.\n\n"
+        "Gaps: paired differences in points, negative = lost; at b_sel = 1 nothing is shared and there is no "
+        "realization gap. Every point is timed interleaved with dense: speed-ups compare the two, whatever the machine "
+        "did since.\n\n"
         f"{report.markdown_table(lines, columns)}\n"
     )
     if any(row["evidence"] == "untrained" for row in result["rows"]):
         text += "The indexer is untrained: its scores say nothing about quality.\n\n"
-    text += "".join(f"Measured on {line}.\n" for line in dict.fromkeys(row["machine"] for row in result["rows"]))
+    text += "".join(f"Measured on {line}.\n" for line in machine_lines(result))
     line = {"config": config, "base": result["base"], "adapter": result["adapter"], "machine": result["machines"][0]}
     return text + f"\n```json\n{json.dumps(line)}\n```\n"
 
@@ -289,16 +290,18 @@ def _figure(result: dict):
     ax = axes[0, 0]
     colour = {k: K_COLOURS[n % len(K_COLOURS)] for n, k in enumerate(sorted(config["ks"]))}
     marker = {block: BLOCK_MARKERS[n] for n, block in enumerate(sorted(config["blocks"]))}
+    oracles = 0
     for row in result["rows"]:
         score = {name: 100 * value for name, value in row["score"].items()}
         if row["evidence"] == "oracle":
             ax.axhline(
                 score["value"],
                 color=colour[row["k"]],
-                linestyle="--",
-                linewidth=1,
+                linestyle=(4 * oracles, (4, 4 * len(colour) - 4 or 2)),  # equal scores show side by side
+                linewidth=1.3,
                 label=f"{row['label']}, k = {row['k']}",
             )
+            oracles += 1
             continue
         dense = row["evidence"] == "dense"
         ttft = row["ttft_s"]
@@ -312,12 +315,13 @@ def _figure(result: dict):
         )  # fmt: skip
     ax.set_xlim(left=0)
     ax.set_xlabel("TTFT (s): median and quartiles")
-    ax.set_ylabel("macro score (points of 100): mean and 95% interval")
+    ax.set_ylabel("macro score (points of 100), 95% interval")
     ax.set_title("Which budgets are worth their quality? Up and left is better.", fontsize=10, loc="left")
     ax.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(
         f"{Path(config['model']).name}, {result['length']} tokens, {config['dtype']}, {len(result['tasks'])} tasks x "
-        f"{config['count']} prompts\nmeasured: {result['rows'][0]['machine']}",
+        f"{config['count']} prompts\n"
+        + "\n".join(f"measured: {line}" for line in machine_lines(result)),
         fontsize=8, x=0.01, ha="left",
     )  # fmt: skip
     return figure

@@ -523,6 +523,11 @@ def _distinct(machines: list[dict]) -> list[dict]:
     return [json.loads(key) for key in sorted(keys)]
 
 
+def machine_lines(*results: dict) -> list[str]:
+    """`report.machine_line` of everything that reports were measured on, none twice."""
+    return list(dict.fromkeys(report.machine_line(machine) for result in results for machine in result["machines"]))
+
+
 def points(estimate: dict) -> str:
     """A score or a change as points of 100, with its interval."""
     value, low, high = (100 * estimate[name] for name in ("value", "low", "high"))
@@ -573,7 +578,7 @@ def _markdown(result: dict) -> str:
         )
     if any(row["evidence"] == "untrained" for row in result["rows"]):
         text += "The indexer is untrained: its scores say nothing about quality.\n\n"
-    text += "".join(f"Measured on {report.machine_line(machine)}.\n" for machine in result["machines"])
+    text += "".join(f"Measured on {line}.\n" for line in machine_lines(result))
     return (
         text
         + f"\n```json\n{json.dumps({'config': config, 'base': result['base'], 'adapter': result['adapter']})}\n```\n"
@@ -646,7 +651,7 @@ def _figure(result: dict):
     figure.suptitle(
         f"{Path(config['model']).name}, {config['length']} tokens, k = {config['k']}, b_sel = {config['block']}, "
         f"{config['count']} prompts per task, 95% intervals\n"
-        f"measured: {'; '.join(report.machine_line(machine) for machine in result['machines'])}",
+        + "\n".join(f"measured: {line}" for line in machine_lines(result)),
         fontsize=8, x=0.01, ha="left",
     )  # fmt: skip
     return figure

@@ -373,7 +373,8 @@ def _markdown(result: dict) -> str:
     text = (
         f"# How long until the first token, dense against sparse?\n\n{config['model']}, batch 1, {config['prompt']} "
         f"prompts, dense attention `{first['dense_attention']}`, operators `{config['impl']}`; {config['runs']} "
-        f"interleaved rounds after {config['warmup']} of warm-up; speed-up over dense with 95% paired bootstrap intervals.\n\n"
+        f"interleaved rounds after {config['warmup']} of warm-up; speed-up over dense with 95% paired bootstrap "
+        "intervals.\n\n"
         "## Time to first token\n\n"
         + report.markdown_table(table, {
             **names, "median": "TTFT median (s)", "quartiles": "quartiles (s)", "p95": "p95 (s)",
@@ -409,6 +410,8 @@ STAGE_COLOURS = dict(zip(STAGES, ("#f0e442", "#e69f00", "#d55e00", "#0072b2", "#
 
 
 def _figure(result: dict):
+    from matplotlib.ticker import LogLocator
+
     config = result["config"]
     names = list(dict.fromkeys(row["variant"] for row in result["rows"]))
     staged = [row for row in result["rows"] if row["stages_s"] is not None]
@@ -417,7 +420,7 @@ def _figure(result: dict):
     lengths = list(dict.fromkeys(row["length"] for row in result["rows"]))
     for n, name in enumerate(names):
         rows = [row for row in result["rows"] if row["variant"] == name]
-        spread = 1.02 ** (n - (len(names) - 1) / 2)  # neighbours stay apart at one length
+        spread = 1.012 ** (n - (len(names) - 1) / 2)  # neighbours stay apart at one length
         median = [row["ttft_s"]["median"] for row in rows]
         errors = [
             [row["ttft_s"]["median"] - row["ttft_s"]["q1"] for row in rows],
@@ -426,11 +429,13 @@ def _figure(result: dict):
         left.errorbar(
             [row["length"] * spread for row in rows], median, yerr=errors, marker="o", markersize=4, capsize=2,
             linewidth=1.2, color=COLOURS[name],
-            label=rows[0]["label"] if name == "dense" else f"{rows[0]['label']} ({rows[0]['evidence']})",
+            label=rows[0]["label"] if rows[0]["evidence"] == "dense" else f"{rows[0]['label']} ({rows[0]['evidence']})",
         )  # fmt: skip
     if len(lengths) > 1:
         left.set_xscale("log", base=2)
         left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        left.yaxis.set_major_formatter("{x:g}")
     else:
         left.set_xlim(lengths[0] * 0.9, lengths[0] * 1.1)
         left.set_ylim(bottom=0)

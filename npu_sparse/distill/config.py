@@ -1,13 +1,21 @@
 """What a distillation run is made of."""
 
+import math
 from dataclasses import asdict, dataclass
 
+from ..indexer import DIMS
+from ..tasks.catalogue import task_named
+
 LOSSES = ("kl", "sparse", "both")
+SHORTEST = 64
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class DistillConfig:
     """Everything that decides the outcome of a run; it is written first, and a run is resumed only by the same one.
+
+    Lists become tuples; a field that breaks a rule raises ValueError or TypeError with one sentence.
 
     Attributes:
         model: hub id, directory, GGUF file or demo name.
@@ -15,16 +23,21 @@ class DistillConfig:
         tasks: RULER-style tasks whose prompts, answers included, are mixed in; seeds differ from those of evaluation.
         task_fraction: share of steps that train on task prompts.
         lengths: context lengths in tokens, one drawn per step.
-        tokens: tokens per step over all processes (sequences per step = tokens // length, at least one per process).
+        tokens: tokens per step over all processes: tokens // length sequences, which the processes share evenly.
         micro_batch: sequences that go through the model together; their gradients add up over a step.
-        rows: query rows per layer and sequence that are supervised, in segments of `segment`; 0 = every row.
-        steps, warmup: optimizer steps; lr rises linearly over `warmup` and falls by cosine to `min_lr`.
+        rows, segment: query rows per layer and sequence that are supervised, in whole segments of `segment` rows, at
+            least one; 0 = every row.
+        steps, lr, warmup, min_lr: optimizer steps; lr rises linearly over `warmup` and falls by cosine to `min_lr`.
+        weight_decay, clip: of AdamW, and the largest norm of a step's gradients.
         heads, dim: geometry of the indexer.
-        loss: "kl" over all causal keys, "sparse" (restricted to the union of the oracle's and the indexer's own top
-            `sparse_k`, both renormalised), or "both": their sum.
+        loss, sparse_k: "kl" over all causal keys, "sparse" (restricted to the union of the oracle's and the indexer's
+            own top `sparse_k`, both renormalised), or "both": their sum.
         budgets: budgets at which validation measures recall.
+        validation_fraction: share of the text that is held out, by document.
         validation_length, validation_prompts: held-out contexts for validation, text and tasks alternating.
         save_every, validate_every: steps between checkpoints, and between validations (the last step always).
+        seed: of the indexer's first weights, of batches, rows and the split into training and validation.
+        dtype, device: of the model; under torchrun every process takes the device of its local rank.
     """
 
     model: str
@@ -58,31 +71,46 @@ class DistillConfig:
 
     def __post_init__(self):
         for name in ("texts", "tasks", "lengths", "budgets"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("tokens", "micro_batch", "segment", "steps", "sparse_k", "validation_length", "validation_prompts", "save_every",
-                     "validate_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        for name in ("rows", "warmup", "weight_decay", "min_lr"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if not self.lengths or min(self.lengths) < 64:
-            raise ValueError(f"lengths must be at least 64 tokens each, got {self.lengths}")
+            value = getattr(self, name)
+            if isinstance(value, str) or not hasattr(value, "__iter__"):
+                raise TypeError(f"{name} must be a list, got {value!r}")
+            object.__setattr__(self, name, tuple(value))
+        for name, least in (
+            ("tokens", 1), ("micro_batch", 1), ("rows", 0), ("segment", 1), ("steps", 1), ("warmup", 0), ("heads", 1),
+            ("sparse_k", 1), ("validation_prompts", 1), ("save_every", 1), ("validate_every", 1), ("seed", 0),
+        ):  # fmt: skip
+            _whole(name, getattr(self, name), least)
+        for length in (*self.lengths, self.validation_length):
+            _whole("lengths" if length in self.lengths else "validation_length", length, SHORTEST)
+        for name in ("texts", "lengths", "budgets"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one value, got none")
+        if self.tokens < max(self.lengths):
+            raise ValueError(f"tokens must hold the longest of lengths, {max(self.lengths)}, got {self.tokens}")
+        for k in self.budgets:
+            if _whole("budgets", k, 1) >= self.validation_length:
+                raise ValueError(f"budgets must be below validation_length = {self.validation_length}, got {k}")
+        for name, allowed in (("loss", LOSSES), ("dim", DIMS), ("dtype", DTYPES)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        if self.heads > 64:
+            raise ValueError(f"heads must be <= 64, got {self.heads}")
+        for task in self.tasks:
+            if task_named(task).needs == "qa_file":
+                raise ValueError(f"tasks must run without a question file, got {task}")
         if not 0 <= self.task_fraction <= 1 or (self.task_fraction and not self.tasks):
             raise ValueError(f"task_fraction must be in [0, 1], and 0 without tasks, got {self.task_fraction}")
-        if not self.budgets or min(self.budgets) < 1 or max(self.budgets) >= self.validation_length:
-            raise ValueError(
-                f"budgets must lie in [1, validation_length), got {self.budgets} for {self.validation_length} tokens"
-            )
-        if not self.lr > 0 or not self.clip > 0:
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction must be between 0 and 1, got {self.validation_fraction}")
+        if not 0 < self.lr < math.inf or not 0 < self.clip:
             raise ValueError(f"lr and clip must be positive, got {self.lr} and {self.clip}")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr must be in [0, lr = {self.lr}], got {self.min_lr}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of 0-based `step`: linear warm-up, then cosine down to min_lr."""
-        import math
-
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
         progress = (step - self.warmup) / max(1, self.steps - 1 - self.warmup)
@@ -91,3 +119,11 @@ class DistillConfig:
     def to_dict(self) -> dict:
         """Plain JSON types."""
         return asdict(self)
+
+
+def _whole(name: str, value, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")
+    return value

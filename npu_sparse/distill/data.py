@@ -1,4 +1,7 @@
-"""Training and validation contexts. Every batch is a function of (seed, step) alone, so that a resumed run sees the same."""
+"""Training and validation contexts.
+
+Sequence j of a step is a function of (seed, step, j) alone: a resumed run sees the same, and so do several processes.
+"""
 
 import random
 
@@ -19,25 +22,28 @@ class Contexts:
     def __init__(self, config: DistillConfig, tokenizer):
         self.config, self.tokenizer = config, tokenizer
         documents = tasks.documents(config.texts)
-        self.training, self.validation = tasks.split(documents, config.validation_fraction or 0.1, config.seed)
+        self.training, self.validation = tasks.split(documents, config.validation_fraction, config.seed)
+        raw, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+        self.start = raw[: raw.index(bare[0])]  # the special tokens that raw text begins with
+        self._require_room_for_tasks()
 
-    def batch(self, step: int, rank: int, world: int) -> Tensor:
-        """int64 `[sequences of this process, length]` of one training step."""
+    def batch(self, step: int, rank: int = 0, world: int = 1) -> Tensor:
+        """int64 `[sequences of this process, length]` of one training step: sequences rank, rank + world, ..."""
         config = self.config
         rng = random.Random(f"{config.seed}/{step}")
         length = rng.choice(config.lengths)
         from_tasks = rng.random() < config.task_fraction
         task = rng.choice(config.tasks) if from_tasks else None
-        sequences = max(1, config.tokens // length // world)
-        rng = random.Random(f"{config.seed}/{step}/{rank}")
+        sequences = range(rank, config.tokens // length, world)
+        rngs = [random.Random(f"{config.seed}/{step}/{j}") for j in sequences]
         return torch.stack([
             self._prompt(task, length, self.training, TRAINING_SEED + rng.randrange(900_000)) if task
             else self._window(length, self.training, rng)
-            for _ in range(sequences)
+            for rng in rngs
         ])  # fmt: skip
 
     def held_out(self) -> list[tuple[str, Tensor]]:
-        """`(kind, int64 [1, validation_length])` contexts, text and tasks in turn; from documents training never sees."""
+        """`(kind, int64 [1, validation_length])` contexts, text and tasks in turn, from documents never trained on."""
         config = self.config
         rng = random.Random(f"{config.seed}/validation")
         contexts = []
@@ -51,28 +57,33 @@ class Contexts:
         return contexts
 
     def _window(self, length: int, documents, rng: random.Random) -> Tensor:
-        ids: list[int] = []
-        start = [self.tokenizer.bos_token_id] if self.tokenizer.bos_token_id is not None else []
-        while len(ids) + len(start) < length:
+        ids = list(self.start)
+        while len(ids) < length:
             text = rng.choice(documents).text
             at = rng.randrange(max(1, len(text) - length * CHARS_PER_TOKEN // 2))
-            piece = text[at : at + length * CHARS_PER_TOKEN].partition(" ")[2]
+            piece = text[at : at + length * CHARS_PER_TOKEN]
+            piece = piece.partition(" ")[2] or piece  # from a whole word on, in languages that part them
             ids += self.tokenizer(piece, add_special_tokens=False).input_ids
-        return torch.tensor((start + ids)[:length])
+        return torch.tensor(ids[:length])
 
     def _prompt(self, task: str, length: int, documents, seed: int) -> Tensor:
-        haystack = [documents[random.Random(seed).randrange(len(documents))]] if documents else None
+        haystack = [documents[random.Random(seed).randrange(len(documents))]]
         example = tasks.generate(task, self.tokenizer, length=length, count=1, seed=seed, haystack=haystack)[0]
         ids = tasks.encode(self.tokenizer, example)
         answer = " " + ", ".join(example.answers) + ".\n"
         ids = ids + self.tokenizer(answer, add_special_tokens=False).input_ids
-        # in front, so that the answer stays at the end: text of the same documents
         missing = length - len(ids)
-        if missing > 0:
-            rng = random.Random(seed)
-            head, body = ids[:1], ids[1:]
-            ids = head + self._window(missing + 1, documents, rng).tolist()[1:] + body
+        if missing > 0:  # in front, so that the answer stays at the end: text of the same documents
+            begin = len(self.start)
+            ids = self._window(missing + begin, documents, random.Random(seed)).tolist() + ids[begin:]
         return torch.tensor(ids[-length:])
+
+    def _require_room_for_tasks(self) -> None:
+        config = self.config
+        trained = [min(config.lengths)] if config.task_fraction else []
+        for length in trained + [config.validation_length] * (config.validation_prompts > 1):
+            for task in config.tasks:
+                self._prompt(task, length, self.training, TRAINING_SEED)
 
 
 class _Steps(Dataset):
@@ -90,11 +101,14 @@ def batches(contexts: Contexts, start: int, rank: int, world: int, workers: int)
 
 
 def row_segments(config: DistillConfig, length: int, step: int) -> list[tuple[int, int]]:
-    """`[start, stop)` query rows to supervise at one step: the last segment always, the rest at random without overlap."""
+    """`[start, stop)` query rows to supervise at one step: the last segment always, the rest at random without overlap.
+
+    Segments are counted from the end of the context; the one at its start may be shorter.
+    """
+    ends = range(length, 0, -config.segment)
+    slots = [(max(0, end - config.segment), end) for end in reversed(ends)]
     if not config.rows or config.rows >= length:
-        return [(start, min(start + config.segment, length)) for start in range(0, length, config.segment)]
+        return slots
     rng = random.Random(f"{config.seed}/{step}/rows")
-    slots = list(range(length // config.segment))
-    chosen = rng.sample(slots[:-1], min(len(slots) - 1, max(0, config.rows // config.segment - 1))) + slots[-1:]
-    shift = length - len(slots) * config.segment  # segments end with the context
-    return [(shift + slot * config.segment, shift + (slot + 1) * config.segment) for slot in sorted(chosen)]
+    wanted = max(0, config.rows // config.segment - 1)
+    return sorted(rng.sample(slots[:-1], min(len(slots) - 1, wanted))) + slots[-1:]

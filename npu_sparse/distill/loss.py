@@ -11,14 +11,14 @@ from .teacher import Tap
 
 
 def teacher_mass(tap: Tap, segment: tuple[int, int]) -> Tensor:
-    """P: the head-averaged attention mass of one segment's rows, fp32 `[B, rows, stop]` (arXiv 2606.07703, "Oracle")."""
+    """P: head-averaged attention mass of one segment's rows, fp32 `[B, rows, stop]` (arXiv 2606.07703, "Oracle")."""
     start, stop = segment
     mass = ops.attention_mass(tap.q[:, :, start:stop], tap.k[:, :, :stop], scale=tap.scale, impl="reference")
     return mass[:, 0]
 
 
 def index_logits(head: IndexHead, tap: Tap, segments: list[tuple[int, int]]) -> list[Tensor]:
-    """z of every segment's rows, fp32 `[B, rows, stop]`, -inf where a key lies ahead; differentiable in the head's weights."""
+    """z of every segment's rows, fp32 `[B, rows, stop]`, -inf where a key lies ahead; differentiable in the head."""
     qi, ki, w = head(tap.hidden.to(head.q_proj.weight.dtype), tap.cos, tap.sin)
     logits = []
     for start, stop in segments:
@@ -39,7 +39,8 @@ def kl(mass: Tensor, logits: Tensor) -> Tensor:
 def sparse_kl(mass: Tensor, logits: Tensor, k: int) -> Tensor:
     """KL restricted to the keys that matter: the union of the teacher's and the indexer's own top k, both renormalised.
 
-    The idea is arXiv 2606.22874's; the indexer's own choices belong to the union so that a key it wrongly prefers costs.
+    The idea is arXiv 2606.22874's; the indexer's own choices belong to the union so that a key it wrongly prefers
+    costs.
     """
     k = min(k, mass.shape[-1])
     chosen = torch.zeros_like(mass, dtype=torch.bool)

@@ -12,7 +12,10 @@ from ..prefill import dense_attention
 
 @dataclass(frozen=True)
 class Tap:
-    """What one full-attention layer showed: hidden `[B, T, H]`, cos and sin `[B or 1, T, R]`, q `[B, Hq, T, D]`, k `[B, Hkv, T, D]`."""
+    """What one full-attention layer showed.
+
+    hidden `[B, T, H]`, cos and sin `[B or 1, T, R]`, q `[B, Hq, T, D]`, k `[B, Hkv, T, D]`.
+    """
 
     layer: int
     hidden: Tensor
@@ -48,12 +51,12 @@ def tap(model, ids: Tensor, receive: Callable[[Tap], None]) -> None:
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[native])
-    model.set_attn_implementation(attention_selection(model, name))
-    handles = [
-        module.register_forward_pre_hook(before_attention(layer), with_kwargs=True)
-        for layer, module in attention_modules(model).items()
-    ]
+    modules = attention_modules(model)
+    handles = []
     try:
+        model.set_attn_implementation(attention_selection(model, name))
+        for layer, module in modules.items():
+            handles.append(module.register_forward_pre_hook(before_attention(layer), with_kwargs=True))
         model(ids, use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:

@@ -1,9 +1,10 @@
 """The distillation loop: resumable at any moment, the same alone or under torchrun."""
 
+import hashlib
 import json
 import os
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,27 +22,34 @@ from .validate import validate
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+RECOMMENDED = Budget(k=512, block=64, dense_below=1024)
 BACKENDS = {"cuda": "nccl", "npu": "hccl"}
 
 
 def run_distill(
     config: DistillConfig, output, *, model=None, tokenizer=None, workers: int = 0, progress: bool = True
 ) -> dict:
-    """Distils an indexer and returns its report; `output` then holds adapter/, metrics.jsonl, report.json, report.md and a plot.
+    """Distils an indexer and returns its report.
 
-    Killed at any moment and called again, it goes on from its last checkpoint to the same loss curve. Under torchrun every
-    process calls it; rank 0 writes. `workers` processes prepare batches ahead. Raises RunError, ValueError, CheckpointError or UnsupportedArchitectureError.
+    `output` then holds adapter/, metrics.jsonl, report.json, report.md and a plot. Killed at any moment and called
+    again, it goes on from its last checkpoint to the same loss curve. Under torchrun every process calls it and gets
+    an equal share of every step's sequences, so that their number changes the loss curve by rounding only; rank 0
+    writes, the others return {}. `workers` processes prepare batches ahead. Raises RunError, ValueError,
+    CheckpointError, UnsupportedArchitectureError, or FloatingPointError where the gradients stop being finite.
     """
-    rank, world = _join_processes(config.device)
-    device = f"{config.device}:{os.environ.get('LOCAL_RANK', 0)}" if world > 1 and config.device != "cpu" else config.device
+    with _processes(config) as (rank, world, device):
+        return _run(config, Path(output), model, tokenizer, workers, progress and rank == 0, rank, world, device)
+
+
+def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progress, rank, world, device) -> dict:
     if model is None:
-        model, tokenizer = checkpoints.load(config.model, dtype=config.dtype, device=device, progress=progress and rank == 0)
+        model, tokenizer = checkpoints.load(config.model, dtype=config.dtype, device=device, progress=progress)
     model.requires_grad_(False).eval()
     limit = describe(model.config).max_positions
-    if max(*config.lengths, config.validation_length) > limit:
-        raise ValueError(f"lengths must fit the model's {limit} positions, got {max(config.lengths)}")
+    longest = max(*config.lengths, config.validation_length)
+    if longest > limit:
+        raise ValueError(f"lengths and validation_length must fit the model's {limit} positions, got {longest}")
     contexts = Contexts(config, tokenizer)
-    output = Path(output)
     if rank == 0:
         report.open_run(output, {"stage": "distill", "processes": world, **config.to_dict()})
     _barrier(world)
@@ -50,10 +58,13 @@ def run_distill(
     optimizer = torch.optim.AdamW(
         indexer.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
-    state = _resume(output, indexer, optimizer, device)
+    state = _resume(output, indexer, optimizer)
+    _require_same_step(state["step"], output, world)
+    if rank == 0:
+        report.write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
     if world > 1:
         loss_module = torch.nn.parallel.DistributedDataParallel(loss_module)
-    with _progress(config.steps, state["step"], progress and rank == 0) as advance:
+    with _progress(config.steps, state["step"], progress) as advance:
         ahead = batches(contexts, state["step"], rank, world, workers)
         for step, batch in enumerate(ahead, start=state["step"]):
             began = time.perf_counter()
@@ -65,8 +76,10 @@ def run_distill(
                 record["validation"] = validate(model, indexer, contexts.held_out(), config.budgets)
             state["metrics"].append(record)
             state["step"] = step + 1
-            if rank == 0 and (last or (step + 1) % config.save_every == 0):
-                _save(output, indexer, optimizer, state)
+            if rank == 0:
+                _append(output / METRICS, record)
+                if last or (step + 1) % config.save_every == 0:
+                    _save(output, indexer, optimizer, state)
             advance(loss)
     return _finish(output, config, indexer, state, device) if rank == 0 else {}
 
@@ -90,7 +103,11 @@ def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -
         total = total + loss.detach() * share
         layers = layers + per_layer * share
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(parameters, config.clip, error_if_nonfinite=True)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, config.clip)
+    if not bool(norm.isfinite()):
+        raise FloatingPointError(
+            f"gradients must be finite, got a norm of {float(norm)} at step {step}: try a smaller lr"
+        )
     optimizer.step()
     if world > 1:
         distributed.all_reduce(total)
@@ -106,12 +123,28 @@ def _save(output: Path, indexer: Indexer, optimizer, state: dict) -> None:
     tensors = {f"indexer.{name}": tensor.detach().cpu().contiguous() for name, tensor in indexer.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value.detach().cpu() for name, value in moments.items()})
-    curve = json.dumps({"step": state["step"], "metrics": state["metrics"]})
-    report.write_bytes(output / CHECKPOINT, save(tensors, metadata={"curve": curve}))
-    report.write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
+    metadata = {"curve": json.dumps({"step": state["step"], "metrics": state["metrics"]}), "sha256": _digest(tensors)}
+    report.write_bytes(output / CHECKPOINT, save(tensors, metadata=metadata))
 
 
-def _resume(output: Path, indexer: Indexer, optimizer, device: str) -> dict:
+def _digest(tensors: dict) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _append(path: Path, record: dict) -> None:
+    """One more line for whoever watches; a line that a kill cuts short is rewritten from the checkpoint."""
+    try:
+        with open(path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise report.RunError(f"{path} could not be written ({error.strerror})") from error
+
+
+def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
     from safetensors import SafetensorError, safe_open
 
     path = output / CHECKPOINT
@@ -119,10 +152,19 @@ def _resume(output: Path, indexer: Indexer, optimizer, device: str) -> dict:
         return {"step": 0, "metrics": []}
     try:
         with safe_open(path, "pt", device="cpu") as file:
-            state = json.loads(file.metadata()["curve"])
+            metadata = file.metadata()
+            state = json.loads(metadata["curve"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise report.RunError(f"{path} is damaged ({error}): delete it to begin again") from error
+        if metadata["sha256"] != _digest(tensors):
+            raise ValueError("its sha256 differs")
+        _restore(indexer, optimizer, tensors)
+    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise report.RunError(f"{path} is damaged ({reason}): delete it to begin again") from error
+    return state
+
+
+def _restore(indexer: Indexer, optimizer, tensors: dict) -> None:
     indexer.load_state_dict({n.removeprefix("indexer."): t for n, t in tensors.items() if n.startswith("indexer.")})
     moments: dict[int, dict] = {}
     for name, tensor in tensors.items():
@@ -130,7 +172,6 @@ def _resume(output: Path, indexer: Indexer, optimizer, device: str) -> dict:
             _, index, key = name.split(".")
             moments.setdefault(int(index), {})[key] = tensor
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
-    return state
 
 
 def _finish(output: Path, config: DistillConfig, indexer: Indexer, state: dict, device: str) -> dict:
@@ -147,7 +188,7 @@ def _finish(output: Path, config: DistillConfig, indexer: Indexer, state: dict, 
         "validations": [{"step": m["step"], **m["validation"]} for m in state["metrics"] if "validation" in m],
     }
     indexer.evidence = "distilled"
-    indexer.budget = Budget(k=512, block=16, reduce="max", sink=4, recent=64).to_dict()
+    indexer.budget = RECOMMENDED.to_dict()
     text = _markdown(result)
     indexer.save_pretrained(output / "adapter", card=text)
     report.write_json(output / "report.json", result)
@@ -159,18 +200,20 @@ def _finish(output: Path, config: DistillConfig, indexer: Indexer, state: dict, 
 def _markdown(result: dict) -> str:
     config, last = result["config"], result["validation"]
     rows = [
-        {"k": k, **{f"{kind} {what}": part[f"{what}_recall"][k] for kind, part in _kinds(last) for what in ("mass", "support")}}
+        {"k": k} | {
+            f"{kind} {what}": part[f"{what}_recall"][k] for kind, part in _kinds(last) for what in ("mass", "support")
+        }
         for k in last["mass_recall"]
     ]
     return (
         f"# npu-sparse indexer for {config['model']} (evidence: distilled)\n\n"
-        f"{config['heads']} index head(s) x {config['dim']}, {result['parameters']:,} parameters, distilled from the model's "
-        f"own dense attention with a frozen backbone: {config['steps']} steps of {config['tokens']} tokens, lengths "
-        f"{', '.join(map(str, config['lengths']))}, loss {config['loss']}, seed {config['seed']}. Texts: "
+        f"{config['heads']} index head(s) x {config['dim']}, {result['parameters']:,} parameters, distilled from the "
+        f"model's own dense attention with a frozen backbone: {config['steps']} steps of {config['tokens']} tokens, "
+        f"lengths {', '.join(map(str, config['lengths']))}, loss {config['loss']}, seed {config['seed']}. Texts: "
         f"{', '.join(config['texts'])}; tasks mixed in ({config['task_fraction']:.0%} of steps): "
         f"{', '.join(config['tasks']) or 'none'} (other seeds and documents than evaluation).\n\n"
-        f"Validation at {config['validation_length']} tokens on held-out documents, measured: KL {last['kl']:.4f} nats; "
-        "recall of the oracle's top k, per query, as attention mass and as share of its keys:\n\n"
+        f"Validation at {config['validation_length']} tokens on held-out documents, measured: KL {last['kl']:.4f} "
+        "nats; recall of the oracle's top k, per query, as attention mass and as share of its keys:\n\n"
         f"{report.markdown_table(rows)}\nMachine: {report.machine_line(result['machine'])}.\n"
     )
 
@@ -194,13 +237,31 @@ def _figure(result: dict):
     return figure
 
 
-def _join_processes(device: str) -> tuple[int, int]:
+@contextmanager
+def _processes(config: DistillConfig):
+    """Joins the processes that torchrun started, if it did: gives `(rank, world, device of this process)`."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if world > 1 and not distributed.is_initialized():
-        distributed.init_process_group(BACKENDS.get(device, "gloo"))
-    if world > 1 and device != "cpu":
-        torch.get_device_module(device).set_device(int(os.environ["LOCAL_RANK"]))
-    return (distributed.get_rank(), world) if world > 1 else (0, 1)
+    if world == 1:
+        yield 0, 1, config.device
+        return
+    uneven = [length for length in config.lengths if config.tokens // length % world]
+    if uneven:
+        raise ValueError(
+            f"tokens must give each of {world} processes the same number of sequences, got {config.tokens}: "
+            f"{config.tokens // uneven[0]} of length {uneven[0]}"
+        )
+    device = config.device
+    if device != "cpu":
+        if ":" in device:
+            raise ValueError(f"device must have no index under torchrun, got {device!r}")
+        device = f"{device}:{os.environ['LOCAL_RANK']}"
+        torch.get_device_module(config.device).set_device(device)
+    joined = not distributed.is_initialized()
+    if joined:
+        distributed.init_process_group(BACKENDS.get(config.device, "gloo"))
+    yield distributed.get_rank(), world, device
+    if joined:  # after an error the others may be waiting: the end of this process ends them
+        distributed.destroy_process_group()
 
 
 def _barrier(world: int) -> None:
@@ -208,21 +269,27 @@ def _barrier(world: int) -> None:
         distributed.barrier()
 
 
+def _require_same_step(step: int, output: Path, world: int) -> None:
+    if world == 1:
+        return
+    steps = [0] * world
+    distributed.all_gather_object(steps, step)
+    if len(set(steps)) > 1:
+        raise report.RunError(
+            f"{output} must be one directory that all processes see, got checkpoints of steps {steps}"
+        )
+
+
+@contextmanager
 def _progress(steps: int, done: int, shown: bool):
-    """A context manager that gives `advance(loss)`."""
-    from contextlib import contextmanager
+    """Gives `advance(loss)`, to be called after every step."""
+    if not shown:
+        yield lambda loss: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    @contextmanager
-    def bar():
-        if not shown:
-            yield lambda loss: None
-            return
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as shower:
-            task = shower.add_task("distil", total=steps, completed=done, loss="")
-            yield lambda loss: shower.update(task, advance=1, loss=f"loss {loss:.4f}")
-
-    return bar()
+    columns = (TextColumn("distil"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as shower:
+        task = shower.add_task("distil", total=steps, completed=done, loss="")
+        yield lambda loss: shower.update(task, advance=1, loss=f"loss {loss:.4f}")

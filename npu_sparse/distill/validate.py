@@ -15,8 +15,8 @@ def validate(model, indexer: Indexer, contexts, budgets: tuple[int, ...]) -> dic
     """`{"kl": nats, "mass_recall": {k: ..}, "support_recall": {k: ..}, "by_kind": {..}, "by_layer": [..]}`.
 
     Mass recall at k is the attention mass of the indexer's top k over that of the oracle's top k, support recall the
-    share of the oracle's top k that the indexer finds; both as means over rows t >= k, per query (block 1), in the model's
-    dtype. KL is the mean over all rows.
+    share of the oracle's top k that the indexer finds; both as means over rows t >= k, per query (block 1), in the
+    model's dtype. KL is the mean over all rows.
     """
     records: list[dict] = []
     served = indexer.copy_for(model)
@@ -36,10 +36,10 @@ def validate(model, indexer: Indexer, contexts, budgets: tuple[int, ...]) -> dic
             "support_recall": {str(k): average("support_recall", k) for k in budgets},
         }
 
-    layers = sorted({row["layer"] for row in records})
+    layers, kinds = sorted({row["layer"] for row in records}), sorted({row["kind"] for row in records})
     return {
         **mean(records),
-        "by_kind": {kind: mean([r for r in records if r["kind"] == kind]) for kind in {r["kind"] for r in records}},
+        "by_kind": {kind: mean([row for row in records if row["kind"] == kind]) for kind in kinds},
         "by_layer": [{"layer": n, **mean([row for row in records if row["layer"] == n])} for n in layers],
     }
 

@@ -34,7 +34,8 @@ class OracleConfig:
         chat: put tasks into the model's chat template.
         layer_prompts: how many of the prompts are also measured layer by layer on the dense trajectory.
         position_stride: next-token distributions are compared at every n-th position.
-        noise_dtype: dense in this dtype against dense in `dtype` is the noise floor; None = no such row.
+        noise_dtype: dense in this dtype against dense in `dtype` is the noise floor; "auto" = float32, or bfloat16
+            beside float32; "none" = no such row.
         dtype, device: of the model.
         impl: which operators run, "reference", "auto" or "kernel".
         seed: of the choice of texts, of the tasks, of the random control and of the bootstrap.
@@ -57,7 +58,7 @@ class OracleConfig:
     chat: bool = False
     layer_prompts: int = 1
     position_stride: int = 1
-    noise_dtype: str | None = "bfloat16"
+    noise_dtype: str = "auto"
     dtype: str = "float32"
     device: str = "cpu"
     impl: str = "reference"
@@ -90,12 +91,18 @@ class OracleConfig:
                 raise ValueError(f"texts must name files, folders or sources, got {text!r}")
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("impl", self.impl, IMPLEMENTATIONS)
-        if self.noise_dtype is not None:
-            _one_of("noise_dtype", self.noise_dtype, [dtype for dtype in DTYPES if dtype != self.dtype])
+        _one_of("noise_dtype", self.noise_dtype, ["auto", "none", *(dtype for dtype in DTYPES if dtype != self.dtype)])
         if "local" in self.controls and self.sink >= min(self.budgets):
             raise ValueError(f"sink must be below every budget, got {self.sink} and a budget of {min(self.budgets)}")
         if self.layer_prompts > self.prompts:
             raise ValueError(f"layer_prompts must be at most prompts = {self.prompts}, got {self.layer_prompts}")
+
+    @property
+    def floor_dtype(self) -> str | None:
+        """The dtype of the noise floor, or None."""
+        if self.noise_dtype == "auto":
+            return "bfloat16" if self.dtype == "float32" else "float32"
+        return None if self.noise_dtype == "none" else self.noise_dtype
 
     def to_dict(self) -> dict:
         """Plain JSON types; `OracleConfig.from_dict` reads them back."""

@@ -69,7 +69,7 @@ def retained(found: dict):
     labels = list(dict.fromkeys(row["label"] for row in rows))
     layers = sorted({row["layer"] for row in rows})
     budgets = found["config"]["budgets"]
-    height = max(2.6, 0.19 * len(layers) + 1.4)
+    height = max(3.0, 0.19 * len(layers) + 1.4)
     figure, axes = new_figure(columns=len(labels), width=max(1.9, 0.55 * len(budgets) + 0.6), height=height)
     lowest = min(row["retained_mean"] for row in rows)
     image = None
@@ -85,9 +85,9 @@ def retained(found: dict):
         if len(layers) <= MOST_ANNOTATED_LAYERS:
             _annotate(ax, grid, 100 * lowest)
     axes[0, 0].set_ylabel("layer")
-    figure.colorbar(image, ax=list(axes[0]), label="attention mass within the support, %", shrink=0.9, pad=0.02)
+    figure.colorbar(image, ax=list(axes[0]), label="mass kept, %", shrink=0.9, pad=0.02)
     note = "each layer on its dense inputs; mean over queries of the second half"
-    _title(figure, found, "How much attention mass fits in the budget?", note)
+    _title(figure, found, "How much of the attention mass fits in the budget?", note)
     return figure
 
 
@@ -103,9 +103,10 @@ def error(found: dict):
             ax.plot(x, y, **_style(found, line[0]), linewidth=1.3, markersize=3.5)
         ax.set_title(f"k = {k} ({100 * sparsity(k, found['config']['length']):.0f}% of pairs skipped)", fontsize=9)
         ax.set_xlabel("layer")
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_ylim(bottom=0)
         ax.sharey(axes[0, 0])
-    axes[0, 0].set_ylabel("RMS error of the attention output, % of dense")
+    axes[0, 0].set_ylabel("output error, % of dense (RMS)")
     _legend(figure, axes[0, 0])
     note = "each layer on its dense inputs, so errors do not add up here"
     _title(figure, found, "Which layers does sparsity hurt?", note)

@@ -144,17 +144,16 @@ class _Own:
 
 
 def _order(mass: Tensor, block: int, reduce: str | None) -> Tensor:
-    """Key positions from the most to the least mass, int64 `[Hs, ceil(R / block), Tk]`, unseen keys last.
+    """Key positions from the most to the least mass, int64 `[Hs, ceil(R / block), Tk]`.
 
-    Equal masses stay in order of position, which is how `select_tokens` settles ties.
+    Equal masses stay in order of position, as `select_tokens` settles ties; so keys that no query of the block sees,
+    which have no mass and the last positions, come last.
     """
-    R, Tk = mass.shape[1:]
     rows = mass
     if block > 1:
         blocks = padded_to_blocks(mass, block, 0.0)
         rows = blocks.amax(-2) if reduce == "max" else blocks.sum(-2)  # a sum orders keys as the mean does
-    visible = visible_to_block(R, Tk, block, None, mass.device)
-    return rows.masked_fill(~visible, float("-inf")).sort(dim=-1, descending=True, stable=True).indices
+    return rows.sort(dim=-1, descending=True, stable=True).indices
 
 
 def _cumulated(mass: Tensor, order: Tensor, block: int, budgets: Sequence[int]) -> Tensor:

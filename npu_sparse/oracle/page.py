@@ -8,7 +8,7 @@ from ..report import machine_line, markdown_table
 CAPTIONS = {
     "quality.png": "How close to dense does each budget come, end to end?",
     "tasks.png": "Does the model still solve the tasks?",
-    "retained.png": "How much attention mass fits in the budget, layer by layer?",
+    "retained.png": "How much of the attention mass fits in the budget, layer by layer?",
     "error.png": "How far is each layer's attention output from dense?",
     "sharing.png": "What does sharing a support among neighbouring queries cost?",
 }

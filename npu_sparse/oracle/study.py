@@ -29,28 +29,37 @@ from .prompts import text_prompts
 from .summary import summarise
 
 
-def run_oracle(config: OracleConfig, output, *, model=None, tokenizer=None) -> dict:
+def run_oracle(config: OracleConfig, output, *, model=None, tokenizer=None, shard: tuple[int, int] = (0, 1)) -> dict:
     """The report of an oracle study, also written to `output` as report.json, report.md and PNG figures.
 
     `output` gets config.json first and every finished cell in cells/; running the same config again measures what is
-    missing and writes the report anew. `model` and `tokenizer`, together, are used instead of loading `config.model`.
+    missing and writes the report anew. While other shards have cells to finish, it is
+    `{"complete": False, "missing": [...]}`.
+
+    Args:
+        model, tokenizer: used in place of loading `config.model`; both or none.
+        shard: `(i, n)`: this process measures cells i, i + n, i + 2n, ...; n processes may share one directory.
 
     Raises ValueError (report.RunError for the directory) before anything is measured: texts that are empty or too
-    short, an unknown task, a model that is not supported, a used directory. CheckpointError and
-    KernelUnavailableError as their modules do.
+    short, an unknown task, a model that is not supported, a used directory. CheckpointError and KernelUnavailableError
+    as their modules do.
     """
     if not isinstance(config, OracleConfig):
         raise TypeError(f"config must be an OracleConfig, got {type(config).__name__}")
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
     output = Path(output)
+    recorded = {"stage": "oracle", **config.to_dict()}
     if output.is_file():
         raise report.RunError(f"output must be a directory, got the file {output}")
-    if output.is_dir() and any(output.iterdir()):
-        report.open_run(
-            output, config.to_dict()
-        )  # refuses a used directory before a model is loaded, and writes nothing
+    if output.is_dir() and any(not entry.name.startswith(".") for entry in output.iterdir()):
+        report.open_run(output, recorded)  # refuses a used directory before a model is loaded, and writes nothing
     study = _prepare(config, model, tokenizer)
-    report.open_run(output, config.to_dict())
-    cells = _measure(study, output / "cells")
+    report.open_run(output, recorded)
+    cells, missing = _measure(study, output / "cells", shard)
+    if missing:
+        return {"complete": False, "missing": missing}
     return _write(study, cells, output)
 
 
@@ -141,29 +150,34 @@ def _cells(study: Study) -> Iterator[tuple[str, Callable[[], dict]]]:
     config = study.config
     if config.tasks:
         yield "dense", lambda: {"scores": _scores(study, study.model)}
-    if config.noise_dtype:
-        yield f"noise-{config.noise_dtype}", lambda: _noise_floor(study)
+    if config.floor_dtype:
+        yield f"noise-{config.floor_dtype}", lambda: _noise_floor(study)
     for n in range(config.layer_prompts):
         yield f"layers-{n}", lambda n=n: _layers(study, n)
     for variant in variants(config, study.architecture.kv_heads):
         yield variant.cell, lambda variant=variant: _end_to_end(study, variant)
 
 
-def _measure(study: Study, directory: Path) -> dict[str, dict]:
+def _measure(study: Study, directory: Path, shard: tuple[int, int]) -> tuple[dict[str, dict], list[str]]:
+    """The cells that are there once this shard's are measured, and the names of those that are not."""
     directory.mkdir(exist_ok=True)
     wanted = list(_cells(study))
-    cells = {name: cell for name, _ in wanted if (cell := _read(study, directory / f"{name}.json")) is not None}
-    if cells:
-        report.say(f"oracle: {len(cells)} of {len(wanted)} cells are there already")
-    for number, (name, measure) in enumerate(wanted, start=1):
-        if name in cells:
+
+    def finished() -> dict[str, dict]:
+        return {name: cell for name, _ in wanted if (cell := _read(study, directory / f"{name}.json")) is not None}
+
+    there = finished()
+    if there:
+        report.say(f"oracle: {len(there)} of {len(wanted)} cells are there already")
+    for number, (name, measure) in enumerate(wanted):
+        if name in there or number % shard[1] != shard[0]:
             continue
         started = time.perf_counter()
         cell = {"inputs": study.inputs, **measure(), "seconds": round(time.perf_counter() - started, 3)}
         report.write_json(directory / f"{name}.json", cell)
-        cells[name] = cell
-        report.say(f"oracle: [{number}/{len(wanted)}] {name}{_first_figures(cell)}, {cell['seconds']:.1f} s")
-    return cells
+        report.say(f"oracle: [{number + 1}/{len(wanted)}] {name}{_first_figures(cell)}, {cell['seconds']:.1f} s")
+    cells = finished()  # other shards' too
+    return cells, [name for name, _ in wanted if name not in cells]
 
 
 def _read(study: Study, path: Path) -> dict | None:
@@ -212,7 +226,7 @@ def _selector(variant: Variant, config: OracleConfig) -> Selector:
 def _noise_floor(study: Study) -> dict:
     dense = study.dense
     other = copy.deepcopy(study.model)
-    dtype = getattr(torch, study.config.noise_dtype)
+    dtype = getattr(torch, study.config.floor_dtype)
     for parameter in other.parameters():  # buffers stay: rotary frequencies are fp32 in a model of any dtype
         parameter.data = parameter.data.to(dtype)
     prompts = quality.measure(other, study.ids, dense, study.model, stride=study.config.position_stride)

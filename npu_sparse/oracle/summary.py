@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 
+from ..bench.stats import Estimate, macro_difference, macro_mean
 from .config import OracleConfig, Variant, sparsity, variants
-from .intervals import bootstrap_interval
 
+LEAST_VALUES = 3  # fewer have no interval
 AVERAGED = ("kl", "agreement", "kl_second_half", "agreement_second_half")
 
 
@@ -14,9 +15,9 @@ def summarise(config: OracleConfig, kv_heads: int, cells: dict[str, dict]) -> di
     rows = []
     if dense:
         rows.append({"evidence": "dense", "label": f"dense in {config.dtype}", **_tasks(dense, None, config)})
-    if config.noise_dtype:
-        cell = cells[f"noise-{config.noise_dtype}"]
-        label = f"dense in {config.noise_dtype}"
+    if config.floor_dtype:
+        cell = cells[f"noise-{config.floor_dtype}"]
+        label = f"dense in {config.floor_dtype}"
         rows.append({"evidence": "noise floor", "label": label, **_end_to_end(cell, dense, config)})
     by_layer = [cells[f"layers-{n}"] for n in range(config.layer_prompts)]
     if by_layer:
@@ -59,7 +60,8 @@ def _end_to_end(cell: dict, dense: dict[str, list[float]], config: OracleConfig)
     prompts = cell["prompts"]
     row = {}
     for name in AVERAGED:
-        row.update(_with_interval(name, [prompt[name] for prompt in prompts], config.seed))
+        values = [prompt[name] for prompt in prompts]
+        row |= _with_interval(name, macro_mean([values], seed=config.seed), len(values))
     retained = [prompt["retained_by_layer"] for prompt in prompts if prompt.get("retained_by_layer")]
     if retained:
         by_layer = [_mean(values) for values in zip(*retained)]
@@ -68,20 +70,21 @@ def _end_to_end(cell: dict, dense: dict[str, list[float]], config: OracleConfig)
 
 
 def _tasks(scores: dict[str, list[float]], dense: dict[str, list[float]] | None, config: OracleConfig) -> dict:
-    """The mean score over all examples, its difference from dense example by example, and each task's mean."""
+    """The mean of the tasks' mean scores, its difference from dense example by example, and each task's mean."""
     if not scores:
         return {}
-    every = [score for values in scores.values() for score in values]
-    row = _with_interval("score", every, config.seed)
+    strata = list(scores.values())
+    row = _with_interval("score", macro_mean(strata, seed=config.seed), config.task_count)
     row["scores"] = {task: _mean(values) for task, values in scores.items()}
     if dense is not None:
-        differences = [score - other for task in scores for score, other in zip(scores[task], dense[task])]
-        row.update(_with_interval("score_minus_dense", differences, config.seed))
+        difference = macro_difference([dense[task] for task in scores], strata, seed=config.seed)
+        row |= _with_interval("score_minus_dense", difference, config.task_count)
     return row
 
 
-def _with_interval(name: str, values: list[float], seed: int) -> dict:
-    return {name: _mean(values), f"{name}_interval": bootstrap_interval(values, seed)}
+def _with_interval(name: str, estimate: Estimate, values: int) -> dict:
+    interval = [estimate.low, estimate.high] if values >= LEAST_VALUES else None
+    return {name: estimate.value, f"{name}_interval": interval}
 
 
 def _mean_over_prompts(prompts: list[list[dict]], keys: int) -> Iterable[tuple[dict, dict]]:

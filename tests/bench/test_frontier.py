@@ -51,12 +51,21 @@ def test_points_have_the_three_gaps_and_unshared_ones_no_realization_gap(grid):
     assert (grid[0] / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_each_point_joins_the_score_and_the_time_of_its_own_budget(grid, pairs):
-    for row, (scored, timed) in zip(grid[1]["rows"][3:], pairs):
+def test_each_point_joins_the_scores_gaps_and_times_of_its_own_budget(pairs):
+    numbers = iter(range(1, 10_000))
+    for scored, _ in pairs:  # an untrained model solves nothing: numbers that can be told apart
+        for row in scored["rows"]:
+            row["score"] = {"value": next(numbers)}
+        for gap in scored["gaps"]:
+            gap["change"] = {"value": next(numbers)}
+    for row, (scored, timed) in zip(join(pairs)["rows"][3:], pairs):
         variant = "indexer" if row["block"] == 1 else "indexer-shared"
         (score,) = [r["score"] for r in scored["rows"] if r["variant"] == variant and r["task"] == quality.MACRO]
-        (time,) = [r["ttft_s"] for r in timed["rows"] if r["variant"] == variant]
-        assert (row["score"], row["ttft_s"]) == (score, time)
+        times = {r["variant"]: r for r in timed["rows"]}
+        assert (row["score"], row["ttft_s"]) == (score, times[variant]["ttft_s"])
+        assert (row["speed_up"], row["dense_ttft_s"]) == (times[variant]["speed_up"], times["dense"]["ttft_s"])
+        macro = {gap["gap"]: gap["change"] for gap in scored["gaps"] if gap["task"] == quality.MACRO}
+        assert row["gaps"] == {name: change for name, change in macro.items() if name in GAPS}
 
 
 def test_dense_time_pools_the_rounds_of_all_points(grid, pairs):
@@ -90,6 +99,7 @@ def test_cells_are_shared_between_budgets_and_nothing_is_run_twice(
         (1, {"config": {"k": 128}}, "the same k, got 64 and 128"),
         (1, {"config": {"impl": "kernel"}}, "the same impl"),
         (1, {"config": {"dtype": "bfloat16"}}, "the same dtype"),
+        (1, {"machines": [{"processor": "another"}]}, "all ttft runs must have the same processor"),
         (0, {"prompts": {"vt": "others"}}, "all points must have the same prompts"),
     ],
 )

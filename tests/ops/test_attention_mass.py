@@ -32,9 +32,7 @@ class Case:
             self.B, self.Hq, self.Hkv, self.Tq, self.Tk, self.D, dtype=self.dtype, device=device, strided=self.strided
         )
         valid = padding(self.B, self.Tk, self.side, device=device) if self.side else None
-        options = dict(
-            scale=self.D**-0.5, reduce_block=self.block, reduce=self.reduce, per_kv=self.per_kv, valid=valid
-        )
+        options = dict(scale=self.D**-0.5, reduce_block=self.block, reduce=self.reduce, per_kv=self.per_kv, valid=valid)
         return q, k, options
 
 
@@ -147,7 +145,11 @@ def test_tiling_does_not_change_the_reference(case, monkeypatch):
         ({"q": torch.zeros(1, 4, 37, 16).int()}, TypeError, "q must be float32 or bfloat16 .*, got torch.int32"),
         ({"k": torch.zeros(1, 2, 37, 8)}, ValueError, r"k must have shape \(1, \*, \*, 16\), got \(1, 2, 37, 8\)"),
         ({"k": torch.zeros(1, 2, 37, 16).half()}, TypeError, "k must be float32, got torch.float16"),
-        ({"k": torch.zeros(1, 2, 37, 16, device="meta")}, ValueError, "k must be on cpu like the other inputs, got meta"),
+        (
+            {"k": torch.zeros(1, 2, 37, 16, device="meta")},
+            ValueError,
+            "k must be on cpu like the other inputs, got meta",
+        ),
         ({"k": torch.zeros(1, 3, 37, 16)}, ValueError, "query heads must be a multiple of KV heads, got 4 and 3"),
         ({"k": torch.zeros(1, 2, 36, 16)}, ValueError, "the last Tq of Tk keys .* got Tq = 37, Tk = 36"),
         ({"q": torch.zeros(1, 4, 0, 16)}, ValueError, "got Tq = 0, Tk = 37"),

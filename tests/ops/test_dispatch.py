@@ -39,7 +39,9 @@ ARGUMENTS = {
 
 
 def attention_mass(q, k, scale, block, reduce, per_kv, valid, impl):
-    return ops.attention_mass(q, k, scale=scale, reduce_block=block, reduce=reduce, per_kv=per_kv, valid=valid, impl=impl)
+    return ops.attention_mass(
+        q, k, scale=scale, reduce_block=block, reduce=reduce, per_kv=per_kv, valid=valid, impl=impl
+    )
 
 
 def index_scores(qi, ki, w, block, reduce, valid, impl):
@@ -116,7 +118,10 @@ def test_inductor_gives_the_same(backend):
         support = ops.select_by_index(qi * 2, ki, w, k=12, block=16, impl=backend.impl)
         return ops.sparse_attention(q + 1, k, v, support, scale=0.25, impl=backend.impl).relu()
 
-    inputs = (*index_inputs(2, 3, 21, 30, 64, device=backend.device), *attention_inputs(2, 4, 2, 21, 30, 16, device=backend.device))
+    inputs = (
+        *index_inputs(2, 3, 21, 30, 64, device=backend.device),
+        *attention_inputs(2, 4, 2, 21, 30, 16, device=backend.device),
+    )
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), layer(*inputs))

@@ -122,7 +122,9 @@ def test_empty_support_returns_zeros(backend, block):
     rows = -(-37 // block)
     count = torch.zeros(2, 1, rows, dtype=torch.int32, device=backend.device)
     for width in (0, 5):
-        indices = torch.full((2, 1, rows, width), torch.iinfo(torch.int32).max, dtype=torch.int32, device=backend.device)
+        indices = torch.full(
+            (2, 1, rows, width), torch.iinfo(torch.int32).max, dtype=torch.int32, device=backend.device
+        )
         out = ops.sparse_attention(q, k, v, Support(indices, count, block), scale=1.0, impl=backend.impl)
         assert torch.equal(out, torch.zeros_like(q))
 

@@ -45,7 +45,7 @@ def test_unknown_fields_are_refused():
         ({"prompts": 0}, "prompts must be >= 1"),
         ({"layer_prompts": 5}, "layer_prompts must be at most prompts = 4"),
         ({"sink": 64}, "sink must be below every budget, got 64"),
-        ({"noise_dtype": "float32"}, "noise_dtype must be one of bfloat16, float16"),
+        ({"noise_dtype": "float32"}, "noise_dtype must be one of auto, none, bfloat16, float16"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"impl": "fast"}, "impl must be one of"),
     ],
@@ -62,6 +62,13 @@ def test_broken_rules_are_refused_in_one_sentence(changes, sentence):
 def test_wrong_types_are_refused(name, value):
     with pytest.raises(TypeError, match=name):
         OracleConfig("m", **{name: value})
+
+
+def test_the_noise_floor_has_another_dtype_by_itself():
+    assert OracleConfig("m").floor_dtype == "bfloat16"
+    assert OracleConfig("m", dtype="bfloat16").floor_dtype == "float32"
+    assert OracleConfig("m", noise_dtype="float16").floor_dtype == "float16"
+    assert OracleConfig("m", noise_dtype="none").floor_dtype is None
 
 
 def test_reduction_only_multiplies_shared_blocks():

@@ -5,9 +5,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from npu_sparse import report
+from npu_sparse import report, tasks
+from npu_sparse.budget import Budget
 from npu_sparse.oracle import quality, run_oracle, study
 from npu_sparse.oracle.config import variants
+from npu_sparse.oracle.prompts import text_prompts
+from npu_sparse.selectors import Local, Oracle, Random
 
 
 @pytest.fixture
@@ -17,8 +20,8 @@ def no_figures(monkeypatch):
 
 @pytest.fixture
 def run(config, model, tokenizer, tmp_path, no_figures):
-    def run(output=tmp_path / "run", **changes):
-        return run_oracle(replace(config, **changes), output, model=model, tokenizer=tokenizer)
+    def run(output=tmp_path / "run", shard=(0, 1), **changes):
+        return run_oracle(replace(config, **changes), output, model=model, tokenizer=tokenizer, shard=shard)
 
     return run
 
@@ -40,7 +43,7 @@ def count_measurements(monkeypatch) -> list:
 def test_a_study_writes_config_cells_report_and_figures(config, model, tokenizer, tmp_path):
     output = tmp_path / "run"
     found = run_oracle(config, output, model=model, tokenizer=tokenizer)
-    assert json.loads((output / "config.json").read_text()) == config.to_dict()
+    assert json.loads((output / "config.json").read_text()) == {"stage": "oracle", **config.to_dict()}
     assert json.loads((output / "report.json").read_text()) == found
     page = (output / "report.md").read_text()
     for figure in ("quality.png", "retained.png", "error.png", "sharing.png"):
@@ -67,10 +70,30 @@ def test_report_carries_machine_model_and_intervals(run):
             assert low <= row["kl"] <= high
 
 
+def test_two_prompts_have_no_interval(run):
+    assert all(row["kl_interval"] is None for row in run(prompts=2)["end_to_end"])
+
+
 def test_means_are_over_prompts(run, tmp_path):
     row = next(row for row in run()["end_to_end"] if row.get("selector") == "random" and row["k"] == 8)
     cell = json.loads((tmp_path / "run/cells/random-k8.json").read_text())
     assert row["kl"] == pytest.approx(sum(prompt["kl"] for prompt in cell["prompts"]) / 3)
+
+
+def test_cells_measure_what_their_names_say(run, config, model, tokenizer, tmp_path):
+    run()
+    prompts = [ids for _, ids in text_prompts(tokenizer, tasks.documents(config.texts), length=100, count=3, seed=0)]
+    dense = [quality.hidden_states(model, ids) for ids in prompts]
+    for name, selector, budget in (
+        ("oracle-all-b1-k8", Oracle(), Budget(k=8, block=1)),
+        ("oracle-kv-b1-k8", Oracle(per_kv=True), Budget(k=8, block=1)),
+        ("oracle-kv-b16-max-k40", Oracle(per_kv=True), Budget(k=40, block=16, reduce="max")),
+        ("oracle-all-b16-mean-k40", Oracle(), Budget(k=40, block=16, reduce="mean")),
+        ("local-k40", Local(4), Budget(k=40, block=1)),
+        ("random-k8", Random(0), Budget(k=8, block=1)),
+    ):
+        cell = json.loads((tmp_path / f"run/cells/{name}.json").read_text())
+        assert cell["prompts"] == quality.measure(model, prompts, dense, model, selector=selector, budget=budget)
 
 
 def test_layer_means_are_over_the_layer_prompts(run, tmp_path):
@@ -112,6 +135,22 @@ def test_finished_cells_are_not_measured_again(run, monkeypatch, tmp_path):
     assert [name for name, *_ in measured] == ["_layers", "_end_to_end"]
     rows = [[{**row} for row in found["end_to_end"]] for found in (first, third)]
     assert rows[0] == rows[1] and first["layers"] == third["layers"]
+
+
+def test_shards_divide_the_cells_and_the_last_one_reports(run, config, tmp_path):
+    whole = run(tmp_path / "whole")
+    output = tmp_path / "shared"
+    first = run(output, shard=(1, 2))
+    assert not first["complete"] and not (output / "report.json").exists()
+    done = {path.stem for path in (output / "cells").iterdir()}
+    assert len(done) == 9 and done.isdisjoint(first["missing"])
+    assert run(output, shard=(0, 2))["end_to_end"] == whole["end_to_end"]
+
+
+@pytest.mark.parametrize("shard", [(2, 2), (-1, 2), (0, 0)])
+def test_impossible_shards_are_refused(run, shard):
+    with pytest.raises(ValueError, match="shard must be"):
+        run(shard=shard)
 
 
 def test_an_interrupted_study_loses_one_cell(run, monkeypatch, tmp_path):
@@ -203,7 +242,7 @@ REFUSED = [
     ({"texts": ("/no/such/folder",)}, "a source must be an existing file or folder"),
     ({"length": 4000}, "length must fit the model's 2048 positions, got 4000"),
     ({"prompts": 900}, "texts must hold 900 prompts of 100 tokens, got enough for"),
-    ({"dtype": "bfloat16", "noise_dtype": None}, "model must be bfloat16 on cpu"),
+    ({"dtype": "bfloat16"}, "model must be bfloat16 on cpu"),
     ({"device": "nowhere"}, "device must be a torch device"),
 ]
 

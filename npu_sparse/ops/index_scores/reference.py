@@ -13,26 +13,31 @@ def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: s
     Tk = ki.shape[1]
     offset = Tk - Tq
     scores = torch.full((B, -(-Tq // block), Tk), float("-inf"), dtype=torch.float32, device=qi.device)
-    scaled, keys = qi * Di**-0.5, ki.transpose(-1, -2)
-    tile = max(block, TILE_ELEMENTS // (B * Hi * Tk) // block * block)
-    for start in range(0, Tq, tile):
-        stop = min(start + tile, Tq)
-        first, end = offset + start, offset + stop
-        z = torch.bmm(scaled[:, :, start:stop].flatten(1, 2), keys[..., :end]).unflatten(1, (Hi, -1))  # [B, Hi, R, end]
-        z = z.relu_()
-        if w is not None:
-            z = z.mul_(w[:, start:stop].transpose(1, 2)[..., None])
-        z = z.sum(1) if Hi > 1 else z[:, 0]  # [B, R, end]
-        # every query of the tile sees all keys before the tile's first query
-        hidden = torch.ones(stop - start, stop - start, dtype=torch.bool, device=z.device).triu_(1)
-        z[..., first:].masked_fill_(hidden, float("-inf"))
-        if valid is not None:
-            z.masked_fill_(~(valid[:, None, :end] & valid[:, first:end, None]), float("-inf"))
-        if reduce == "max":
-            reduced = _max_over_rows(padded_to_blocks(z, block, float("-inf")))
-        else:
-            reduced = _mean_of_weights(padded_to_blocks(z.float(), block, float("-inf")))
-        scores[:, start // block : -(-stop // block), :end] = reduced
+    scaled = qi * Di**-0.5
+    relu_last = Hi == 1 and w is None and reduce == "max"  # there it commutes with the maximum, over fewer elements
+    tile = max(block, TILE_ELEMENTS // (Hi * Tk) // block * block)
+    ahead = torch.ones(min(tile, Tq), min(tile, Tq), dtype=torch.bool, device=qi.device).triu_(1)
+    for b in range(B):
+        for start in range(0, Tq, tile):
+            stop = min(start + tile, Tq)
+            first, end, R = offset + start, offset + stop, stop - start
+            z = torch.matmul(scaled[b, :, start:stop].flatten(0, 1), ki[b, :end].T).unflatten(0, (Hi, R))
+            if not relu_last:
+                z.relu_()
+            if w is not None:
+                z.mul_(w[b, start:stop].T[..., None])
+            z = z.sum(0) if Hi > 1 else z[0]  # [R, end]
+            # every query of the tile sees all keys before the tile's first query
+            z[:, first:].masked_fill_(ahead[:R, :R], float("-inf"))
+            if valid is not None:
+                z.masked_fill_(~(valid[b, :end] & valid[b, first:end, None]), float("-inf"))
+            if reduce == "max":
+                reduced = _max_over_rows(padded_to_blocks(z, block, float("-inf")))
+            else:
+                reduced = _mean_of_weights(padded_to_blocks(z.float(), block, float("-inf")))
+            if relu_last:
+                reduced = torch.where(reduced > float("-inf"), reduced.relu(), reduced)
+            scores[b, start // block : -(-stop // block), :end] = reduced
     return scores
 
 

@@ -16,7 +16,7 @@ def select_tokens(
     above = scores > threshold
     tied = scores == threshold
     room = K - above.sum(-1, keepdim=True)
-    member = above | (tied & (tied.cumsum(-1) <= room))  # ties: the smaller position first
+    member = above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))  # ties: the smaller position first
     member &= scores > float("-inf")
     count = member.sum(-1, dtype=torch.int32)
     indices = torch.full((B, Hs, Nq, K), -1, dtype=torch.int32, device=scores.device)

@@ -12,7 +12,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake(q, k, v, indices, count, block, scale):
-    return q.new_empty((*q.shape[:3], v.shape[-1]))
+    B, Hq, Tq, _ = q.shape
+    return q.new_empty((B, Tq, Hq, v.shape[-1])).transpose(1, 2)  # tokens outermost, as the model wants it next
 
 
 dispatch.define(

@@ -11,45 +11,48 @@ UNION_ROWS = 128
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Tensor, block: int, scale: float) -> Tensor:
+    B, Hq, Tq, _ = q.shape
     if indices.shape[-1] == 0:
-        return q.new_zeros((*q.shape[:3], v.shape[-1]))
+        return q.new_zeros((B, Tq, Hq, v.shape[-1])).transpose(1, 2)
     serve = _gather_blocks if block >= SMALLEST_GATHERED_BLOCK else _gather_unions
     return serve(q, k, v, indices, count, block, scale)
 
 
 def _gather_blocks(q, k, v, indices, count, block, scale):
-    B, Hq, Tq, D = q.shape
-    Hkv, Tk, Dv = k.shape[1], k.shape[2], v.shape[-1]
+    B, Hq, Tq, _ = q.shape
+    Hkv, Tk, D = k.shape[1:]
     Hs, Nq, K = indices.shape[1:]
     used = torch.arange(K, device=q.device) < count[..., None]
-    slots = torch.where(used, indices, indices[..., :1]).long()  # what an unused slot holds is never read
-    slots = slots.masked_fill_((count == 0)[..., None], 0)
-    queries = pad(q, (0, 0, 0, Nq * block - Tq)).view(B, Hq, Nq, block, D)
-    position = torch.arange(Nq * block, device=q.device).view(Nq, block) + Tk - Tq
-    out = torch.empty(B, Nq, Hq, block, Dv, dtype=q.dtype, device=q.device)
+    ends = torch.where(used, indices, Tk).transpose(1, 2)  # [B, Nq, Hs, K]; no query sees an unused slot
+    slots = torch.where(used, indices, indices[..., :1].clamp(0, Tk - 1)).transpose(1, 2)  # unused: any key that is used
+    slots = slots.masked_fill((count == 0).transpose(1, 2)[..., None], 0)
+    heads = torch.arange(Hkv, device=q.device).view(Hs, -1, 1) * Tk  # [Hs, Hkv / Hs, 1]
+    rows = q.transpose(1, 2)  # [B, Tq, Hq, D]
+    if Tq % block:
+        rows = pad(rows, (0, 0, 0, 0, 0, -Tq % block))
+    rows = rows.unflatten(1, (Nq, block)).unflatten(3, (Hs, -1))  # [B, Nq, block, Hs, Hq / Hs, D]
+    position = torch.arange(Nq * block, device=q.device).view(Nq, 1, block, 1) + Tk - Tq
+    out = q.new_empty((B, Nq, block, Hs, Hq // Hs, v.shape[-1]))
     step = max(1, TILE_ELEMENTS // (Hkv * K * D))
     for b in range(B):
+        keys, values = k[b].reshape(Hkv * Tk, D), v[b].reshape(Hkv * Tk, -1)
         for start in range(0, Nq, step):
             n = slice(start, start + step)
-            idx = slots[b, :, n]  # [Hs, n, K]
-            allowed = used[b, :, n, None] & (idx[:, :, None] <= position[n, :, None])  # [Hs, n, block, K]
-            mask = torch.zeros_like(allowed, dtype=q.dtype).masked_fill_(~allowed, float("-inf"))
-            keys, values = _gather(k[b], idx), _gather(v[b], idx)  # [n * Hs, Hkv / Hs, K, D]
-            rows = queries[b, :, n].transpose(0, 1).reshape(-1, Hq // Hs, block, D)  # [n * Hs, Hq / Hs, block, D]
-            mask = mask.transpose(0, 1).flatten(0, 1)[:, None]  # [n * Hs, 1, block, K]
-            tile = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
-            seen = allowed.any(-1).transpose(0, 1).reshape(-1, 1, block, 1)
-            out[b, n] = torch.where(seen, tile, 0.0).view(-1, Hq, block, Dv)
-    return out.transpose(1, 2).reshape(B, Hq, Nq * block, Dv)[:, :, :Tq].contiguous()
-
-
-def _gather(x: Tensor, idx: Tensor) -> Tensor:
-    """`[Hkv, Tk, D]` at `[Hs, n, K]` -> `[n * Hs, Hkv / Hs, K, D]`."""
-    Hs, n, K = idx.shape
-    if Hs == 1:
-        return x.index_select(1, idx.flatten()).unflatten(1, (n, K)).transpose(0, 1).contiguous()
-    heads = torch.arange(Hs, device=x.device)[:, None, None]
-    return x[heads, idx].transpose(0, 1).reshape(n * Hs, 1, K, x.shape[-1])
+            chosen = (slots[b, n, :, None] + heads).flatten()  # [n * Hs * (Hkv / Hs) * K]
+            hidden = (ends[b, n, :, None] > position[n]).flatten(0, 1)[:, None]  # [n * Hs, 1, block, K]
+            tile = scaled_dot_product_attention(
+                rows[b, n].permute(0, 2, 3, 1, 4).flatten(0, 1),  # [n * Hs, Hq / Hs, block, D]
+                keys.index_select(0, chosen).view(-1, Hkv // Hs, K, D),
+                values.index_select(0, chosen).view(-1, Hkv // Hs, K, v.shape[-1]),
+                attn_mask=torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, float("-inf")),
+                scale=scale,
+                enable_gqa=True,
+            )
+            blind = (ends[b, n, :, :1] > position[n, 0, :, 0][:, None]).flatten(0, 1)[:, None, :, None]
+            if bool(blind.any()):  # rows ascend: a query that does not see the first entry sees none
+                tile = tile.masked_fill(blind, 0.0)
+            out[b, n] = tile.unflatten(0, (-1, Hs)).permute(0, 3, 1, 2, 4)
+    return out.view(B, Nq * block, Hq, -1)[:, :Tq].contiguous().transpose(1, 2)
 
 
 def _gather_unions(q, k, v, indices, count, block, scale):
@@ -58,7 +61,7 @@ def _gather_unions(q, k, v, indices, count, block, scale):
     Hs, K = indices.shape[1], indices.shape[-1]
     used = torch.arange(K, device=q.device) < count[..., None]
     slots = torch.where(used, indices, Tk).long()  # unused slots land in a column that is cut off
-    out = torch.zeros(B, Hq, Tq, Dv, dtype=q.dtype, device=q.device)
+    out = q.new_zeros((B, Tq, Hq, Dv)).transpose(1, 2)
     rows_at_once = max(1, UNION_ROWS // block) * block  # whole blocks
     for start in range(0, Tq, rows_at_once):
         stop = min(start + rows_at_once, Tq)

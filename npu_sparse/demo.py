@@ -1,0 +1,119 @@
+"""The whole story on a real checkpoint, in minutes: what dense attention it needs, how well the shipped indexer finds it, what
+sharing supports costs, and what prefill gains. Each part is the stage of the same name at a small size."""
+
+from pathlib import Path
+
+from . import checkpoints, report
+from .bench.quality import EvalConfig, run_eval
+from .bench.ttft import TtftConfig, run_ttft
+from .distill import DistillConfig
+from .distill.data import Contexts
+from .distill.validate import validate
+from .indexer import Indexer, shipped
+from .oracle import OracleConfig, run_oracle
+
+TEXTS = ("builtin",)
+RECALL_BUDGETS = (64, 128, 256, 512)
+
+
+def run_demo(output, model_name: str = "smollm2-135m") -> dict:
+    """Writes `output`/report.md with its parts beside it and returns the summary; running it again resumes."""
+    if model_name not in shipped():
+        raise ValueError(f"model must be one with a shipped adapter ({', '.join(shipped())}), got {model_name!r}")
+    output = report.open_run(output, {"stage": "demo", "model": model_name})
+    report.say(f"1/5 checkpoint: {model_name}")
+    model, tokenizer = checkpoints.load(model_name)
+    indexer = Indexer.from_pretrained(model_name)
+    loaded = {"model": model, "tokenizer": tokenizer}
+
+    report.say("2/5 oracle: how much dense attention does it need?")
+    oracle = run_oracle(_oracle_config(model_name), output / "oracle", **loaded)
+    report.say("3/5 indexer: how much of that does the distilled indexer find?")
+    recall = _recall(model, tokenizer, indexer, model_name, output / "recall")
+    report.say("4/5 quality: what do the oracle, the indexer and sharing cost on tasks?")
+    quality = run_eval(_eval_config(model_name), output / "eval", indexer=indexer, **loaded)
+    report.say("5/5 TTFT: what does prefill gain?")
+    ttft = run_ttft(_ttft_config(model_name, model), output / "ttft", indexer=indexer, **loaded)
+
+    summary = _summary(oracle, recall, quality, ttft)
+    report.write_json(output / "report.json", {"stage": "demo", "machine": report.machine(), "summary": summary})
+    text = _markdown(model_name, summary)
+    report.write_text(output / "report.md", text)
+    print(report.markdown_table(summary))
+    print(f"Report: {output / 'report.md'}")
+    return {"summary": summary}
+
+
+def _oracle_config(name: str) -> OracleConfig:
+    return OracleConfig(
+        model=name, length=1024, budgets=(64, 128, 256), texts=TEXTS, prompts=3, heads=("all",), blocks=(1, 64),
+        reduces=("max", "mean"), controls=("local",), position_stride=4, dtype="bfloat16",
+    )  # fmt: skip
+
+
+def _eval_config(name: str) -> EvalConfig:
+    return EvalConfig(
+        model=name, adapter=name, tasks=("niah_single_2", "niah_multikey_1"), length=2048, count=4, k=256, block=64,
+        batch=4, max_new_tokens=16, texts=TEXTS,
+    )  # fmt: skip
+
+
+def _ttft_config(name: str, model) -> TtftConfig:
+    longest = min(8192, model.config.get_text_config().max_position_embeddings)
+    return TtftConfig(
+        model=name, adapter=name, lengths=(2048, longest), k=512, block=64, variants=("dense", "indexer-shared"), runs=3,
+        warmup=1, stage_runs=1, texts=TEXTS,
+    )  # fmt: skip
+
+
+def _recall(model, tokenizer, indexer, name: str, directory: Path) -> dict:
+    config = DistillConfig(
+        model=name, texts=TEXTS, tasks=(), task_fraction=0.0, validation_prompts=2, validation_length=2048,
+        budgets=RECALL_BUDGETS,
+    )  # fmt: skip
+    directory = report.open_run(directory, {"stage": "recall", **config.to_dict()})
+    found = validate(model, indexer, Contexts(config, tokenizer).held_out(), config.budgets)
+    report.write_json(directory / "report.json", {**found, "machine": report.machine()})
+    return found
+
+
+def _summary(oracle: dict, recall: dict, quality: dict, ttft: dict) -> list[dict]:
+    rows = []
+    for row in oracle["end_to_end"]:
+        if row["evidence"] == "noise floor" or row.get("k") == 256:
+            sharing = f"k 256 of {oracle['config']['length']}" if "k" in row else ""
+            rows.append(_row("How much dense attention is needed?", f"{row['label']}, {sharing}".rstrip(", "), row["evidence"],
+                             f"next token agrees with dense {row['agreement']:.1%}, KL {row['kl']:.4f} nats"))  # fmt: skip
+    for k in ("128", "256", "512"):
+        found = f"{recall['mass_recall'][k]:.1%} of the oracle's mass, {recall['support_recall'][k]:.1%} of its keys"
+        rows.append(_row("How well does the indexer find it?", f"per query, k {k} of 2048", "distilled", found))
+    for row in quality["rows"]:
+        if row["task"] == "macro average":
+            where = row["label"] + (f", k {row['k']} of {quality['config']['length']}" if row["k"] else "")
+            low, high = row["score"]["low"], row["score"]["high"]
+            rows.append(_row("What do selecting and sharing cost?", where, row["evidence"],
+                             f"score {row['score']['value']:.0f} [{low:.0f}, {high:.0f}] of 100"))  # fmt: skip
+    for row in ttft["rows"]:
+        label = f"{row['label']}, {row['length']} tokens"
+        gain = "" if row["variant"] == "dense" else f", {row['speed_up']['value']:.2f}x dense"
+        rows.append(_row("What does prefill gain?", label, row["evidence"], f"TTFT {row['ttft_s']['median']:.2f} s{gain}"))
+    for ceiling in ttft["ceilings"]:
+        rows.append(_row("What does prefill gain?", f"ceiling: attention free, {ceiling['length']} tokens", "measured",
+                         f"{ceiling['ceiling']:.2f}x dense"))  # fmt: skip
+    return rows
+
+
+def _row(question: str, what: str, evidence: str, found: str) -> dict:
+    return {"question": question, "what": what, "evidence": evidence, "found": found}
+
+
+def _markdown(name: str, summary: list[dict]) -> str:
+    return (
+        f"# npu-sparse on {name}\n\n{report.markdown_table(summary)}\n"
+        "Few prompts and runs, so that it takes minutes: read the intervals. The wide runs are in docs/results.\n\n"
+        f"All measured on {report.machine_line(report.machine())}.\n\n"
+        "## How much dense attention is needed?\n\n![quality](oracle/quality.png)\n![retained](oracle/retained.png)\n"
+        "[report](oracle/report.md)\n\n"
+        "## What do selecting and sharing cost?\n\n![eval](eval/report.png)\n[report](eval/report.md)\n\n"
+        "## What does prefill gain?\n\n![ttft](ttft/report.png)\n[report](ttft/report.md)\n"
+    )

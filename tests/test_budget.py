@@ -1,0 +1,97 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from npu_sparse import Budget
+from npu_sparse.budget import BLOCKS, REDUCTIONS
+
+
+@st.composite
+def budgets(draw):
+    block, sink, recent = draw(st.sampled_from(BLOCKS)), draw(st.integers(0, 8)), draw(st.integers(0, 8))
+    ks = st.integers(1 + sink + recent + block, 5000)
+    tiers = st.dictionaries(st.integers(1, 9999), ks, max_size=3).flatmap(lambda t: ks.map(lambda k: {0: k, **t}))
+    return Budget(
+        k=draw(st.one_of(ks, tiers)), block=block, reduce=draw(st.sampled_from(REDUCTIONS)), sink=sink, recent=recent,
+        per_layer=draw(st.dictionaries(st.integers(0, 40), ks, max_size=3)), dense_below=draw(st.integers(0, 9999)),
+    )  # fmt: skip
+
+
+@given(budget=budgets())
+def test_a_budget_survives_json(budget):
+    assert Budget.from_dict(json.loads(json.dumps(budget.to_dict()))) == budget
+
+
+@given(budget=budgets(), length=st.integers(0, 20000))
+def test_k_is_the_tier_of_the_length(budget, length):
+    k = budget.k_for(length)
+    if isinstance(budget.k, int):
+        assert k == budget.k
+    else:
+        reached = [start for start in sorted(budget.k) if start <= length]
+        assert k == budget.k[reached[-1]]
+    for layer, own in budget.per_layer.items():
+        assert budget.k_for(length, layer) == own
+    assert budget.k_for(length, 41) == k
+
+
+@given(budget=budgets())
+def test_a_copy_without_changes_is_equal(budget):
+    assert budget.replace() == budget
+    assert budget.replace(dense_below=7).dense_below == 7
+
+
+def test_check_length_refuses_more_keys_than_the_context_has():
+    Budget(k=64).check_length(64)
+    with pytest.raises(
+        ValueError, match="k must not exceed the context, got k = 64 for 63 tokens: lower k or run dense"
+    ):
+        Budget(k=64).check_length(63)
+    Budget(k={0: 64, 100: 128}).check_length(99)
+    with pytest.raises(ValueError, match="got k = 128 for 100 tokens"):
+        Budget(k={0: 64, 100: 128}).check_length(100)
+    with pytest.raises(ValueError, match="got k = 200 for 100 tokens"):
+        Budget(k=64, per_layer={3: 200}).check_length(100)
+
+
+def test_what_is_always_kept_must_fit_exactly():
+    Budget(k=4 + 8 + 15, block=16, sink=4, recent=8)
+    with pytest.raises(ValueError, match=r"sink 4 \+ recent 8 .* block of 16 = 27\), got 26"):
+        Budget(k=26, block=16, sink=4, recent=8)
+    with pytest.raises(ValueError, match="got 26"):
+        Budget(k=64, per_layer={2: 26}, block=16, sink=4, recent=8)
+    with pytest.raises(ValueError, match="got 26"):
+        Budget(k={0: 64, 99: 26}, block=16, sink=4, recent=8)
+
+
+@pytest.mark.parametrize(
+    "fields, error, message",
+    [
+        ({"k": 0}, ValueError, "k must be >= 1, got 0"),
+        ({"k": 1.5}, TypeError, "k must be an integer, got 1.5"),
+        ({"k": True}, TypeError, "k must be an integer, got True"),
+        ({"k": {}}, ValueError, "k must name at least one tier"),
+        ({"k": {5: 64}}, ValueError, r"k must have a tier that starts at length 0, got \[5\]"),
+        ({"k": {0: 0}}, ValueError, "k must be >= 1, got 0"),
+        ({"k": {-1: 64}}, ValueError, "from_length must be >= 0, got -1"),
+        ({"block": 3}, ValueError, r"block \(b_sel\) must be one of 1, 2, .*, got 3"),
+        ({"block": True}, ValueError, r"block .* got True"),
+        ({"block": 256}, ValueError, "got 256"),
+        ({"reduce": "sum"}, ValueError, "reduce must be one of max, mean, got 'sum'"),
+        ({"sink": -1}, ValueError, "sink must be >= 0, got -1"),
+        ({"recent": 1.0}, TypeError, "recent must be an integer, got 1.0"),
+        ({"dense_below": -5}, ValueError, "dense_below must be >= 0, got -5"),
+        ({"per_layer": {-1: 8}}, ValueError, "per_layer: layer must be >= 0, got -1"),
+        ({"per_layer": {0: 0}}, ValueError, "per_layer: k must be >= 1, got 0"),
+    ],
+)
+def test_a_broken_rule_is_named(fields, error, message):
+    with pytest.raises(error, match=message):
+        Budget(**fields)
+
+
+def test_unknown_fields_are_refused():
+    with pytest.raises(ValueError, match=r"budget has unknown fields \['kk'\]"):
+        Budget.from_dict({"kk": 3})
