@@ -146,7 +146,7 @@ class SparsePrefill:
                         ki = IndexKeyCache.of(cache, layer).extend(ki, seen, head)
                     index = (qi, ki, w)
             if not torch.compiler.is_compiling():
-                self._finite.append((layer, hidden.sum(dtype=torch.float32).isfinite()))
+                self._finite.append((layer, _total(hidden).isfinite()))
             return args, {**kwargs, "sparse_ctx": (self, layer, length, index)}
 
         return before_attention
@@ -162,6 +162,12 @@ class SparsePrefill:
         if self._finite and not bool(torch.stack([flag for _, flag in self._finite]).all()):
             layer = next(layer for layer, flag in self._finite if not bool(flag))
             raise FloatingPointError(f"hidden states of layer {layer} must be finite, got NaN or Inf")
+
+
+
+def _total(hidden: torch.Tensor) -> torch.Tensor:
+    """The sum of all elements, in a dtype that finite fp16 does not overflow."""
+    return hidden.sum(dtype=torch.float32) if hidden.dtype == torch.float16 else hidden.sum()
 
 
 def _is_sparse(queries: int, length: int, dense_below: int) -> bool:

@@ -16,12 +16,14 @@ def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: s
     scaled = qi * Di**-0.5
     relu_last = Hi == 1 and w is None and reduce == "max"  # there it commutes with the maximum, over fewer elements
     tile = max(block, TILE_ELEMENTS // (Hi * Tk) // block * block)
+    workspace = qi.new_empty(Hi * min(tile, Tq) * Tk)  # one for all tiles: fresh pages cost more than the products
     ahead = torch.ones(min(tile, Tq), min(tile, Tq), dtype=torch.bool, device=qi.device).triu_(1)
     for b in range(B):
         for start in range(0, Tq, tile):
             stop = min(start + tile, Tq)
             first, end, R = offset + start, offset + stop, stop - start
-            z = torch.matmul(scaled[b, :, start:stop].flatten(0, 1), ki[b, :end].T).unflatten(0, (Hi, R))
+            products = workspace[: Hi * R * end].view(Hi * R, end)
+            z = torch.mm(scaled[b, :, start:stop].flatten(0, 1), ki[b, :end].T, out=products).unflatten(0, (Hi, R))
             if not relu_last:
                 z.relu_()
             if w is not None:
@@ -42,10 +44,11 @@ def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: s
 
 
 def _max_over_rows(z: Tensor) -> Tensor:
-    """`[..., rows, keys]` -> `[..., keys]`, by halves: elementwise maxima vectorise where `amax` over a strided axis does not."""
+    """`[..., rows, keys]` -> `[..., keys]`, overwriting z: halves are compared in place, which vectorises and stays in the
+    cache where `amax` over a strided axis does not."""
     while z.shape[-2] % 2 == 0:
-        half = z.shape[-2] // 2
-        z = torch.maximum(z[..., :half, :], z[..., half:, :])
+        upper, lower = z.chunk(2, -2)
+        z = torch.maximum(upper, lower, out=upper)
     return z.amax(-2)
 
 

@@ -12,17 +12,24 @@ def select_tokens(
     B, Hs, Nq, Tk = scores.shape
     K = min(k, Tk)
     scores = _with_kept(scores, sink, recent, block, queries, valid)
-    threshold = scores.topk(K, dim=-1, sorted=False).values.amin(-1, keepdim=True)  # [B, Hs, Nq, 1]
-    above = scores > threshold
-    tied = scores == threshold
-    room = K - above.sum(-1, keepdim=True)
-    member = above | (tied & (tied.cumsum(-1, dtype=torch.int32) <= room))  # ties: the smaller position first
-    member &= scores > float("-inf")
-    count = member.sum(-1, dtype=torch.int32)
-    indices = torch.full((B, Hs, Nq, K), -1, dtype=torch.int32, device=scores.device)
-    rows = torch.arange(K, device=scores.device) < count[..., None]
-    indices[rows] = member.nonzero()[:, -1].int()  # row-major, so positions ascend within a row
-    return indices, count
+    rows = scores.flatten(0, 2)  # [B * Hs * Nq, Tk]
+    least = rows.topk(K, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    least = least.clamp(min=torch.finfo(rows.dtype).min)  # -inf is never selected
+    row, position = (rows >= least).nonzero().unbind(1)  # row-major, so positions ascend within a row
+    row, position, count = _without_surplus_ties(row, position, rows[row, position] == least[row, 0], K, len(rows))
+    slot = torch.arange(len(row), device=rows.device) - (count.cumsum(0) - count)[row]
+    indices = torch.full((len(rows), K), -1, dtype=torch.int32, device=rows.device)
+    indices[row, slot] = position.int()
+    return indices.view(B, Hs, Nq, K), count.int().view(B, Hs, Nq)
+
+
+def _without_surplus_ties(row: Tensor, position: Tensor, tied: Tensor, K: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The entries of at most K per row, and their count: of those tied at the threshold, the smaller positions stay."""
+    count = torch.bincount(row, minlength=rows)
+    ties = torch.bincount(row[tied], minlength=rows)
+    rank = tied.cumsum(0) - (ties.cumsum(0) - ties)[row]  # 1-based, among the row's ties
+    keep = ~tied | (rank <= (K - (count - ties))[row])
+    return row[keep], position[keep], count.clamp(max=K)
 
 
 def _with_kept(scores: Tensor, sink: int, recent: int, block: int, queries: int, valid: Tensor | None) -> Tensor:

@@ -33,7 +33,8 @@ def _gather_blocks(q, k, v, indices, count, block, scale):
     rows = rows.unflatten(1, (Nq, block)).unflatten(3, (Hs, -1))  # [B, Nq, block, Hs, Hq / Hs, D]
     position = torch.arange(Nq * block, device=q.device).view(Nq, 1, block, 1) + Tk - Tq
     out = q.new_empty((B, Nq, block, Hs, Hq // Hs, v.shape[-1]))
-    step = max(1, TILE_ELEMENTS // (Hkv * K * D))
+    step = min(Nq, max(1, TILE_ELEMENTS // (Hkv * K * D)))
+    key_space, value_space = k.new_empty(step * Hkv * K, D), v.new_empty(step * Hkv * K, v.shape[-1])
     for b in range(B):
         keys, values = k[b].reshape(Hkv * Tk, D), v[b].reshape(Hkv * Tk, -1)
         for start in range(0, Nq, step):
@@ -42,8 +43,8 @@ def _gather_blocks(q, k, v, indices, count, block, scale):
             hidden = (ends[b, n, :, None] > position[n]).flatten(0, 1)[:, None]  # [n * Hs, 1, block, K]
             tile = scaled_dot_product_attention(
                 rows[b, n].permute(0, 2, 3, 1, 4).flatten(0, 1),  # [n * Hs, Hq / Hs, block, D]
-                keys.index_select(0, chosen).view(-1, Hkv // Hs, K, D),
-                values.index_select(0, chosen).view(-1, Hkv // Hs, K, v.shape[-1]),
+                torch.index_select(keys, 0, chosen, out=key_space[: len(chosen)]).view(-1, Hkv // Hs, K, D),
+                torch.index_select(values, 0, chosen, out=value_space[: len(chosen)]).view(-1, Hkv // Hs, K, v.shape[-1]),
                 attn_mask=torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, float("-inf")),
                 scale=scale,
                 enable_gqa=True,
