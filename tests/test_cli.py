@@ -279,12 +279,15 @@ def test_interrupting_while_a_command_is_loaded_is_one_sentence(monkeypatch, cap
 def test_ctrl_c_ends_a_running_command_with_one_sentence(distillation, tmp_path):
     output = tmp_path / "run"
     command = [sys.executable, "-m", "npu_sparse", *distillation, "--steps", "100000", "--output", str(output)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    while not (output / "metrics.jsonl").exists() and process.poll() is None:
-        time.sleep(0.02)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, shown = process.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            while not (output / "metrics.jsonl").exists() and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(0.3)
+            process.send_signal(signal.SIGINT)
+            _, shown = process.communicate(timeout=300)  # a busy disk may hold up the checkpoint that it is writing
+        finally:
+            process.kill()
     assert process.returncode == 1
     assert "error: interrupted: the same command goes on where it can" in shown
     assert "Traceback" not in shown

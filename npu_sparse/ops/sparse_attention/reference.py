@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 SMALLEST_GATHERED_BLOCK = 16
-TILE_ELEMENTS = 1 << 22  # gathered key elements alive at once
+TILE_ELEMENTS = 1 << 21  # gathered key elements alive at once
 UNION_ROWS = 128
 
 
