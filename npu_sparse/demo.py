@@ -4,7 +4,7 @@ sharing supports costs, and what prefill gains. Each part is the stage of the sa
 from pathlib import Path
 
 from . import checkpoints, report
-from .bench.quality import EvalConfig, run_eval
+from .bench.quality import EvalConfig, points, run_eval
 from .bench.ttft import TtftConfig, run_ttft
 from .distill import DistillConfig
 from .distill.data import Contexts
@@ -90,9 +90,8 @@ def _summary(oracle: dict, recall: dict, quality: dict, ttft: dict) -> list[dict
     for row in quality["rows"]:
         if row["task"] == "macro average":
             where = row["label"] + (f", k {row['k']} of {quality['config']['length']}" if row["k"] else "")
-            low, high = row["score"]["low"], row["score"]["high"]
-            rows.append(_row("What do selecting and sharing cost?", where, row["evidence"],
-                             f"score {row['score']['value']:.0f} [{low:.0f}, {high:.0f}] of 100"))  # fmt: skip
+            score = points(row["score"])
+            rows.append(_row("What do selecting and sharing cost?", where, row["evidence"], f"score {score} of 100"))
     for row in ttft["rows"]:
         label = f"{row['label']}, {row['length']} tokens"
         gain = "" if row["variant"] == "dense" else f", {row['speed_up']['value']:.2f}x dense"

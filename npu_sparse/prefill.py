@@ -164,7 +164,6 @@ class SparsePrefill:
             raise FloatingPointError(f"hidden states of layer {layer} must be finite, got NaN or Inf")
 
 
-
 def _total(hidden: torch.Tensor) -> torch.Tensor:
     """The sum of all elements, in a dtype that finite fp16 does not overflow."""
     return hidden.sum(dtype=torch.float32) if hidden.dtype == torch.float16 else hidden.sum()
