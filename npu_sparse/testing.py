@@ -382,3 +382,26 @@ TINY_MODELS: dict[str, Callable] = {
     "qwen3_5_wrapper": _qwen3_5_wrapper,
     "gemma3": _gemma3,
 }
+
+
+def tiny_tokenizer(lines: list[str], *, size: int = 600, special: tuple[str, ...] = ("<bos>",), begins: bool = True, **roles):
+    """A byte-level BPE of `size` tokens, trained on a few lines.
+
+    `special`: tokens of their own. `begins`: the first of them stands before raw text, as with Gemma and Llama. `roles`: what
+    `PreTrainedTokenizerFast` takes, for example `eos_token="<bos>"`.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(lines, trainer)
+    if begins:
+        first = special[0]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{first} $A", special_tokens=[(first, 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)

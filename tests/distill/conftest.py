@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from npu_sparse.distill import DistillConfig, run_distill
+from npu_sparse.testing import tiny_tokenizer
 
 WORDS = "river hill stone cloud ember willow lantern harbor meadow copper velvet thunder".split()
 PROMPTS = [
@@ -20,24 +20,13 @@ PROMPTS = [
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE that begins raw text with one token of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=["<bos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS), *PROMPTS], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>")
+    return tiny_tokenizer([" ".join(WORDS), *PROMPTS], bos_token="<bos>", eos_token="<bos>")
 
 
 @pytest.fixture(scope="session")
-def bare_tokenizer(tokenizer) -> PreTrainedTokenizerFast:
+def bare_tokenizer() -> PreTrainedTokenizerFast:
     """The same, but raw text begins with nothing."""
-    inner = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    inner.post_processor = processors.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=inner, bos_token="<bos>", eos_token="<bos>")
+    return tiny_tokenizer([" ".join(WORDS), *PROMPTS], begins=False, bos_token="<bos>", eos_token="<bos>")
 
 
 def tiny_llama(tokenizer) -> LlamaForCausalLM:

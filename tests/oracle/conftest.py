@@ -1,9 +1,9 @@
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from npu_sparse.oracle import OracleConfig
+from npu_sparse.testing import tiny_tokenizer
 
 WORDS = "river hill stone cloud ember willow lantern harbor meadow copper velvet thunder".split()
 
@@ -11,16 +11,7 @@ WORDS = "river hill stone cloud ember willow lantern harbor meadow copper velvet
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE that begins raw text with one token of its own."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<bos>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([" ".join(WORDS)], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<bos>")
+    return tiny_tokenizer([" ".join(WORDS)], size=400, bos_token="<bos>", eos_token="<bos>")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from npu_sparse.testing import tiny_tokenizer
 
 LINES = [
     "A special magic number is hidden within the following text. Make sure to memorize it.",
@@ -18,17 +20,8 @@ CHAT_TEMPLATE = (
 
 def byte_level_bpe() -> PreTrainedTokenizerFast:
     """A byte-level BPE of 600 tokens that puts one token before raw text, as Gemma's and Llama's do."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    special = ["<bos>", "<|user|>", "<|assistant|>", "<|end|>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(LINES, trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", chat_template=CHAT_TEMPLATE)
+    special = ("<bos>", "<|user|>", "<|assistant|>", "<|end|>")
+    return tiny_tokenizer(LINES, special=special, bos_token="<bos>", chat_template=CHAT_TEMPLATE)
 
 
 def one_token_a_word() -> PreTrainedTokenizerFast:
