@@ -2,12 +2,13 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from .report import replace_files
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "adapters"  # adapters of the demo checkpoints, by name
@@ -174,23 +175,11 @@ class Indexer(nn.Module):
             "budget": self.budget,
             "weights_sha256": hashlib.sha256(data).hexdigest(),
         }
-        contents = {
-            "README.md": (card or _card(config)).encode(),
-            "model.safetensors": data,
-            "config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        }
-        written = {name: directory / f".{name}.{os.getpid()}" for name in contents}
-        try:
-            for name, content in contents.items():
-                with open(written[name], "wb") as file:
-                    file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-            for name, temporary in written.items():  # only once all of them are safely on the disk
-                os.replace(temporary, directory / name)
-        finally:
-            for temporary in written.values():
-                temporary.unlink(missing_ok=True)
+        replace_files({
+            directory / "README.md": (card or _card(config)).encode(),
+            directory / "model.safetensors": data,
+            directory / "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        })  # fmt: skip
         return directory
 
     @classmethod

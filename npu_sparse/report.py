@@ -46,20 +46,31 @@ def open_run(directory, config: dict) -> Path:
     return directory
 
 
-def write_bytes(path, data: bytes) -> None:
-    """Writes a file atomically: a reader sees the old content or all of the new. Raises RunError where that fails."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def replace_files(files: dict[Path, bytes]) -> None:
+    """Writes files so that a reader sees the old content or all of the new: none is replaced before all are on the disk.
+
+    OSError passes through; the old files are whole then, and nothing else is left behind.
+    """
+    written = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in files}
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        for path, data in files.items():
+            with open(written[path], "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+    finally:
+        for temporary in written.values():
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path, data: bytes) -> None:
+    """`replace_files` of one file. Raises RunError where that fails."""
+    try:
+        replace_files({Path(path): data})
     except OSError as error:
         raise RunError(f"{path} could not be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text: str) -> None:
