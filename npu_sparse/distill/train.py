@@ -261,6 +261,7 @@ def _processes(config: DistillConfig):
         distributed.init_process_group(BACKENDS.get(config.device, "gloo"))
     yield distributed.get_rank(), world, device
     if joined:  # after an error the others may be waiting: the end of this process ends them
+        distributed.barrier()  # a process that ends while its last collective is being freed is aborted by the interpreter
         distributed.destroy_process_group()
 
 

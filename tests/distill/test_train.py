@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import socket
 import subprocess
 import sys
 from copy import deepcopy
@@ -305,6 +306,12 @@ def test_lengths_beyond_the_models_positions_are_refused(make_config, run, tmp_p
 # Several processes
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 def test_two_processes_give_the_curve_of_one(make_config, run, tmp_path):
     config = make_config(tokens=384, loss="both", sparse_k=8, heads=2, save_every=4)  # 3 or 2 sequences for each
     options = []
@@ -312,7 +319,8 @@ def test_two_processes_give_the_curve_of_one(make_config, run, tmp_path):
         if name != "model":
             text = ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
             options += [f"--{name.replace('_', '-')}", text]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    local = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]  # needs no host name
+    command = [sys.executable, "-m", "torch.distributed.run", *local]
     command += ["-m", "npu_sparse", "distill", config.model, "--output", str(tmp_path / "two"), *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
