@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST_ARGS ?=
+NPU_VENV := .venv-npu
+TRITON_VENV := .venv-triton
+NPU_STUB := $(abspath build/npu_stub)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test test-npu test-triton lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/npu-sparse demo
@@ -13,11 +16,21 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+# The published torch_npu without a card: on a runtime stub, with the operators emulated
+test-npu: $(NPU_VENV)/.installed
+	$(NPU_VENV)/bin/python ops/emulation/runtime_stub/build.py $(NPU_STUB)
+	LD_LIBRARY_PATH=$(NPU_STUB) NPU_SPARSE_RUNTIME_STUB=$(NPU_STUB) \
+	  $(NPU_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/npu_stub tests/ops -k npu
+
+# The Triton kernels without a GPU: Triton's interpreter
+test-triton: $(TRITON_VENV)/.installed
+	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops -k interpreted
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) build ops/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find npu_sparse tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -33,3 +46,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(VENV)/.installed $@
+
+# Everything but one package is .venv's: with torch_npu beside it, torch would not start there without CANN, and a GPU's torch
+# brings its own triton. Triton before 3.7 does not interpret loops over loaded bounds under new versions of NumPy.
+$(NPU_VENV)/.installed: PACKAGE = torch-npu
+$(TRITON_VENV)/.installed: PACKAGE = triton==3.9.0
+$(NPU_VENV)/.installed $(TRITON_VENV)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
+	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps -c constraints.txt $(PACKAGE)
+	touch $@

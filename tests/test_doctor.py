@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import npu_sparse
-from npu_sparse import checkpoints, doctor
+from npu_sparse import checkpoints, doctor, native
 
 ROOT = Path(npu_sparse.__file__).parent.parent
 HEAVY = ("torch", "torch_npu", "transformers", "numpy", "triton", "islpy", "rich", "typer", "safetensors", "gguf")
@@ -142,7 +142,7 @@ def test_bare_machine_runs_on_the_cpu_and_says_why_not_elsewhere(machine, packag
     assert report["cpu"]["ram_gb"] is None  # no /proc/meminfo in this fixture
     assert report["cuda"]["reason"] == "no NVIDIA GPU on this machine"
     assert report["npu"]["reason"] == "no Ascend NPU on this machine"
-    assert not report["emulation"]["runs"] and "not built" in report["emulation"]["reason"]
+    assert not report["emulation"]["runs"] and report["emulation"]["reason"].startswith("no C++ compiler: g++ is not in PATH")
     assert "does not run: no Ascend NPU on this machine" in doctor.render(report)
 
 
@@ -203,6 +203,31 @@ def test_cpu_build_of_torch_beside_a_gpu_is_called_out(machine, packages):
     report = doctor.report()
     assert report["cuda"]["reason"] == "torch 2.13.0+cpu is built for the CPU alone"
     assert "torch for CUDA" in commands(report)
+
+
+def test_emulation_that_is_not_built_is_told_how_to_be(machine, packages, monkeypatch, tmp_path):
+    monkeypatch.setenv("NPU_SPARSE_CACHE", str(tmp_path / "cache"))
+    tool(tmp_path / "bin", "g++", "exit 0")
+    report = doctor.report()
+    assert not report["emulation"]["runs"] and report["emulation"]["reason"] == "its library is not built"
+    assert commands(report)["emulation"] == f"{sys.executable} -m npu_sparse build emulated"
+    library = native.library("emulated")
+    library.parent.mkdir(parents=True)
+    library.touch()
+    report = doctor.report()
+    assert report["emulation"] == {"runs": True, "reason": None, "library": str(library)}
+    assert "emulation" not in commands(report)
+
+
+def test_torch_npu_without_cann_blocks_torch_and_says_how_to_go_on(machine, packages, monkeypatch):
+    packages["torch_npu"] = "2.13.0"
+    monkeypatch.delenv("LD_LIBRARY_PATH", raising=False)
+    monkeypatch.delenv("TORCH_DEVICE_BACKEND_AUTOLOAD", raising=False)
+    report = doctor.report()
+    assert not report["cpu"]["runs"] and "`import torch` fails" in report["cpu"]["reason"]
+    assert commands(report)["torch without torch_npu"] == "export TORCH_DEVICE_BACKEND_AUTOLOAD=0"
+    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "0")
+    assert doctor.report()["cpu"]["runs"]
 
 
 def test_npu_without_cann_names_the_script_that_sets_it_up(machine, packages):

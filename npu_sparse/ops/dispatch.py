@@ -4,19 +4,47 @@ Every operator has two dispatcher entries with one schema: `npu_sparse::<op>` (t
 PrivateUse1, the same AscendC on the host emulation under CPU) and `npu_sparse::<op>_reference` (eager PyTorch, any device).
 """
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+
+from .. import native
 
 OPERATORS: list[str] = []
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
+_DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has a kernel of its own
 _HOW = {
-    "cuda": "this version has no Triton kernel for it yet: pass impl='reference'",
-    "npu": "no AscendC library is loaded for 'npu': pass impl='reference'",
-    "cpu": "the AscendC emulation is not part of this version: pass impl='reference'",
+    "cuda": "its kernels need triton: run `pip install triton`, or pass impl='reference'",
+    "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
+    "cpu": "the host emulation of the AscendC kernels is not built: run `npu-sparse build emulated`, or pass impl='reference'",
 }
+_HOW_ELSEWHERE = "kernels exist for cuda, npu and cpu: pass impl='reference'"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the kernels of a device take; the operators' own checks say the rest.
+
+    Attributes:
+        dtypes: of queries, keys, values, index queries and keys.
+        dim_multiple, most_dim: D, Dv and Di are multiples of the first, up to the second.
+        most_block: queries that share a support.
+        most_k: slots of a support, as far as the context has them.
+    """
+
+    dtypes: tuple[torch.dtype, ...]
+    dim_multiple: int
+    most_dim: int
+    most_block: int
+    most_k: int
+
+
+ASCENDC = Limits((torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032)
+LIMITS = {"npu": ASCENDC, "cpu": ASCENDC}  # the emulation runs the same sources
 
 
 class KernelUnavailableError(RuntimeError):
@@ -36,8 +64,13 @@ def call(op: str, impl: str, device_type: str, *args):
     return getattr(torch.ops.npu_sparse, name)(*args)
 
 
-def define(op: str, signature: str, reference: Callable, fake: Callable) -> None:
-    """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys."""
+def define(
+    op: str, signature: str, reference: Callable, fake: Callable, devices: tuple[str, ...] = tuple(KERNEL_KEYS)
+) -> None:
+    """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
+
+    `devices`: where it has a kernel of its own; elsewhere the public function is made of other operators (`is_whole_on`).
+    """
     for name in (op, f"{op}_reference"):
         torch.library.define(f"npu_sparse::{name}", signature)
         torch.library.register_fake(f"npu_sparse::{name}", fake)
@@ -45,6 +78,12 @@ def define(op: str, signature: str, reference: Callable, fake: Callable) -> None
     for device_type, key in KERNEL_KEYS.items():
         torch.library.impl(f"npu_sparse::{op}", key, _kernel_or_error(op, device_type))
     OPERATORS.append(op)
+    _DEVICES[op] = devices
+
+
+def is_whole_on(op: str, device_type: str) -> bool:
+    """True where `op` has a kernel of its own, False where it is made of others."""
+    return device_type in _DEVICES[op]
 
 
 def register_kernel(op: str, device_type: str, kernel: Callable) -> None:
@@ -52,16 +91,62 @@ def register_kernel(op: str, device_type: str, kernel: Callable) -> None:
     _KERNELS[op, device_type] = kernel
 
 
+def register_triton(device_type: str) -> None:
+    """Makes the Triton kernels those of a device, "cuda" as a rule; does nothing where triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    for op in OPERATORS:
+        if is_whole_on(op, "cuda"):
+            register_kernel(op, device_type, getattr(importlib.import_module(f"npu_sparse.ops.{op}.triton"), op))
+        else:
+            _DEVICES[op] = tuple(device for device in _DEVICES[op] if device != device_type)
+
+
 def require_kernels(device_type: str) -> None:
     """Raises KernelUnavailableError unless every operator has a kernel on this device."""
     for op in OPERATORS:
-        if (op, device_type) not in _KERNELS:
+        if device_type in KERNEL_KEYS and not is_whole_on(op, device_type):
+            continue
+        if _kernel(op, device_type) is None:
             raise _unavailable(op, device_type)
+
+
+def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
+    """Raises TypeError or ValueError where the kernels of this device do not take these sizes; `dims` by their names.
+
+    For callers who want to know before there are tensors; a kernel checks again what it gets.
+    """
+    limits = LIMITS.get(device_type)
+    if limits is None:
+        return
+    if dtype not in limits.dtypes:
+        wanted = " or ".join(str(d).removeprefix("torch.") for d in limits.dtypes)
+        raise TypeError(f"dtype must be {wanted} for the kernels on {device_type!r}, got {dtype}")
+    for name, dim in dims.items():
+        if dim % limits.dim_multiple or not 0 < dim <= limits.most_dim:
+            nearest = min(max(round(dim / limits.dim_multiple), 1) * limits.dim_multiple, limits.most_dim)
+            raise ValueError(
+                f"{name} must be a multiple of {limits.dim_multiple} up to {limits.most_dim} for the kernels on "
+                f"{device_type!r}, got {dim} (nearest: {nearest})"
+            )
+    for name, value, most in (("block", block, limits.most_block), ("k", k, limits.most_k)):
+        if value > most:
+            raise ValueError(f"{name} must be at most {most} for the kernels on {device_type!r}, got {value}")
+
+
+def _kernel(op: str, device_type: str) -> Callable | None:
+    """The registered kernel; the first question loads what this device's kernels are in."""
+    if (op, device_type) not in _KERNELS:
+        if device_type == "cuda":
+            register_triton(device_type)
+        else:
+            native.load_if_built(device_type)
+    return _KERNELS.get((op, device_type))
 
 
 def _kernel_or_error(op: str, device_type: str) -> Callable:
     def run(*args, **kwargs):
-        kernel = _KERNELS.get((op, device_type))
+        kernel = _kernel(op, device_type)
         if kernel is None:
             raise _unavailable(op, device_type)
         return kernel(*args, **kwargs)
@@ -70,7 +155,7 @@ def _kernel_or_error(op: str, device_type: str) -> Callable:
 
 
 def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
-    return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {_HOW.get(device_type, _HOW['cpu'])}")
+    return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {_HOW.get(device_type, _HOW_ELSEWHERE)}")
 
 
 def check_tensor(name: str, tensor, shape: tuple, dtypes: tuple, device=None) -> None:

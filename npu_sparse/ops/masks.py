@@ -32,3 +32,10 @@ def padded_to_blocks(rows: Tensor, block: int, fill: float) -> Tensor:
     if missing:
         rows = torch.nn.functional.pad(rows, (0, 0, 0, missing), value=fill)
     return rows.unflatten(-2, (-1, block))
+
+
+def sink_ends(sink: int, B: int, keys: int, valid: Tensor | None, device) -> Tensor:
+    """int32 `[B]`: the position after the `sink`-th valid key, so that the sinks are the valid keys before it."""
+    if valid is None or not sink:
+        return torch.full((B,), min(sink, keys), dtype=torch.int32, device=device)
+    return ((valid.cumsum(-1) < sink).sum(-1) + 1).clamp(max=keys).int()

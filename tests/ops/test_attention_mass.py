@@ -75,12 +75,12 @@ def check(case, impl="reference", device="cpu", factor=2.0):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mass_is_as_accurate_as_the_yardstick(backend, case):
-    check(case, backend.impl, backend.device)
+    check(backend.fit(case), backend.impl, backend.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_accumulates_in_fp32(backend, dtype):
-    check(Case(B=2, Tq=33, Tk=65, D=64, block=16, dtype=dtype), backend.impl, backend.device)
+    check(backend.fit(Case(B=2, Tq=33, Tk=65, D=64, block=16, dtype=dtype)), backend.impl, backend.device)
 
 
 @given(case=SHAPES)
@@ -98,7 +98,7 @@ def test_rows_of_one_query_sum_to_one_or_to_nothing(case):
 
 
 def test_mean_ignores_queries_that_see_nothing(backend):
-    q, k, options = Case(Tq=4, Tk=4, block=4, reduce="mean").inputs(backend.device)
+    q, k, options = backend.fit(Case(Tq=4, Tk=4, block=4, reduce="mean")).inputs(backend.device)
     valid = torch.tensor([[False, False, False, True]], device=backend.device)
     mass = ops.attention_mass(q, k, impl=backend.impl, **options | {"valid": valid})
     assert mass.flatten().tolist() == [0, 0, 0, 1]
@@ -106,7 +106,7 @@ def test_mean_ignores_queries_that_see_nothing(backend):
 
 def test_padding_queries_do_not_speak_for_their_block(backend):
     case = Case(Tq=24, Tk=24, block=8)
-    q, k, options = case.inputs(backend.device)
+    q, k, options = backend.fit(case).inputs(backend.device)
     valid = torch.arange(24, device=backend.device)[None] < 19
     for reduce in ("max", "mean"):
         options["reduce"] = reduce
@@ -116,14 +116,14 @@ def test_padding_queries_do_not_speak_for_their_block(backend):
 
 
 def test_nan_in_invisible_keys_does_not_leak(backend):
-    q, k, options = Case(B=2, side="left").inputs(backend.device)
+    q, k, options = backend.fit(Case(B=2, side="left")).inputs(backend.device)
     clean = ops.attention_mass(q, k, impl=backend.impl, **options)
     k = k.masked_fill(~options["valid"][:, None, :, None], float("nan"))
     assert torch.equal(ops.attention_mass(q, k, impl=backend.impl, **options), clean)
 
 
 def test_a_slice_of_queries_has_the_mass_of_the_whole(backend):
-    q, k, options = Case(B=2, Tq=48, Tk=48, block=16).inputs(backend.device)
+    q, k, options = backend.fit(Case(B=2, Tq=48, Tk=48, block=16)).inputs(backend.device)
     whole = ops.attention_mass(q, k, impl=backend.impl, **options)
     part = ops.attention_mass(q[:, :, 16:32], k[:, :, :32], impl=backend.impl, **options)
     torch.testing.assert_close(part[:, :, 0], whole[:, :, 1, :32])

@@ -73,14 +73,14 @@ def check(case, impl="reference", device="cpu", factor=2.0):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scores_are_as_accurate_as_the_yardstick(backend, case):
-    check(case, backend.impl, backend.device)
+    check(backend.fit(case), backend.impl, backend.device)
 
 
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_as_accurate_as_the_yardstick(backend, dtype, reduce):
     case = Case(B=2, Hi=4, Tq=33, Tk=65, Di=128, block=16, weighted=True, reduce=reduce, dtype=dtype)
-    check(case, backend.impl, backend.device)
+    check(backend.fit(case), backend.impl, backend.device)
 
 
 @given(case=SHAPES)
@@ -89,7 +89,7 @@ def test_scores_match_the_definition_for_any_shape(case):
 
 
 def test_keys_that_no_query_of_the_block_sees_score_minus_infinity(backend):
-    qi, ki, w, options = Case(B=2, Tq=20, Tk=24, block=8, side="left").inputs(backend.device)
+    qi, ki, w, options = backend.fit(Case(B=2, Tq=20, Tk=24, block=8, side="left")).inputs(backend.device)
     scores = ops.index_scores(qi, ki, w, impl=backend.impl, **options).cpu()
     last = torch.tensor([11, 19, 23])
     visible = (torch.arange(24) <= last[:, None]) & options["valid"].cpu()[:, None]
@@ -97,14 +97,14 @@ def test_keys_that_no_query_of_the_block_sees_score_minus_infinity(backend):
 
 
 def test_negative_weights_make_negative_scores(backend):
-    qi, ki, _, _ = Case().inputs(backend.device)
-    scores = ops.index_scores(qi, ki, -torch.ones(1, 37, 1, device=backend.device), impl=backend.impl)
+    qi, ki, _, _ = backend.fit(Case()).inputs(backend.device)
+    scores = ops.index_scores(qi, ki, -torch.ones(1, 37, 1, dtype=qi.dtype, device=backend.device), impl=backend.impl)
     assert float(scores[scores > float("-inf")].min()) < 0
     assert float(scores.max()) <= 0
 
 
 def test_padding_queries_do_not_speak_for_their_block(backend):
-    qi, ki, w, options = Case(Tq=24, Tk=24, block=8, Hi=2, weighted=True).inputs(backend.device)
+    qi, ki, w, options = backend.fit(Case(Tq=24, Tk=24, block=8, Hi=2, weighted=True)).inputs(backend.device)
     valid = torch.arange(24, device=backend.device)[None] < 19
     for reduce in ("max", "mean"):
         options["reduce"] = reduce
@@ -114,7 +114,7 @@ def test_padding_queries_do_not_speak_for_their_block(backend):
 
 
 def test_nan_in_invisible_keys_does_not_leak(backend):
-    qi, ki, w, options = Case(B=2, side="left", block=8).inputs(backend.device)
+    qi, ki, w, options = backend.fit(Case(B=2, side="left", block=8)).inputs(backend.device)
     clean = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
     ki = ki.masked_fill(~options["valid"][..., None], float("nan"))
     assert torch.equal(ops.index_scores(qi, ki, w, impl=backend.impl, **options), clean)
@@ -131,7 +131,7 @@ def test_tiling_does_not_change_the_reference(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_select_by_index_selects_what_the_two_operators_select(backend, case, monkeypatch):
     monkeypatch.setattr(op, "SCORE_ELEMENTS", 2 * case.B * case.Tk)  # two blocks of queries at a time
-    qi, ki, w, options = case.inputs(backend.device)
+    qi, ki, w, options = backend.fit(case).inputs(backend.device)
     scores = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
     kept = dict(k=case.block + 6, sink=2, recent=3, block=case.block)
     whole = ops.select_tokens(scores, queries=case.Tq, valid=options["valid"], impl=backend.impl, **kept)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from npu_sparse import Support, ops
 from npu_sparse.support import block_ends
@@ -89,14 +90,14 @@ def check(case, impl="reference", device="cpu", factor=2.0):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_output_is_as_accurate_as_the_yardstick(backend, case):
-    check(case, backend.impl, backend.device)
+    check(backend.fit(case), backend.impl, backend.device)
 
 
 @pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_as_accurate_as_the_yardstick(backend, dtype, block):
     case = Case(B=2, Tq=33, Tk=65, D=64, Dv=64, k=24, block=block, dtype=dtype, empty=True)
-    check(case, backend.impl, backend.device)
+    check(backend.fit(case), backend.impl, backend.device)
 
 
 @given(case=SHAPES)
@@ -106,19 +107,20 @@ def test_output_matches_the_definition_for_any_shape(case):
 
 @pytest.mark.parametrize("block", [1, 4, 16, 64])
 def test_full_support_is_dense_attention(backend, block):
-    q, k, v = attention_inputs(2, 4, 2, 37, 50, 16, device=backend.device)
+    q, k, v = attention_inputs(2, 4, 2, 37, 50, 16, dtype=backend.dtype(), device=backend.device)
     ends = block_ends(37, 50, block, backend.device)
     indices = torch.arange(50, device=backend.device).int().expand(2, 1, len(ends), -1).contiguous()
     support = hostile(Support(indices, (ends + 1).int().expand(2, 1, -1).contiguous(), block))
     out = ops.sparse_attention(q, k, v, support, scale=0.3, impl=backend.impl)
-    causal = torch.ones(37, 50, dtype=torch.bool, device=backend.device).tril(13)
-    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=causal, scale=0.3, enable_gqa=True)
-    torch.testing.assert_close(out, dense)
+    options = dict(attn_mask=torch.ones(37, 50, dtype=torch.bool).tril(13), scale=0.3, enable_gqa=True)
+    q, k, v = q.cpu(), k.cpu(), v.cpu()
+    exact = scaled_dot_product_attention(q.double(), k.double(), v.double(), **options)
+    assert_accurate(out, exact, scaled_dot_product_attention(q, k, v, **options))
 
 
 @pytest.mark.parametrize("block", [1, 4, 16, 64])
 def test_empty_support_returns_zeros(backend, block):
-    q, k, v = attention_inputs(2, 4, 2, 37, 37, 16, device=backend.device)
+    q, k, v = attention_inputs(2, 4, 2, 37, 37, 16, dtype=backend.dtype(), device=backend.device)
     rows = -(-37 // block)
     count = torch.zeros(2, 1, rows, dtype=torch.int32, device=backend.device)
     for width in (0, 5):
@@ -131,7 +133,7 @@ def test_empty_support_returns_zeros(backend, block):
 
 @pytest.mark.parametrize("block", [4, 16])
 def test_a_query_before_all_keys_of_its_block_gets_zeros(backend, block):
-    q, k, v = attention_inputs(1, 4, 2, block, block, 16, device=backend.device)
+    q, k, v = attention_inputs(1, 4, 2, block, block, 16, dtype=backend.dtype(), device=backend.device)
     indices = torch.tensor([[[[2, 3]]]], dtype=torch.int32, device=backend.device)
     count = torch.tensor([[[2]]], dtype=torch.int32, device=backend.device)
     out = ops.sparse_attention(q, k, v, Support(indices, count, block), scale=1.0, impl=backend.impl)
@@ -142,7 +144,7 @@ def test_a_query_before_all_keys_of_its_block_gets_zeros(backend, block):
 @pytest.mark.parametrize("block", [1, 4, 16])
 @pytest.mark.parametrize("per_kv", [False, True])
 def test_nan_in_keys_that_no_row_selects_does_not_leak(backend, block, per_kv):
-    q, k, v, support = Case(B=3, k=3, block=block, per_kv=per_kv, empty=True).inputs(backend.device)
+    q, k, v, support = backend.fit(Case(B=3, k=3, block=block, per_kv=per_kv, empty=True)).inputs(backend.device)
     clean = ops.sparse_attention(q, k, v, support, scale=0.25, impl=backend.impl)
     selected = support.member_mask(37).any(2)  # [B, Hs, Tk]
     assert not bool(selected.all())
@@ -152,7 +154,7 @@ def test_nan_in_keys_that_no_row_selects_does_not_leak(backend, block, per_kv):
 
 @pytest.mark.parametrize("block", [1, 16])
 def test_hostile_slots_are_never_read(backend, block):
-    q, k, v, support = Case(B=2, block=block, empty=True).inputs(backend.device)
+    q, k, v, support = backend.fit(Case(B=2, block=block, empty=True)).inputs(backend.device)
     tame = Support(torch.where(support.used(), support.indices, 0), support.count, block)
     expected = ops.sparse_attention(q, k, v, tame, scale=0.25, impl=backend.impl)
     assert torch.equal(ops.sparse_attention(q, k, v, support, scale=0.25, impl=backend.impl), expected)

@@ -10,7 +10,7 @@ from ...budget import REDUCTIONS
 from ...support import Support, concatenate
 from .. import dispatch
 from ..attention_mass.op import FLOATS, check_lengths, check_valid
-from ..select_tokens import select_tokens
+from ..select_tokens.op import check_counts, select_tokens
 from .reference import index_scores as reference
 
 SCORE_ELEMENTS = 1 << 26  # reduced fp32 scores alive at once in select_by_index: 256 MiB
@@ -56,6 +56,25 @@ def index_scores(
     return dispatch.call("index_scores", impl, qi.device.type, qi, ki, w, block, reduce, valid)
 
 
+def _fake_selection(qi, ki, w, k, block, reduce, sink, recent, valid):
+    rows = (qi.shape[0], 1, (qi.shape[2] + block - 1) // block)
+    return qi.new_empty((*rows, min(k, ki.shape[1])), dtype=torch.int32), qi.new_empty(rows, dtype=torch.int32)
+
+
+def _selection_reference(qi, ki, w, k, block, reduce, sink, recent, valid):
+    support = _select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, "reference")
+    return support.indices, support.count
+
+
+dispatch.define(
+    "select_by_index",
+    "(Tensor qi, Tensor ki, Tensor? w, int k, int block, str reduce, int sink, int recent, Tensor? valid) -> (Tensor, Tensor)",
+    _selection_reference,
+    _fake_selection,
+    devices=("npu", "cpu"),
+)
+
+
 def select_by_index(
     qi: Tensor,
     ki: Tensor,
@@ -70,11 +89,29 @@ def select_by_index(
     impl: str = "auto",
     stage: Callable = lambda name: nullcontext(),
 ) -> Support:
-    """The Support of `select_tokens(index_scores(...))`, by slices of queries, so that memory stays O(Tq k + a workspace).
+    """The Support of `select_tokens(index_scores(...))` in bounded memory: O(Tq k + a workspace).
 
-    Arguments as in `index_scores` and `select_tokens`; `stage(name)` is a context manager around "scoring" and "top-k".
+    The AscendC kernel keeps a running top-k beside the scores and never writes them out; elsewhere the two operators run by
+    slices of queries.
+
+    Arguments as in `index_scores` and `select_tokens`; `stage(name)` is a context manager around "scoring" and "top-k". The
+    one kernel is "scoring" as a whole.
     """
     _check(qi, ki, w, block, reduce, valid)
+    check_counts(k, sink, recent, block, ki.shape[1])
+    device_type = qi.device.type
+    if not (dispatch.uses_kernel(impl, device_type) and dispatch.is_whole_on("select_by_index", device_type)):
+        return _select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, impl, stage)
+    with stage("scoring"):
+        indices, count = dispatch.call(
+            "select_by_index", impl, device_type, qi, ki, w, k, block, reduce, sink, recent, valid
+        )
+    return Support(indices, count, block)
+
+
+def _select_by_slices(
+    qi, ki, w, k, block, reduce, sink, recent, valid, impl, stage=lambda name: nullcontext()
+) -> Support:
     B, _, Tq, _ = qi.shape
     Tk = ki.shape[1]
     rows = max(1, SCORE_ELEMENTS // (B * Tk)) * block

@@ -51,15 +51,7 @@ def select_tokens(
         scores = scores[:, None]
     dispatch.check_tensor("scores", scores, (None, None, None, None), (torch.float32,))
     B, _, Nq, Tk = scores.shape
-    for name, value, least in (("k", k, 1), ("sink", sink, 0), ("recent", recent, 0), ("block", block, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
-    kept = sink + (recent + block - 1 if recent else 0)
-    if k < min(kept, Tk):
-        raise ValueError(
-            f"k must hold the keys that are always kept (sink {sink} + recent {recent} of every query of a block of {block} = "
-            f"{kept}), got {k}"
-        )
+    check_counts(k, sink, recent, block, Tk)
     if queries is None:
         queries = min(Nq * block, Tk)
     if Nq != -(-queries // block) or queries > Tk:
@@ -70,3 +62,15 @@ def select_tokens(
         "select_tokens", impl, scores.device.type, scores, k, sink, recent, block, queries, valid
     )
     return Support(indices, count, block)
+
+
+def check_counts(k: int, sink: int, recent: int, block: int, Tk: int) -> None:
+    for name, value, least in (("k", k, 1), ("sink", sink, 0), ("recent", recent, 0), ("block", block, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
+    kept = sink + (recent + block - 1 if recent else 0)
+    if k < min(kept, Tk):
+        raise ValueError(
+            f"k must hold the keys that are always kept (sink {sink} + recent {recent} of every query of a block of {block} = "
+            f"{kept}), got {k}"
+        )

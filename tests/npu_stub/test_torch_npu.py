@@ -1,0 +1,168 @@
+"""The published torch_npu without a card: its `npu` device on the runtime stub, our operators under PrivateUse1.
+
+`make test-npu` runs this, together with the operator suite on the `npu` back-end, in an environment of its own.
+"""
+
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import npu_sparse
+from npu_sparse import Budget, Indexer, SparsePrefill, ops, selectors
+from npu_sparse.ops import dispatch
+from npu_sparse.testing import attention_inputs, index_inputs, padding, ragged_scores, random_support, tiny_model
+
+pytestmark = [pytest.mark.npu_stub, pytest.mark.usefixtures("stub_device")]
+ROOT = Path(npu_sparse.__file__).resolve().parent.parent
+NOT_SUPPORTED = 207000
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    return ctypes.CDLL("libascendcl.so")
+
+
+def unimplemented() -> list[str]:
+    source = (ROOT / "ops/emulation/runtime_stub/unsupported.cpp").read_text()
+    return re.findall(r"^STATUS\((\w+)\)$", source, re.M)
+
+
+def test_tensors_live_on_the_device_of_the_published_wheel():
+    import torch_npu
+
+    assert torch_npu.__version__.startswith(torch.__version__.partition("+")[0])
+    assert torch.npu.is_available() and torch.npu.device_count() == 1
+    x = torch.randn(3, 5)
+    moved = x.to("npu")
+    assert moved.device.type == "npu" and moved.data_ptr() != x.data_ptr()
+    assert moved.cpu().device.type == "cpu" and torch.equal(moved.cpu(), x)
+    assert torch.equal(moved.t().contiguous().cpu(), x.t())
+
+
+@pytest.mark.parametrize("name", unimplemented())
+def test_what_the_stub_does_not_do_returns_an_error(runtime, name):
+    assert runtime[name]() == NOT_SUPPORTED
+    runtime.aclGetRecentErrMsg.restype = ctypes.c_char_p
+    assert runtime.aclGetRecentErrMsg().decode() == f"runtime stub: {name} is not implemented"
+
+
+def test_an_operator_of_cann_is_an_error_and_not_a_result():
+    import torch_npu
+
+    x = torch.ones(1, 2, 16, 16, dtype=torch.float16, device="npu")
+    with pytest.raises(RuntimeError):
+        torch_npu.npu_fusion_attention(x, x, x, 2, "BNSD").cpu()
+
+
+def test_device_memory_is_bounded(runtime):
+    pointer = ctypes.c_void_p()
+    assert runtime.aclrtMalloc(ctypes.byref(pointer), ctypes.c_size_t(64), 0) == 0
+    host, back = (ctypes.c_char * 128)(*bytes(range(128))), (ctypes.c_char * 64)()
+    size = ctypes.c_size_t
+    assert runtime.aclrtMemcpy(pointer, size(64), host, size(64), 1) == 0
+    assert runtime.aclrtMemcpy(back, size(64), pointer, size(64), 2) == 0
+    assert back.raw == bytes(range(64))
+    assert runtime.aclrtMemcpy(pointer, size(64), host, size(65), 1) != 0  # more than there is room for
+    assert runtime.aclrtMemcpy(pointer, size(128), host, size(128), 1) != 0  # beyond the allocation, whatever is said
+    assert runtime.aclrtMemset(pointer, size(128), 0, size(128)) != 0
+    assert runtime.aclrtFree(pointer) == 0
+    assert runtime.aclrtFree(pointer) != 0
+
+
+def on_both(call):
+    """The results of `call(device)` on the CPU and on `npu`, after checking that the latter are there."""
+    on_cpu, on_npu = call("cpu"), call("npu")
+    assert all(tensor.device.type == "npu" for tensor in on_npu)
+    return [(a, b.cpu()) for a, b in zip(on_cpu, on_npu, strict=True)]
+
+
+def attention_mass(device):
+    q, k, _ = attention_inputs(2, 4, 2, 21, 30, 32, dtype=torch.bfloat16, device=device)
+    valid = padding(2, 30, "left", device=device)
+    return [ops.attention_mass(q, k, scale=0.2, reduce_block=8, valid=valid, impl="kernel")]
+
+
+def index_scores(device):
+    qi, ki, w = index_inputs(2, 3, 21, 30, 64, dtype=torch.float16, device=device)
+    return [ops.index_scores(qi, ki, w, block=8, impl="kernel")]
+
+
+def select_tokens(device):
+    support = ops.select_tokens(ragged_scores(2, 1, 21, 30, block=8).to(device), k=9, block=8, queries=21, impl="kernel")
+    return [support.count, support.indices.where(support.used(), -1)]
+
+
+def select_by_index(device):
+    qi, ki, w = index_inputs(2, 3, 21, 30, 64, dtype=torch.bfloat16, device=device)
+    support = ops.select_by_index(qi, ki, w, k=9, block=8, sink=1, impl="kernel")
+    return [support.count, support.indices.where(support.used(), -1)]
+
+
+def sparse_attention(device):
+    q, k, v = attention_inputs(2, 4, 2, 21, 30, 32, dtype=torch.bfloat16, device=device, strided=True)
+    support = random_support(2, 2, 21, 30, k=7, block=8, device=device, empty=True)
+    return [ops.sparse_attention(q, k, v, support, scale=0.2, impl="kernel")]
+
+
+@pytest.mark.parametrize("call", [attention_mass, index_scores, select_tokens, select_by_index, sparse_attention])
+def test_operators_on_npu_tensors_run_the_emulated_kernels(call):
+    assert call.__name__ in dispatch.OPERATORS
+    for expected, actual in on_both(call):
+        assert torch.equal(actual, expected)
+
+
+def test_the_library_refuses_tensors_of_other_devices():
+    q = torch.ones(1, 2, 4, 16, dtype=torch.float16, device="meta")
+    with pytest.raises(ValueError, match="q must be on a device that this library serves, got meta"):
+        torch.ops.npu_sparse_emulated.attention_mass(q, q, 1.0, 1, "max", False, None)
+
+
+def prefill(name: str, kind: str, device: str):
+    """`(logits of the real tokens, members of every support)` of a tiny patched model on this device."""
+    ids = torch.randint(1, 90, (2, 75), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    model, seen = tiny_model(name, dtype=torch.bfloat16).to(device), []
+    selector = selectors.Oracle() if kind == "oracle" else selectors.Indexer(Indexer.for_model(model, dim=64, heads=2))
+
+    def observe(inputs, support, out):
+        assert inputs.q.device.type == support.indices.device.type == out.device.type == device
+        seen.append(support.member_mask(75).cpu())
+
+    budget = Budget(k=24, block=8, sink=2, recent=4)
+    with torch.no_grad(), SparsePrefill.attach(model, selector, budget, impl="kernel", observe=observe):
+        logits = model(ids.to(device), attention_mask=mask.to(device)).logits
+    assert logits.device.type == device
+    return logits.cpu()[mask.bool()], seen
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "llama", "gemma3"])
+@pytest.mark.parametrize("kind", ["oracle", "indexer"])
+def test_a_patched_model_on_npu_computes_what_it_does_on_the_cpu(name, kind):
+    expected, supports = prefill(name, kind, "cpu")
+    actual, on_npu = prefill(name, kind, "npu")
+    assert len(supports) >= 2 and all(map(torch.equal, on_npu, supports))
+    assert torch.equal(actual, expected)
+
+
+def run_without_cann(*command: str, **environment) -> subprocess.CompletedProcess:
+    hidden = ("LD_LIBRARY_PATH", "NPU_SPARSE_RUNTIME_STUB", "TORCH_DEVICE_BACKEND_AUTOLOAD", "ASCEND_HOME_PATH")
+    env = {key: value for key, value in os.environ.items() if key not in hidden}
+    return subprocess.run([sys.executable, *command], env=env | environment, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_without_cann_the_package_and_the_doctor_work_and_say_what_to_do():
+    broken = run_without_cann("-c", "import torch")
+    assert broken.returncode and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in broken.stderr
+    assert run_without_cann("-c", "import npu_sparse; print(npu_sparse.__version__)").returncode == 0
+    doctor = run_without_cann("-m", "npu_sparse", "doctor")
+    assert doctor.returncode == 0, doctor.stderr
+    assert "`import torch` fails" in doctor.stdout and "export TORCH_DEVICE_BACKEND_AUTOLOAD=0" in doctor.stdout
+    works = run_without_cann("-c", "import npu_sparse.ops", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
+    assert works.returncode == 0, works.stderr

@@ -1,0 +1,48 @@
+"""The AscendC kernels sparse_attention and attention_mass on the emulation, against double precision."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+OPS = Path(__file__).parents[2] / "ops"
+CHECKS = [
+    "limits",
+    "attention_shapes",
+    "attention_tuned",
+    "attention_lengths",
+    "attention_causal",
+    "attention_empty",
+    "attention_future",
+    "attention_seeds",
+    "mass_shapes",
+    "mass_tuned",
+    "mass_lengths",
+    "mass_padding",
+    "mass_seeds",
+]
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Path:
+    compiler = os.environ.get("CXX") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler: install g++ or set CXX")
+    program = tmp_path_factory.mktemp("attention") / "attention"
+    source = OPS / "ascendc" / "tests" / "attention.cpp"
+    flags = ["-std=c++17", "-O2", "-pthread", "-Wall", "-Wextra", f"-I{OPS / 'emulation'}"]
+    subprocess.run([compiler, *flags, str(source), "-o", str(program)], check=True)
+    return program
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernel(driver, check):
+    run = subprocess.run([driver, check], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_every_check_of_the_driver_runs_here(driver):
+    usage = subprocess.run([driver], capture_output=True, text=True).stderr
+    assert {line.strip() for line in usage.splitlines() if line.startswith("  ")} == set(CHECKS)
