@@ -53,6 +53,8 @@ COMMANDS = {
         "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
         "npu_sparse.bench.frontier", "FrontierConfig", "run_frontier",
     ),
+    "schedule": Command("Reorder, tile and parallelise the loops of a C file: a configurable polyhedral scheduler."),
+    "build": Command("Compile the AscendC kernels, for the host emulation or for the card."),
 }  # fmt: skip
 
 
@@ -114,6 +116,10 @@ def _function(name: str, command: Command):
         return _doctor
     if name == "demo":
         return _demo
+    if name == "schedule":
+        return _schedule
+    if name == "build":
+        return _build
     return _stage(name, command)
 
 
@@ -130,6 +136,40 @@ def _demo(
     from npu_sparse.demo import run_demo
 
     run_demo(output, model)
+
+
+def _schedule(
+    source: Annotated[Path, typer.Argument(help="C file with the loops between #pragma scop and #pragma endscop.")],
+    strategy: Annotated[str, typer.Option(help="A shipped strategy, such as pluto or feautrier, or a YAML file.")] = "cpu-vector",
+    output: Annotated[Path | None, typer.Option(help="Where the new C file goes; without it, it is printed.")] = None,
+    function: Annotated[str, typer.Option(help="Whose loops; needed where several functions have a scop.")] = "",
+    separate: Annotated[bool, typer.Option("--separate", help="Own code for full tiles.")] = False,
+    tree: Annotated[bool, typer.Option("--tree", help="Print the schedule instead of code.")] = False,
+    draw: Annotated[Path | None, typer.Option(help="Picture of the iterations before and after, .png or .svg.")] = None,
+    openscop: Annotated[Path | None, typer.Option(help="Where an OpenScop text for other tools goes.")] = None,
+    sizes: Annotated[str, typer.Option(help="ni=100,alpha=1.5: compile, run both programs and compare them.")] = "",
+) -> None:
+    try:
+        from npu_sparse.schedule.command import schedule_file
+    except ModuleNotFoundError as error:
+        raise ValueError(f"scheduling needs {error.name}: pip install 'npu-sparse[schedule]'") from error
+    try:
+        values = {name.strip(): float(value) for name, value in _pairs(sizes).items()} if sizes else None
+    except ValueError as error:
+        raise ValueError(f"sizes must be numbers, such as n=100,alpha=1.5, got {sizes!r}") from error
+    text = schedule_file(
+        source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop, sizes=values
+    )
+    if text:
+        typer.echo(text)
+
+
+def _build(
+    target: Annotated[str, typer.Argument(help="emulated: g++, for this machine's CPU; npu: CANN's bisheng, for Ascend 910B/C.")],
+) -> None:
+    from npu_sparse import native
+
+    native.build(target, report=typer.echo)
 
 
 def _stage(name: str, command: Command):
@@ -246,7 +286,7 @@ def _status(error: Exception) -> int | None:
         return USER_ERROR
     if isinstance(error, OSError):
         return USER_ERROR if isinstance(error, (FileNotFoundError, NotADirectoryError)) else FAILURE
-    if type(error).__name__ in ("KernelUnavailableError", "FloatingPointError", "OutOfMemoryError", "RuntimeError"):
+    if type(error).__name__ in ("KernelUnavailableError", "FloatingPointError", "OutOfMemoryError", "RuntimeError", "BuildError"):
         return FAILURE
     return None
 

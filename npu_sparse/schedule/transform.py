@@ -1,0 +1,188 @@
+"""Changes of a legal plan that keep it legal: vector loops inwards, parallel loops outwards, tiles, wavefronts, marks."""
+
+from dataclasses import replace
+
+import islpy as isl
+
+from npu_sparse.schedule.config import Config, Tiling
+from npu_sparse.schedule.plan import Band, Leaf, Loop, Node, Plan, Sequence
+from npu_sparse.schedule.scheduler import step
+from npu_sparse.schedule.scop import Scop, Statement
+
+CHUNK = 64  # iterations of a vector loop that one thread takes at a time: some cache lines
+
+
+def apply(plan: Plan, config: Config) -> Plan:
+    """The plan with everything that the configuration asks for after the rows have been found."""
+    names = tuple(statement.name for statement in plan.scop.statements)
+    root = plan.root
+    if config.auto_vectorisation or any(directive.type == "vectorize" for directive in config.directives):
+        root = _vectorise(root, names, plan.scop, config)
+    if config.tiling.sizes:
+        root = tile(root, config.tiling)
+    if config.tiling.unroll_jam > 1:
+        root = unroll_and_jam(root, config.tiling.unroll_jam)
+    return plan.with_root(_parallelise(root, names, plan.scop, config, outer=0))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- vectors
+
+
+def _vectorise(node: Node, names: tuple[str, ...], scop: Scop, config: Config) -> Node:
+    """Innermost bands with a parallel contiguous loop moved innermost and marked."""
+    if isinstance(node, Sequence):
+        return Sequence(tuple((group, _vectorise(child, group, scop, config)) for group, child in node.children))
+    if isinstance(node, Leaf):
+        return node
+    if _depth(node.child):
+        return replace(node, child=_vectorise(node.child, names, scop, config))
+    asked = {(scop.statements[k].name, d.iterator) for d in config.directives if d.type == "vectorize" for k in d.stmts}
+    statements = [scop.statement(name) for name in names]
+    directed = [s for s in statements if any(name == s.name for name, _ in asked)]
+    if directed:
+        last = len(node.loops) - 1
+        return _with_vector(node, last) if node.loops[last].free or node.loops[last].coincident else node
+    if not config.auto_vectorisation:
+        return node
+    candidates = range(len(node.loops)) if node.permutable else [len(node.loops) - 1]
+    best = max(candidates, key=lambda k: (_gain(node.loops[k], statements), k))
+    return _with_vector(node, best) if _gain(node.loops[best], statements) > 0 else node
+
+
+def _with_vector(band: Band, place: int) -> Band:
+    """The band with a loop moved innermost. Loops that lose an outer loop may lose what it carried for them."""
+    vector = replace(band.loops[place], vector=True)
+    rest = [loop for k, loop in enumerate(band.loops) if k != place]
+    rest[place:] = [replace(loop, free=loop.coincident, private=loop.coincident) for loop in rest[place:]]
+    return replace(band, loops=(*rest, vector))
+
+
+def _gain(loop: Loop, statements: list[Statement]) -> int:
+    """Positive when the loop is parallel and runs along memory in more accesses than it jumps through."""
+    if not (loop.free or loop.coincident):
+        return 0
+    gain = 0
+    for statement in statements:
+        if loop.exprs[statement.name] in statement.iterators:
+            gain += _strides(statement, statement.iterators.index(loop.exprs[statement.name]))
+    return gain
+
+
+def _strides(statement: Statement, place: int) -> int:
+    """Accesses along which the iterator is contiguous, minus those in which it jumps, weighted like the cost contiguity."""
+    total = 0
+    for access, weight in [*((a, 3) for a in statement.writes), *((a, 1) for a in statement.reads)]:
+        steps = [step(access.relation, place, k) for k in range(access.relation.dim(isl.dim_type.out))]
+        if any(steps):
+            contiguous = abs(steps[-1]) == 1 and not any(steps[:-1])
+            total += (1 if contiguous else -weight) * 4 ** (len(steps) - 1)
+    return total
+
+
+# ------------------------------------------------------------------------------------------------------------------------ tiles
+
+
+def tile(node: Node, tiling: Tiling) -> Node:
+    """Permutable bands of enough loops with tile sizes, and a wavefront where no tile loop is parallel."""
+    if isinstance(node, Sequence):
+        return Sequence(tuple((group, tile(child, tiling)) for group, child in node.children))
+    if isinstance(node, Leaf):
+        return node
+    node = replace(node, child=tile(node.child, tiling))
+    if not node.permutable or len(node.loops) < tiling.minimum_depth:
+        return node
+    sizes = [tiling.sizes[min(k, len(tiling.sizes) - 1)] for k in range(len(node.loops))]
+    loops = tuple(replace(loop, tile=size if size > 1 else 0) for loop, size in zip(node.loops, sizes))
+    tiles = [loop for loop in loops if loop.tile]
+    wavefront = tiling.wavefront and len(tiles) > 1 and not any(loop.coincident for loop in tiles)
+    return replace(node, loops=loops, wavefront=wavefront)
+
+
+def unroll_and_jam(node: Node, factor: int) -> Node:
+    """Permutable innermost bands with the two loops around the innermost one in register tiles of that factor.
+
+    Bands that are skewed, or that statements share at a constant, are left alone: few of their register tiles are full.
+    """
+    if isinstance(node, Sequence):
+        return Sequence(tuple((group, unroll_and_jam(child, factor)) for group, child in node.children))
+    if isinstance(node, Leaf):
+        return node
+    if _depth(node.child) or not node.permutable:
+        return replace(node, child=unroll_and_jam(node.child, factor))
+    if not all(text.isidentifier() for loop in node.loops for text in loop.exprs.values()):
+        return node
+    if node.loops[-1].vector and not node.loops[-1].coincident:
+        return node  # what an outer loop carries would lie inside of the vector loop
+    last = len(node.loops) - 1
+    loops = tuple(replace(loop, free=loop.coincident, private=loop.coincident) for loop in node.loops)
+    loops = tuple(replace(loop, unroll=factor) if last - 2 <= k < last else loop for k, loop in enumerate(loops))
+    return replace(node, loops=loops)
+
+
+# --------------------------------------------------------------------------------------------------------------------- parallel
+
+
+def _parallelise(node: Node, names: tuple[str, ...], scop: Scop, config: Config, outer: int) -> Node:
+    """The outermost parallel loop of every nest marked where that pays; `outer` counts sequential loops around."""
+    if isinstance(node, Sequence):
+        children = tuple((group, _parallelise(child, group, scop, config, outer)) for group, child in node.children)
+        return Sequence(children)
+    if isinstance(node, Leaf):
+        return node
+    node = _parallel_first(node, names, scop, config)
+    choice = _parallel_loop(node, names, scop, config)
+    if choice is None and _in_chunks(node, names, scop, config):
+        choice = len(node.loops) - 1
+        node = replace(node, loops=(*node.loops[:-1], replace(node.loops[-1], tile=CHUNK)))
+    if choice is not None:
+        before = 0 if node.tiled else choice
+        work = len(node.loops) - before + _depth(node.child)
+        if _asked(node.loops[choice], names, scop, config, "parallel") or outer + before == 0 or work >= config.parallel_work:
+            loops = tuple(replace(loop, parallel=k == choice) for k, loop in enumerate(node.loops))
+            return replace(node, loops=loops)
+    return replace(node, child=_parallelise(node.child, names, scop, config, outer + len(node.loops)))
+
+
+def _parallel_first(band: Band, names: tuple[str, ...], scop: Scop, config: Config) -> Band:
+    """A permutable band with a coincident loop that is not the vector loop outermost, if there is one."""
+    if not config.auto_vectorisation or not band.permutable or band.loops[0].coincident:
+        return band
+    for place, loop in enumerate(band.loops):
+        if loop.coincident and not loop.vector and not _asked(loop, names, scop, config, "sequential"):
+            return replace(band, loops=(loop, *band.loops[:place], *band.loops[place + 1 :]))
+    return band
+
+
+def _parallel_loop(band: Band, names: tuple[str, ...], scop: Scop, config: Config) -> int | None:
+    """Position of the loop to run on threads: of a tiled band the first parallel tile loop, or any for a wavefront."""
+    for place, loop in enumerate(band.loops):
+        legal = (loop.tile and (loop.coincident or band.wavefront)) if band.tiled else (loop.free or loop.private)
+        if legal and not _asked(loop, names, scop, config, "sequential"):
+            if band.tiled or not loop.vector or len(band.loops) == 1:
+                return place
+    return None
+
+
+def _in_chunks(band: Band, names: tuple[str, ...], scop: Scop, config: Config) -> bool:
+    """Whether chunks of the vector loop, moved outermost, are the only parallel loop of an untiled band."""
+    last = band.loops[-1]
+    if band.tiled or not band.permutable or not (last.vector and last.coincident):
+        return False
+    return not _asked(last, names, scop, config, "sequential")
+
+
+def _asked(loop: Loop, names: tuple[str, ...], scop: Scop, config: Config, kind: str) -> bool:
+    """Whether a directive of that kind speaks of an iterator in this loop."""
+    for directive in config.directives:
+        for index in directive.stmts if directive.type == kind else ():
+            statement = scop.statements[index]
+            if statement.name in names and loop.exprs[statement.name] == statement.iterators[directive.iterator]:
+                return True
+    return False
+
+
+def _depth(node: Node) -> int:
+    """Loops on the longest path."""
+    if isinstance(node, Sequence):
+        return max(_depth(child) for _, child in node.children)
+    return len(node.loops) + _depth(node.child) if isinstance(node, Band) else 0

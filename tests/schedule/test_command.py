@@ -1,0 +1,97 @@
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from npu_sparse import cli
+from npu_sparse.schedule import command, config
+from npu_sparse.schedule.run import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+SCALE = """
+void f(int n, double a, double x[n]) {
+#pragma scop
+  for (int i = 0; i < n; i++) x[i] *= a;
+#pragma endscop
+}
+"""
+
+
+@pytest.fixture
+def kernel(tmp_path) -> Path:
+    path = tmp_path / "kernel.c"
+    path.write_text(SCALE)
+    return path
+
+
+def refusal(capsys, *arguments) -> str:
+    assert cli.main(["schedule", *map(str, arguments)]) == 2
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1 and not shown.out
+    return shown.err.removeprefix("error: ").strip()
+
+
+def test_code_is_printed(kernel, capsys):
+    assert cli.main(["schedule", str(kernel), "--strategy", "pluto"]) == 0
+    shown = capsys.readouterr().out
+    assert "#pragma omp parallel for" in shown and "#pragma scop" not in shown and shown.count("void f(") == 1
+
+
+def test_everything_is_written(kernel, tmp_path, capsys):
+    files = {"--output": "out.c", "--draw": "domains.svg", "--openscop": "kernel.scop"}
+    options = [word for option, name in files.items() for word in (option, str(tmp_path / name))]
+    assert cli.main(["schedule", str(kernel), "--tree", "--sizes", "n=100,a=2", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "statements S0\nband" in shown and shown.count("bitwise equal") == 6
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([*files.values(), "kernel.c"])
+    assert "#pragma omp" in (tmp_path / "out.c").read_text() and (tmp_path / "kernel.scop").read_text().startswith("<OpenScop>")
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("int x;\n", "scop"),
+        (SCALE.replace("x[i]", "x[i * i]"), "affine"),
+        (SCALE.replace("i++)", "i++"), "kernel.c"),
+        ("", "scop"),
+    ],
+)
+def test_bad_source_is_one_sentence(text, sentence, kernel, capsys):
+    kernel.write_text(text)
+    assert sentence in refusal(capsys, kernel)
+
+
+def test_missing_files_and_bad_values_are_one_sentence(kernel, tmp_path, capsys):
+    assert "none.c" in refusal(capsys, tmp_path / "none.c")
+    assert "strategy must be one of" in refusal(capsys, kernel, "--strategy", "plutoo")
+    assert "picture must be a .png or .svg file" in refusal(capsys, kernel, "--draw", tmp_path / "x.gif")
+    assert "sizes must give a value for a" in refusal(capsys, kernel, "--sizes", "n=3")
+    assert "sizes must be numbers" in refusal(capsys, kernel, "--sizes", "n=3,a=two")
+    strategy = tmp_path / "mine.yaml"
+    strategy.write_text("tiling:\n  size: [4]\n")
+    assert re.match(r".*mine.yaml:2: key of tiling must be one of", refusal(capsys, kernel, "--strategy", strategy))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kernel.c", "mine.yaml"]
+
+
+def test_difference_is_a_failure_of_the_package_and_nothing_is_written(kernel, tmp_path, capsys, monkeypatch):
+    wrong = [Result("generated", 2, "element 3 of x is 1, expected 2", (0.1,), (0.1,))]
+    monkeypatch.setattr(command, "run", lambda *args, **kwargs: wrong)
+    assert cli.main(["schedule", str(kernel), "--sizes", "n=9,a=2", "--output", str(tmp_path / "out.c")]) == 1
+    assert "element 3 of x" in capsys.readouterr().err and not (tmp_path / "out.c").exists()
+
+
+def test_missing_package_is_named(kernel, capsys, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "npu_sparse.schedule.command", None)
+    assert "pip install 'npu-sparse[schedule]'" in refusal(capsys, kernel)
+
+
+def test_page_names_every_key():
+    page = (ROOT / "docs" / "scheduler.md").read_text()
+    keys = {f.name for part in (config.Config, config.Tiling, config.Dimension, config.Fusion) for f in dataclasses.fields(part)}
+    keys -= {"name", "source", "where", "dimensions"}  # not written in a file, or under another name
+    keys |= {"ILP_construction", "scheduling_dimension", *config.COST_FUNCTIONS, *config.DIRECTIVES, *config.HEURISTICS}
+    keys |= set(config.shipped())
+    assert [key for key in sorted(keys) if not re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", page)] == []
