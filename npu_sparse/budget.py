@@ -19,6 +19,7 @@ class Budget:
         sink: the first `sink` valid keys are always kept.
         recent: the last `recent` keys of every query of the block are always kept.
         per_layer: `{layer index: k}` overrides.
+        share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer selects.
         dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit.
     """
 
@@ -29,6 +30,7 @@ class Budget:
     recent: int = 0
     per_layer: Mapping[int, int] = field(default_factory=dict)
     dense_below: int = 0
+    share_layers: int = 1
 
     def __post_init__(self):
         tiers = self.k if isinstance(self.k, Mapping) else {0: self.k}
@@ -44,6 +46,7 @@ class Budget:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {self.reduce!r}")
         for name in ("sink", "recent", "dense_below"):
             _whole(name, getattr(self, name), 0)
+        _whole("share_layers", self.share_layers, 1)
         # a block's recent keys are the union over its queries
         kept = self.sink + (self.recent + self.block - 1 if self.recent else 0)
         smallest = min([*tiers.values(), *per_layer.values()])

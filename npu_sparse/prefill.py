@@ -6,7 +6,7 @@ index queries and keys; `AttentionInterface` selects a Support and attends to it
 decode steps, contexts below `dense_below` - goes to the model's original implementation with the mask it would have had.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
@@ -16,8 +16,9 @@ from .architectures import attention_modules, attention_selection, describe, tex
 from .budget import Budget
 from .index_cache import IndexKeyCache
 from .indexer import Indexer as IndexerModule
-from .ops.dispatch import require_kernels, uses_kernel
+from .ops.dispatch import check_limits, require_kernels, uses_kernel
 from .selectors import Indexer, LayerInputs, Selector
+from .support import Support
 
 _PREFIX = "npu_sparse"  # of the names that attached models select their attention and mask functions by
 _UNHOOKED = object()
@@ -42,6 +43,9 @@ class SparsePrefill:
         self.indexer: IndexerModule | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
         self._finite: list[tuple[int, torch.Tensor]] = []
+        layers = self.architecture.layers
+        self._selects = {layer: layers[n - n % budget.share_layers] for n, layer in enumerate(layers)}
+        self._support: Support | None = None  # of the last layer that selected, where others read it too
 
     @classmethod
     def attach(
@@ -105,12 +109,27 @@ class SparsePrefill:
             raise ValueError(
                 f"per_layer must name full-attention layers {list(self.architecture.layers)}, got {sorted(unknown)}"
             )
+        followers = sorted(layer for layer in self.budget.per_layer if self._selects[layer] != layer)
+        if followers:
+            raise ValueError(
+                f"per_layer must name layers that select for themselves (share_layers {self.budget.share_layers}), "
+                f"got {followers}"
+            )
         if uses_kernel(self.impl, self.model.device.type):
             require_kernels(self.model.device.type)
+            self._check_limits()
         indexer = self.selector.indexer
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)
+
+    def _check_limits(self) -> None:
+        tiers = self.budget.k if isinstance(self.budget.k, Mapping) else (0,)
+        most_k = max(self.budget.k_for(start, layer) for start in tiers for layer in self.architecture.layers)
+        check_limits(
+            self.model.device.type, dtype=self.model.dtype, block=self.budget.block, k=most_k,
+            head_dim=self.architecture.head_dim,
+        )  # fmt: skip
 
     def _patch(self) -> None:
         modules = attention_modules(self.model)
@@ -123,7 +142,8 @@ class SparsePrefill:
         self._handles.append(self.model.register_forward_hook(self._check_finite))
 
     def _layer_hook(self, layer: int):
-        head = None if self.indexer is None else self.indexer.layers[str(layer)]
+        selects = self._selects[layer] == layer
+        head = None if self.indexer is None or not selects else self.indexer.layers[str(layer)]
 
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -242,7 +262,11 @@ def _sparse_attention(ctx, q, k, v, mask, scale):
         raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
     k, v = k[:, :, :length], v[:, :, :length]  # a static cache hands over its whole buffer
     inputs = LayerInputs(layer, q, k, v, scale, mask, index, attached.impl, attached.stage)
-    support = attached.selector.select(inputs, attached.budget)
+    if attached._selects[layer] == layer:
+        support = attached.selector.select(inputs, attached.budget)
+        attached._support = support if attached.budget.share_layers > 1 else None
+    else:
+        support = attached._support
     with attached.stage("attention"):
         out = ops.sparse_attention(q, k, v, support, scale=scale, impl=attached.impl)
     if attached.observe is not None:

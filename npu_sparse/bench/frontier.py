@@ -20,7 +20,7 @@ from .stats import summary
 from .ttft import TtftConfig, run_ttft
 from .variants import VARIANTS, Subject, load_subject, with_tokenizer
 
-RUNTIME = ("reduce", "sink", "recent", "seed", "dtype", "device", "impl")
+RUNTIME = ("reduce", "sink", "recent", "share_layers", "seed", "dtype", "device", "impl")
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class FrontierConfig:
     reduce: str = "max"
     sink: int = 0
     recent: int = 0
+    share_layers: int = 1
     batch: int = 10
     max_new_tokens: int | None = None
     chat: bool = False

@@ -65,7 +65,7 @@ class EvalConfig:
         length: tokens of prompt and answer together.
         count: prompts per task.
         seed: of prompts and bootstrap.
-        k, block, reduce, sink, recent: the Budget of all sparse variants; per-query variants run at block 1.
+        k, block, reduce, sink, recent, share_layers: the Budget of all sparse variants; per-query variants run at block 1.
         variants: names of `VARIANTS`; "dense" must be among them.
         batch: prompts generated together.
         max_new_tokens: for all tasks in place of RULER's, or None.
@@ -91,6 +91,7 @@ class EvalConfig:
     reduce: str = "max"
     sink: int = 0
     recent: int = 0
+    share_layers: int = 1
     variants: tuple[str, ...] = ("dense", "oracle", "oracle-shared", "indexer", "indexer-shared", "local")
     batch: int = 10
     max_new_tokens: int | None = None
@@ -132,7 +133,8 @@ class EvalConfig:
     @property
     def budget(self) -> Budget:
         """The Budget of the variants that share supports."""
-        return Budget(k=self.k, block=self.block, reduce=self.reduce, sink=self.sink, recent=self.recent)
+        names = ("k", "block", "reduce", "sink", "recent", "share_layers")
+        return Budget(**{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reads them back."""

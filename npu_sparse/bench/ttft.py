@@ -60,7 +60,7 @@ class TtftConfig:
         model: hub id, directory, GGUF file or demo name.
         adapter: directory of the indexer; None = an untrained one (evidence: untrained, runtime only).
         lengths: prompt lengths in tokens.
-        k, block, reduce, sink, recent: the Budget of all sparse variants; per-query variants run at block 1.
+        k, block, reduce, sink, recent, share_layers: the Budget of all sparse variants; per-query variants run at block 1.
         variants: names of `VARIANTS`; "dense" must be among them.
         runs: timed rounds; warmup: rounds before them; stage_runs: rounds with stage clocks, after them.
         prompt: "text" (real text from `texts`) or "random" (uniform token ids).
@@ -80,6 +80,7 @@ class TtftConfig:
     reduce: str = "max"
     sink: int = 0
     recent: int = 0
+    share_layers: int = 1
     variants: tuple[str, ...] = ("dense", "indexer", "indexer-shared")
     runs: int = 10
     warmup: int = 2
@@ -120,7 +121,8 @@ class TtftConfig:
     @property
     def budget(self) -> Budget:
         """The Budget of the variants that share supports."""
-        return Budget(k=self.k, block=self.block, reduce=self.reduce, sink=self.sink, recent=self.recent)
+        names = ("k", "block", "reduce", "sink", "recent", "share_layers")
+        return Budget(**{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reads them back."""
