@@ -1,0 +1,237 @@
+#!/usr/bin/env python3
+"""How fast would the AscendC operators be on a 910B card? Modelled, never measured: there is no card here.
+
+    python scripts/model_npu.py --output docs/results/npu-modelled
+
+Compiles ops/emulation/tools/trace.cpp, lets the host emulation execute the real kernels on one AI core at Qwen3.5's shape,
+replays their instruction streams on the pipes of the chip (npu_sparse.bench.cost) and scales from one core's queries to a
+layer, a context and a model:
+
+* sparse_attention: cycles per query from two numbers of queries, supports of `--k` keys in runs of `--run` neighbours (the
+  shipped indexers select runs of 1.7 to 2.7 keys on real text);
+* select_by_index: cycles of a tile of queries as a straight line through contexts, checked at a third one;
+* the share of reads that L2 serves: what is read again, as far as all keys and values fit into it;
+* dense attention: its FLOPs at `--dense-efficiency` of the peak. The rest of the model: the linear part of the dense times that
+  arXiv 2606.07703 publishes for Qwen3.5-0.8B on its NPU (5.957 s at 128K, 17.928 s at 256K), taken as it is for both.
+
+Every time is reported with the model's assumed overheads halved and doubled. A check against published measurements: the flash
+attention of the PTO instruction library, 910B2, D = 128, 128 rows a core (30.5 us for 4096 more keys).
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from npu_sparse import report
+from npu_sparse.bench import cost
+
+ROOT = Path(__file__).resolve().parent.parent
+DENSE_128K_S, DENSE_256K_S = 5.957, 17.928  # arXiv 2606.07703: Qwen3.5-0.8B, NPU, vLLM-Ascend
+PUBLISHED_FA_US = 68.778 - 38.317  # PTO flash attention on 910B2: 4096 -> 8192 keys, 128 rows a core, D = 128
+CONTEXTS = (32768, 65536, 131072, 262144)
+QUERY_HEADS, KV_HEADS, DIM, LAYERS = 8, 2, 256, 6  # Qwen3.5-0.8B's full attention
+SCALES = (1.0, 0.5, 2.0)
+
+
+def build(folder: Path) -> dict[str, Path]:
+    """The two trace programs."""
+    programs = {}
+    for number, name in ((1, "sparse_attention"), (2, "select_by_index")):
+        programs[name] = folder / name
+        command = ["g++", "-std=c++17", "-O2", "-pthread", f"-DNPU_SPARSE_OPERATOR={number}", "-I", str(ROOT / "ops/emulation")]
+        subprocess.run([*command, "-o", str(programs[name]), str(ROOT / "ops/emulation/tools/trace.cpp")], check=True)
+    return programs
+
+
+def trace(program: Path, *arguments) -> dict:
+    path = program.with_suffix(".json")
+    subprocess.run([str(program), str(path), *map(str, arguments)], check=True)
+    return cost.load_trace(path)
+
+
+def attention_cycles(programs, dim: int, k: int, block: int, run: float, scale: float, l2_hit: float) -> dict:
+    """Cycles per query and KV head of sparse_attention on one AI core, and its cube's utilisation, tiles back to back."""
+    key = (dim, k, block, run)
+    if key not in _TRACES:
+        _TRACES[key] = [trace(programs["sparse_attention"], 4, dim, n, max(16384, 2 * k), k, block, run, 0) for n in (256, 512)]
+    rates = cost.Rates().scaled(scale)
+    few, many = (cost.simulate(found, rates, l2_hit=l2_hit) for found in _TRACES[key])
+    cycles = many.cycles - few.cycles
+    busy = {pipe: (many.busy[pipe] - few.busy[pipe]) / cycles for pipe in many.busy}
+    return {"cycles_per_query": cycles / 256, "busy": busy, "gm_bytes_per_query": (many.gm_read - few.gm_read) / 256}
+
+
+def selection_line(programs, dim: int, k: int, block: int, scale: float) -> dict:
+    """Cycles of select_by_index for `queries` queries on one AI core: intercept + slope x keys, and what a third point says."""
+    queries, lengths = max(128, 2 * block), (16384, 32768, 65536)
+    key = (dim, k, block)
+    if key not in _TRACES:
+        _TRACES[key] = [trace(programs["select_by_index"], dim, queries, n, k, block, 0) for n in lengths]
+    rates = cost.Rates().scaled(scale)
+    found = [cost.simulate(each, rates, l2_hit=1.0) for each in _TRACES[key]]  # all index keys fit into L2
+    slope = (found[2].cycles - found[0].cycles) / (lengths[2] - lengths[0])
+    intercept = found[0].cycles - slope * lengths[0]
+    keys, cycles = lengths[2] - lengths[0], found[2].cycles - found[0].cycles
+    return {
+        "queries": queries, "intercept": intercept, "slope": slope,
+        "off_the_line": found[1].cycles / (intercept + slope * lengths[1]) - 1,
+        "busy": {pipe: (found[2].busy[pipe] - found[0].busy[pipe]) / cycles for pipe in found[2].busy},
+        "cube_cycles_per_key": (found[2].mac - found[0].mac) / 4096 / keys,
+    }  # fmt: skip
+
+
+_TRACES: dict[tuple, list[dict]] = {}
+
+
+def l2_share(chip: cost.Chip, length: int, k: int, block: int) -> float:
+    """The share of gathered bytes that L2 serves: repeated reads, as far as the layer's keys and values fit."""
+    footprint = 2 * length * KV_HEADS * DIM * 2
+    repeats = max(0.0, 1 - length / max(length, length / block * k))
+    return repeats * min(1.0, chip.l2 / footprint)
+
+
+def layer(programs, chip: cost.Chip, length: int, args, scale: float) -> dict:
+    """Modelled seconds of one layer's attention stage at a context."""
+    hit = l2_share(chip, length, args.k, args.block)
+    gather = attention_cycles(programs, DIM, args.k, args.block, args.run, scale, hit)
+    line = selection_line(programs, args.dim, args.k, args.block, scale)
+    hertz = chip.ghz * 1e9
+    attention_s = gather["cycles_per_query"] * length * KV_HEADS / chip.cores / hertz
+    missed = gather["gm_bytes_per_query"] * length * KV_HEADS * (1 - hit)
+    attention_s = max(attention_s, missed / chip.hbm)
+    tiles = length / line["queries"]
+    selection_s = tiles * (line["intercept"] + line["slope"] * length / 2) / chip.cores / hertz
+    projection_s = 2 * length * 1024 * 2 * args.dim / (0.5 * chip.peak_flops)  # W_Q and W_K, one index head, half the peak
+    total = attention_s + selection_s + projection_s + 3 * cost.LAUNCH_US * 1e-6
+    return {
+        "length": length, "projection_s": projection_s, "selection_s": selection_s, "attention_s": attention_s, "total_s": total,
+        "dense_s": cost.dense_seconds(chip, length, QUERY_HEADS, DIM, args.dense_efficiency), "l2_hit": hit,
+        "attention_busy": gather["busy"], "selection_busy": line["busy"], "off_the_line": line["off_the_line"],
+    }  # fmt: skip
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chip", choices=cost.CHIPS, default="910B3")
+    parser.add_argument("--k", type=int, default=1024)
+    parser.add_argument("--block", type=int, default=64, help="b_sel")
+    parser.add_argument("--dim", type=int, default=128, help="d_idx, one index head")
+    parser.add_argument("--run", type=float, default=1.9, help="mean run of neighbouring keys in a support")
+    parser.add_argument("--dense-efficiency", type=float, default=0.6)
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(arguments)
+    chip = cost.CHIPS[args.chip]
+    config = {"stage": "npu-modelled", **{key: value for key, value in vars(args).items() if key != "output"}}
+    directory = report.open_run(args.output, config)
+    with tempfile.TemporaryDirectory() as folder:
+        programs = build(Path(folder))
+        rows = {scale: [layer(programs, chip, length, args, scale) for length in CONTEXTS] for scale in SCALES}
+        fa = check_against_published(programs)
+    b = (DENSE_256K_S - 2 * DENSE_128K_S) / (2 * 131072**2)  # dense attention's seconds per token^2, all layers
+    rest_per_token = (DENSE_128K_S - b * 131072**2) / 131072
+    result = {
+        "config": config, "evidence": "modelled", "chip": asdict(chip), "machine": report.machine(), "published_check": fa,
+        "rest_s_per_token": rest_per_token, "paper_dense_efficiency": 2 * QUERY_HEADS * DIM * LAYERS / b / chip.peak_flops,
+        "rows": [_row(rows, index, rest_per_token) for index in range(len(CONTEXTS))],
+    }  # fmt: skip
+    report.write_json(directory / "report.json", result)
+    report.write_text(directory / "report.md", _markdown(result, args))
+    report.write_figure(directory / "report.png", _figure(result))
+    print((directory / "report.md").read_text())
+    return 0
+
+
+def check_against_published(programs) -> dict:
+    """4096 more contiguous keys for 128 rows of D = 128, modelled, beside what another kernel was measured to take."""
+    chip = cost.CHIPS["910B2"]
+    found = [trace(programs["sparse_attention"], 4, 128, 32, 16384, k, 32, k, 0) for k in (4096, 8192)]
+    cycles = [cost.simulate(each, l2_hit=1.0).cycles for each in found]
+    modelled = (cycles[1] - cycles[0]) / chip.ghz / 1e3
+    return {"modelled_us": modelled, "published_us": PUBLISHED_FA_US, "error": modelled / PUBLISHED_FA_US - 1}
+
+
+def _row(rows: dict, index: int, rest_per_token: float) -> dict:
+    base = rows[1.0][index]
+    rest = rest_per_token * base["length"]
+    ttft = {name: rest + LAYERS * base[name] for name in ("dense_s", "total_s")}
+    return {
+        **base, "speed_up": base["dense_s"] / base["total_s"],
+        "speed_up_if_overheads": {str(scale): rows[scale][index]["dense_s"] / rows[scale][index]["total_s"] for scale in SCALES},
+        "ttft_dense_s": ttft["dense_s"], "ttft_sparse_s": ttft["total_s"], "ttft_speed_up": ttft["dense_s"] / ttft["total_s"],
+        "ttft_ceiling": ttft["dense_s"] / rest,
+    }  # fmt: skip
+
+
+def _markdown(result: dict, args) -> str:
+    chip, fa, first = result["chip"], result["published_check"], result["rows"][-2]
+    layers, models = [], []
+    for row in result["rows"]:
+        spread = row["speed_up_if_overheads"]
+        layers.append({
+            "tokens": row["length"], "dense (ms)": 1e3 * row["dense_s"], "projection (ms)": 1e3 * row["projection_s"],
+            "scoring + top-k (ms)": 1e3 * row["selection_s"], "gather attention (ms)": 1e3 * row["attention_s"],
+            "sparse, sum (ms)": 1e3 * row["total_s"], "speed-up": f"{row['speed_up']:.2f}",
+            "with overheads x 0.5 / x 2": f"{spread['0.5']:.2f} / {spread['2.0']:.2f}", "L2 hits": f"{row['l2_hit']:.2f}",
+        })  # fmt: skip
+        models.append({
+            "tokens": row["length"], "dense TTFT (s)": row["ttft_dense_s"], "sparse TTFT (s)": row["ttft_sparse_s"],
+            "speed-up": f"{row['ttft_speed_up']:.2f}", "ceiling (attention free)": f"{row['ttft_ceiling']:.2f}",
+        })  # fmt: skip
+
+    def pipes(busy: dict) -> str:
+        return ", ".join(f"{pipe} {100 * share:.0f} %" for pipe, share in sorted(busy.items(), key=lambda item: -item[1])[:5])
+
+    return f"""# Modelled: the AscendC operators on {chip["name"]}
+
+**No card was used: every time below is modelled**, from the instruction streams of the host emulation;
+`npu_sparse.bench.cost` lists the constants, the assumptions among them, and what is left out. Qwen3.5-0.8B,
+{QUERY_HEADS}/{KV_HEADS} heads, D {DIM}, batch 1, bf16; k {args.k}, b_sel {args.block}, one index head of {args.dim}; supports in
+runs of {args.run} keys; evidence: untrained (times only). Dense attention: its FLOPs at {100 * args.dense_efficiency:.0f} % of
+{chip["cores"]} x 16^3 multiply-adds per cycle at {chip["ghz"]} GHz.
+
+## One layer's attention stage
+
+{report.markdown_table(layers)}
+Busy at {first["length"]} tokens, gather attention: {pipes(first["attention_busy"])}. Scoring + top-k:
+{pipes(first["selection_busy"])}. The straight line of scoring over contexts is off by {100 * first["off_the_line"]:.1f} % at a
+third point.
+
+## The model
+
+The rest of the model is the linear part of the dense times that arXiv 2606.07703 publishes for this model on its NPU
+({1e6 * result["rest_s_per_token"]:.1f} us per token), the same for both columns; in those times dense attention runs at
+{100 * result["paper_dense_efficiency"]:.0f} % of this chip's peak, not at {100 * args.dense_efficiency:.0f} %.
+
+{report.markdown_table(models)}
+## Against a published measurement
+
+4096 more contiguous keys for 128 rows of D = 128 on one 910B2 core: modelled {fa["modelled_us"]:.1f} us with this project's
+sparse_attention, measured {fa["published_us"]:.1f} us with the PTO library's flash attention ({100 * fa["error"]:+.0f} %). Two
+kernels of the same arithmetic, so this says whether the model is plausible, not how exact it is.
+
+Modelled on {report.machine_line(result["machine"])}.
+"""
+
+
+def _figure(result: dict):
+    figure, axes = report.new_figure(1)
+    axis = axes[0][0]
+    rows = result["rows"]
+    places = range(len(rows))
+    axis.bar([p - 0.2 for p in places], [1e3 * row["dense_s"] for row in rows], 0.4, label="dense, assumed efficiency")
+    bottom = [0.0] * len(rows)
+    for name, label in (("selection_s", "scoring + top-k"), ("attention_s", "gather attention"), ("projection_s", "projection")):
+        heights = [1e3 * row[name] for row in rows]
+        axis.bar([p + 0.2 for p in places], heights, 0.4, bottom=bottom, label=label)
+        bottom = [low + high for low, high in zip(bottom, heights)]
+    axis.set(xticks=list(places), xticklabels=[f"{row['length'] // 1024}K" for row in rows], yscale="log", xlabel="tokens",
+             ylabel="ms per layer, modelled", title=f"{result['chip']['name']}, modelled: attention stage")  # fmt: skip
+    axis.legend(fontsize=7)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(main())
