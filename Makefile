@@ -8,12 +8,15 @@ TRITON_VENV := .venv-triton
 NPU_STUB := $(abspath build/npu_stub)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-npu test-triton lint clean
+.PHONY: demo test test-all test-npu test-triton lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/npu-sparse demo
 
 test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "not exhaustive" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 # The published torch_npu without a card: on a runtime stub, with the operators emulated

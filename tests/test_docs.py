@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from npu_sparse import Indexer, checkpoints, cli, doctor
+from npu_sparse import Indexer, checkpoints, cli
 from npu_sparse.ops import dispatch
 from npu_sparse.testing import Backend, tiny_model
 
@@ -163,10 +163,14 @@ def test_commands_parse_and_their_configs_hold(place, arguments, monkeypatch, tm
     command = cli.COMMANDS[arguments[0]]
     if command.run:
         owner, name = importlib.import_module(command.module), command.run
-    elif arguments[0] == "doctor":
-        owner, name = doctor, "main"
     else:
-        owner, name = importlib.import_module("npu_sparse.demo"), "run_demo"
+        module, name = {
+            "doctor": ("doctor", "main"),
+            "demo": ("demo", "run_demo"),
+            "build": ("native", "build"),
+            "schedule": ("schedule.command", "schedule_file"),
+        }[arguments[0]]
+        owner = importlib.import_module(f"npu_sparse.{module}")
 
     @functools.wraps(getattr(owner, name))  # options follow from its signature
     def recorded(*args, **kwargs):

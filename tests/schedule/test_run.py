@@ -62,7 +62,7 @@ def test_kernel_computes_the_same_under_strategies_and_isl(name):
     compared(name, variants)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("strategy", config.shipped())
 @pytest.mark.parametrize("name", sorted(MANIFEST))
 def test_kernel_computes_the_same_under_every_strategy(name, strategy):

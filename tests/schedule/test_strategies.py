@@ -114,7 +114,7 @@ def test_isl_strategy_has_as_many_coincident_dimensions_as_isl(path):
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "cpu-vector" else pytest.mark.slow) for name in STRATEGIES]
+    "name", [pytest.param(name, marks=[] if name == "cpu-vector" else pytest.mark.exhaustive) for name in STRATEGIES]
 )
 def test_every_strategy_schedules_every_kernel_without_a_fallback(name, path):
     plan = scheduler.schedule(parse_c(path), name)  # raises or notes a fallback when the legality check finds a violation
