@@ -220,15 +220,15 @@ def _figure(result: dict):
     figure, axes = report.new_figure(1)
     axis = axes[0][0]
     rows = result["rows"]
-    places = range(len(rows))
-    axis.bar([p - 0.2 for p in places], [1e3 * row["dense_s"] for row in rows], 0.4, label="dense, assumed efficiency")
-    bottom = [0.0] * len(rows)
-    for name, label in (("selection_s", "scoring + top-k"), ("attention_s", "gather attention"), ("projection_s", "projection")):
-        heights = [1e3 * row[name] for row in rows]
-        axis.bar([p + 0.2 for p in places], heights, 0.4, bottom=bottom, label=label)
-        bottom = [low + high for low, high in zip(bottom, heights)]
-    axis.set(xticks=list(places), xticklabels=[f"{row['length'] // 1024}K" for row in rows], yscale="log", xlabel="tokens",
-             ylabel="ms per layer, modelled", title=f"{result['chip']['name']}, modelled: attention stage")  # fmt: skip
+    lengths = [row["length"] for row in rows]
+    parts = {"dense_s": "dense, assumed efficiency", "total_s": "sparse, sum", "selection_s": "scoring + top-k",
+             "attention_s": "gather attention", "projection_s": "projection"}  # fmt: skip
+    for name, label in parts.items():
+        axis.plot(lengths, [1e3 * row[name] for row in rows], "o-" if name in ("dense_s", "total_s") else ".--", label=label)
+    axis.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms per layer, modelled",
+             title=f"{result['chip']['name']}, modelled: attention stage")  # fmt: skip
+    axis.set_xticks(lengths, [f"{length // 1024}K" for length in lengths], minor=False)
+    axis.minorticks_off()
     axis.legend(fontsize=7)
     return figure
 

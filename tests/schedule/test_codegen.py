@@ -296,7 +296,9 @@ def test_source_without_one_region_is_refused():
         codegen.replace_scop(PRODUCT + PRODUCT, "")
 
 
-@pytest.mark.parametrize("seed", [*range(12), 486, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(12, 200))])
+@pytest.mark.parametrize(
+    "seed", [*range(12), 486, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(12, 200))]
+)
 def test_random_program_under_random_configurations_computes_the_same(seed, monkeypatch):
     monkeypatch.setattr(codegen, "PARALLEL_WORK", 1)
     chance, text = random.Random(seed), in_bounds(random_scop(seed))
