@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -9,6 +10,9 @@ from npu_sparse.testing import BACKENDS, Backend, open_backend
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs; tests interrupt what they start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set by `make test-npu`: the directory of the runtime stub's libraries, where torch_npu runs without a card
 RUNTIME_STUB = os.environ.get("NPU_SPARSE_RUNTIME_STUB")
