@@ -4,9 +4,9 @@ Nothing here is measured on a card. A trace (`ops/emulation/emulation/trace.h`) 
 and sizes and every flag, barrier and cross-core wait; `simulate` queues them on the pipes of a chip, in order, and reports when
 each pipe is busy. The constants are public figures where there are any, and assumptions otherwise; each says which:
 
-* chips, buffers and bandwidths per core: Huawei's product tables, as docs/ascend.md cites them;
+* chips and bandwidths per core: the vendor's public product tables;
 * cycles and latencies of vector instructions, GM latencies: the public cost model of hicann/pypto (A2/A3);
-* `DMA_CYCLES`, `BURST_CYCLES`, `ISSUE_CYCLES`: assumptions, chosen so that 16 KB copies run near full rate and 512 B gathers do
+* `Rates.dma`, `Rates.burst`, `Rates.issue`: assumptions, chosen so that 16 KB copies run near full rate and 512 B gathers do
   not, as the vendor's guides say. `scripts/model_npu.py` reports how much the result moves when they are halved and doubled.
 
 What is not modelled: contention of cores for L2 banks, instruction cache misses, clock throttling, launch overhead beyond

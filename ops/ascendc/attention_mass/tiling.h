@@ -29,15 +29,9 @@ inline std::string CheckAttentionMass(const AttentionMassProblem& p)
     if (p.batch == 0 || p.queries == 0) {
         return Refusal("B and Tq", "be at least 1", 0);
     }
-    if (p.keyHeads == 0 || p.queryHeads == 0 || p.queryHeads % p.keyHeads != 0) {
-        return Refusal("query heads", "be a multiple of the " + std::to_string(p.keyHeads) + " KV heads", p.queryHeads);
-    }
-    const std::string group = CheckRange("query heads per KV head", p.queryHeads / p.keyHeads, 1, MASS_TILE_ROWS);
-    if (!group.empty()) {
-        return group;
-    }
-    if (p.queries > p.keys) {
-        return Refusal("Tq", "be at most Tk = " + std::to_string(p.keys), p.queries);
+    const std::string shape = CheckHeadsAndLengths(p.queryHeads, p.keyHeads, MASS_TILE_ROWS, p.queries, p.keys);
+    if (!shape.empty()) {
+        return shape;
     }
     return CheckRange("Tk", p.keys, 1, 1u << 30);  // row strides of the output are 32-bit byte counts
 }

@@ -52,4 +52,17 @@ inline std::string CheckRange(const std::string& name, uint64_t value, uint64_t 
     return Refusal(name, rule, value) + " (nearest: " + std::to_string(value < least ? least : most) + ")";
 }
 
+// Both attention operators: whole groups of at most `mostGroup` query heads, and queries that are the last of the keys.
+inline std::string CheckHeadsAndLengths(uint32_t queryHeads, uint32_t keyHeads, uint32_t mostGroup, uint32_t queries, uint32_t keys)
+{
+    if (keyHeads == 0 || queryHeads == 0 || queryHeads % keyHeads != 0) {
+        return Refusal("query heads", "be a multiple of the " + std::to_string(keyHeads) + " KV heads", queryHeads);
+    }
+    const std::string group = CheckRange("query heads per KV head", queryHeads / keyHeads, 1, mostGroup);
+    if (!group.empty()) {
+        return group;
+    }
+    return queries > keys ? Refusal("Tq", "be at most Tk = " + std::to_string(keys), queries) : std::string{};
+}
+
 }  // namespace npu_sparse_ascendc

@@ -28,15 +28,9 @@ inline std::string CheckSparseAttention(const SparseAttentionProblem& p)
     if (p.batch == 0 || p.queries == 0 || p.width == 0) {
         return Refusal("B, Tq and the support's width", "be at least 1", 0);
     }
-    if (p.keyHeads == 0 || p.queryHeads == 0 || p.queryHeads % p.keyHeads != 0) {
-        return Refusal("query heads", "be a multiple of the " + std::to_string(p.keyHeads) + " KV heads", p.queryHeads);
-    }
-    const std::string group = CheckRange("query heads per KV head", p.queryHeads / p.keyHeads, 1, ATTENTION_TILE_ROWS);
-    if (!group.empty()) {
-        return group;
-    }
-    if (p.queries > p.keys) {
-        return Refusal("Tq", "be at most Tk = " + std::to_string(p.keys), p.queries);
+    const std::string shape = CheckHeadsAndLengths(p.queryHeads, p.keyHeads, ATTENTION_TILE_ROWS, p.queries, p.keys);
+    if (!shape.empty()) {
+        return shape;
     }
     if (p.keys > INT32_MAX) {
         return Refusal("Tk", "be at most 2147483647", p.keys);
