@@ -25,9 +25,9 @@ test-npu: $(NPU_VENV)/.installed
 	LD_LIBRARY_PATH=$(NPU_STUB) NPU_SPARSE_RUNTIME_STUB=$(NPU_STUB) \
 	  $(NPU_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/npu_stub tests/ops -k npu
 
-# The Triton kernels without a GPU: Triton's interpreter
+# The CUDA kernels without a GPU: Triton's interpreter, and NVRTC for what is written in CUDA C++
 test-triton: $(TRITON_VENV)/.installed
-	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops -k interpreted
+	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops -k "interpreted or test_hopper"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
@@ -50,10 +50,10 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $(VENV)/.installed $@
 
-# Everything but one package is .venv's: with torch_npu beside it, torch would not start there without CANN, and a GPU's torch
-# brings its own triton. Triton before 3.7 does not interpret loops over loaded bounds under new versions of NumPy.
+# All but a package or two is .venv's: with torch_npu beside it, torch would not start there without CANN, and a GPU's torch
+# brings its own triton and NVRTC. Triton before 3.7 does not interpret loops over loaded bounds under new versions of NumPy.
 $(NPU_VENV)/.installed: PACKAGE = torch-npu
-$(TRITON_VENV)/.installed: PACKAGE = triton==3.9.0
+$(TRITON_VENV)/.installed: PACKAGE = triton==3.9.0 nvidia-cuda-nvrtc==13.0.88
 $(NPU_VENV)/.installed $(TRITON_VENV)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -m venv $(@D)
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \

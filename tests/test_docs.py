@@ -122,7 +122,7 @@ def stand_ins(tokenizer, monkeypatch, tmp_path):
 
     monkeypatch.setattr(checkpoints, "load", load)
     monkeypatch.setattr(Indexer, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(dispatch, "OPERATORS", list(dispatch.OPERATORS))
+    monkeypatch.setattr(dispatch, "OPERATORS", dict(dispatch.OPERATORS))
     monkeypatch.setattr(dispatch, "_KERNELS", dict(dispatch._KERNELS))
     monkeypatch.chdir(tmp_path)
 

@@ -1,7 +1,7 @@
 """The whole back-end policy: which implementation of an operator runs, and the sentence a user gets where none can.
 
-Every operator has two dispatcher entries with one schema: `npu_sparse::<op>` (the kernel: Triton under CUDA, AscendC under
-PrivateUse1, the same AscendC on the host emulation under CPU) and `npu_sparse::<op>_reference` (eager PyTorch, any device).
+Every operator has two dispatcher entries with one schema: `npu_sparse::<op>` (the kernel: Triton or CUDA C++ under CUDA, AscendC
+under PrivateUse1, the same AscendC on the host emulation under CPU) and `npu_sparse::<op>_reference` (eager PyTorch, any device).
 """
 
 import importlib.util
@@ -12,11 +12,10 @@ import torch
 
 from .. import native
 
-OPERATORS: list[str] = []
+OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is in
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
-_DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has a kernel of its own
 _HOW = {
     "cuda": "its kernels need triton: run `pip install triton`, or pass impl='reference'",
     "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
@@ -64,26 +63,15 @@ def call(op: str, impl: str, device_type: str, *args):
     return getattr(torch.ops.npu_sparse, name)(*args)
 
 
-def define(
-    op: str, signature: str, reference: Callable, fake: Callable, devices: tuple[str, ...] = tuple(KERNEL_KEYS)
-) -> None:
-    """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
-
-    `devices`: where it has a kernel of its own; elsewhere the public function is made of other operators (`is_whole_on`).
-    """
+def define(op: str, signature: str, reference: Callable, fake: Callable, folder: str | None = None) -> None:
+    """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys; `folder` if it is not `op`."""
     for name in (op, f"{op}_reference"):
         torch.library.define(f"npu_sparse::{name}", signature)
         torch.library.register_fake(f"npu_sparse::{name}", fake)
     torch.library.impl(f"npu_sparse::{op}_reference", "CompositeExplicitAutograd", reference)
     for device_type, key in KERNEL_KEYS.items():
         torch.library.impl(f"npu_sparse::{op}", key, _kernel_or_error(op, device_type))
-    OPERATORS.append(op)
-    _DEVICES[op] = devices
-
-
-def is_whole_on(op: str, device_type: str) -> bool:
-    """True where `op` has a kernel of its own, False where it is made of others."""
-    return device_type in _DEVICES[op]
+    OPERATORS[op] = folder or op
 
 
 def register_kernel(op: str, device_type: str, kernel: Callable) -> None:
@@ -95,18 +83,13 @@ def register_triton(device_type: str) -> None:
     """Makes the Triton kernels those of a device, "cuda" as a rule; does nothing where triton is not installed."""
     if importlib.util.find_spec("triton") is None:
         return
-    for op in OPERATORS:
-        if is_whole_on(op, "cuda"):
-            register_kernel(op, device_type, getattr(importlib.import_module(f"npu_sparse.ops.{op}.triton"), op))
-        else:
-            _DEVICES[op] = tuple(device for device in _DEVICES[op] if device != device_type)
+    for op, folder in OPERATORS.items():
+        register_kernel(op, device_type, getattr(importlib.import_module(f"npu_sparse.ops.{folder}.triton"), op))
 
 
 def require_kernels(device_type: str) -> None:
     """Raises KernelUnavailableError unless every operator has a kernel on this device."""
     for op in OPERATORS:
-        if device_type in KERNEL_KEYS and not is_whole_on(op, device_type):
-            continue
         if _kernel(op, device_type) is None:
             raise _unavailable(op, device_type)
 

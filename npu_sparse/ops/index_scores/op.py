@@ -62,7 +62,7 @@ def _fake_selection(qi, ki, w, k, block, reduce, sink, recent, valid):
 
 
 def _selection_reference(qi, ki, w, k, block, reduce, sink, recent, valid):
-    support = _select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, "reference")
+    support = select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, "reference")
     return support.indices, support.count
 
 
@@ -71,7 +71,7 @@ dispatch.define(
     "(Tensor qi, Tensor ki, Tensor? w, int k, int block, str reduce, int sink, int recent, Tensor? valid) -> (Tensor, Tensor)",
     _selection_reference,
     _fake_selection,
-    devices=("npu", "cpu"),
+    folder="index_scores",
 )
 
 
@@ -91,8 +91,8 @@ def select_by_index(
 ) -> Support:
     """The Support of `select_tokens(index_scores(...))` in bounded memory: O(Tq k + a workspace).
 
-    The AscendC kernel keeps a running top-k beside the scores and never writes them out; elsewhere the two operators run by
-    slices of queries.
+    The kernels for Ascend and Hopper never write the scores out: a running top-k stands beside them, or a threshold lets only a
+    few through. Elsewhere the two operators run by slices of queries.
 
     Arguments as in `index_scores` and `select_tokens`; `stage(name)` is a context manager around "scoring" and "top-k". The
     one kernel is "scoring" as a whole.
@@ -100,8 +100,8 @@ def select_by_index(
     _check(qi, ki, w, block, reduce, valid)
     check_counts(k, sink, recent, block, ki.shape[1])
     device_type = qi.device.type
-    if not (dispatch.uses_kernel(impl, device_type) and dispatch.is_whole_on("select_by_index", device_type)):
-        return _select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, impl, stage)
+    if not dispatch.uses_kernel(impl, device_type):
+        return select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, impl, stage)
     with stage("scoring"):
         indices, count = dispatch.call(
             "select_by_index", impl, device_type, qi, ki, w, k, block, reduce, sink, recent, valid
@@ -109,7 +109,7 @@ def select_by_index(
     return Support(indices, count, block)
 
 
-def _select_by_slices(
+def select_by_slices(
     qi, ki, w, k, block, reduce, sink, recent, valid, impl, stage=lambda name: nullcontext()
 ) -> Support:
     B, _, Tq, _ = qi.shape

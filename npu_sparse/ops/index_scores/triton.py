@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper
+from .op import select_by_slices
+
 
 @triton.jit
 def _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h, v_b, v_t,
@@ -130,3 +133,15 @@ def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: s
         ROWS=rows, SPLIT=block if whole else 0, MEAN=reduce == "mean", **common,
     )  # fmt: skip
     return out
+
+
+def select_by_index(
+    qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce: str, sink: int, recent: int, valid: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    select = hopper.select_by_index if hopper.serves(qi, ki, w, k, block, reduce, sink, recent, valid) else _select_by_slices
+    return select(qi, ki, w, k, block, reduce, sink, recent, valid)
+
+
+def _select_by_slices(*arguments) -> tuple[Tensor, Tensor]:
+    support = select_by_slices(*arguments, impl="kernel")
+    return support.indices, support.count

@@ -28,6 +28,30 @@ def _ordered(scores, valid, sinks, b, key, first, last, Tk, v_t, SINK: tl.conste
 
 
 @triton.jit
+def _histogram(scores, valid, sinks, b, first, last, end, v_t, prefix, SINK: tl.constexpr, RECENT: tl.constexpr,
+               PADDED: tl.constexpr, BN: tl.constexpr, SHIFT: tl.constexpr, KNOWN: tl.constexpr, BINS: tl.constexpr):  # fmt: skip
+    """How often each value of the bits from SHIFT on occurs among the visible ranks that share `prefix` from bit KNOWN on."""
+    histogram = tl.zeros([BINS], tl.int32)
+    for start in range(0, end, BN):
+        key = start + tl.arange(0, BN)
+        rank = _ordered(scores, valid, sinks, b, key, first, last, end, v_t, SINK, RECENT, PADDED)
+        counted = rank > 0
+        if KNOWN < 32:
+            counted = counted & ((rank >> KNOWN) == (prefix >> KNOWN))
+        histogram += tl.histogram(((rank >> SHIFT) & (BINS - 1)).to(tl.int32), BINS, mask=counted)
+    return histogram
+
+
+@triton.jit
+def _narrow(histogram, prefix, wanted, SHIFT: tl.constexpr, BINS: tl.constexpr):
+    """The prefix, longer by the bin that holds the wanted-th largest, and its place within that bin."""
+    above = tl.sum(histogram, 0) - tl.cumsum(histogram, 0)  # in bins of larger values
+    bin = tl.sum((above >= wanted).to(tl.int32), 0)
+    wanted -= tl.sum(tl.where(tl.arange(0, BINS) == bin, above, 0), 0)
+    return prefix | (bin.to(tl.uint32) << SHIFT), wanted
+
+
+@triton.jit
 def _select(scores, valid, sinks, indices, count, k, K, block, queries, offset, Hs, Nq, Tk, s_b, s_h, s_n, v_b, v_t,
             SINK: tl.constexpr, RECENT: tl.constexpr, PADDED: tl.constexpr, BN: tl.constexpr):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -39,28 +63,14 @@ def _select(scores, valid, sinks, indices, count, k, K, block, queries, offset, 
     end = tl.minimum(Tk, last + 1)
     prefix = tl.zeros([1], tl.uint32)  # of the k-th largest value
     wanted = tl.zeros([1], tl.int32) + k  # how many of those that share the prefix
-    visible = tl.zeros([1], tl.int32)
-    for level in tl.static_range(3):
-        SHIFT: tl.constexpr = 21 if level == 0 else (10 if level == 1 else 0)
-        BINS: tl.constexpr = 1024 if level == 2 else 2048
-        histogram = tl.zeros([BINS], tl.int32)
-        for start in range(0, end, BN):
-            key = start + tl.arange(0, BN)
-            rank = _ordered(scores, valid, sinks, b, key, first, last, end, v_t, SINK, RECENT, PADDED)
-            counted = rank > 0
-            if level == 1:
-                counted = counted & ((rank >> 21) == (prefix >> 21))
-            if level == 2:
-                counted = counted & ((rank >> 10) == (prefix >> 10))
-            histogram += tl.histogram(((rank >> SHIFT) & (BINS - 1)).to(tl.int32), BINS, mask=counted)
-        held = tl.sum(histogram, 0)
-        if level == 0:
-            visible += held
-            wanted = tl.minimum(wanted, visible)
-        above = held - tl.cumsum(histogram, 0)  # in bins of larger values
-        bin = tl.sum((above >= wanted).to(tl.int32), 0)
-        wanted -= tl.sum(tl.where(tl.arange(0, BINS) == bin, above, 0), 0)
-        prefix = prefix | (bin.to(tl.uint32) << SHIFT)
+    histogram = _histogram(scores, valid, sinks, b, first, last, end, v_t, prefix, SINK, RECENT, PADDED, BN, 21, 32, 2048)
+    visible = tl.sum(histogram, 0)
+    wanted = tl.minimum(wanted, visible)
+    prefix, wanted = _narrow(histogram, prefix, wanted, 21, 2048)
+    histogram = _histogram(scores, valid, sinks, b, first, last, end, v_t, prefix, SINK, RECENT, PADDED, BN, 10, 21, 2048)
+    prefix, wanted = _narrow(histogram, prefix, wanted, 10, 2048)
+    histogram = _histogram(scores, valid, sinks, b, first, last, end, v_t, prefix, SINK, RECENT, PADDED, BN, 0, 10, 1024)
+    prefix, wanted = _narrow(histogram, prefix, wanted, 0, 1024)
     taken = tl.minimum(tl.zeros([1], tl.int32) + k, visible)
     at = row * K + tl.zeros([1], tl.int64)
     ties = tl.zeros([1], tl.int32)

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper
+
 TILE_ROWS = 128  # query tokens x query heads of a tile
 UNION_BITS = 32  # supports that one membership word can hold
 UNION_ELEMENTS = 1 << 26  # int32 words of workspace for unions: 256 MiB
@@ -105,6 +107,8 @@ def _compact(words, union, member, count, end, Tk, width, BN: tl.constexpr):
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Tensor, block: int, scale: float) -> Tensor:
+    if hopper.serves(q, k, v, block, scale):
+        return hopper.sparse_attention(q, k, v, indices, count, block, scale)
     B, Hq, Tq, _ = q.shape
     out = q.new_empty((B, Tq, Hq, v.shape[-1])).transpose(1, 2)
     if indices.shape[-1] == 0:
