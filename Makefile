@@ -27,7 +27,7 @@ test-npu: $(NPU_VENV)/.installed
 
 # The Triton kernels without a GPU: Triton's interpreter
 test-triton: $(TRITON_VENV)/.installed
-	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops -k interpreted
+	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops tests/hybrid -k interpreted
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
