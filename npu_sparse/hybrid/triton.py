@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ..architectures import DeltaNet
 
-# Elements of a program's tile; `scripts/profile_hybrid.py --tiles` times others
-CONVOLUTION_TOKENS = 32
-NORM_ELEMENTS = 4096
-ELEMENTS = 4096
+# Tiles of a program, and its warps; `scripts/profile_hybrid.py --tiles` times others
+CONVOLUTION = 32, 4  # tokens of one head
+NORM = 4096, 4  # elements, in whole rows
+SWIGLU = 4096, 4  # elements
 GATE_TOKENS = 64
 
 
@@ -68,10 +68,11 @@ def short_convolution(mixed: Tensor, weight: Tensor, state: Tensor | None, colum
     weight = weight.contiguous()
     strides = (0, 0, 0) if state is None else state.stride()
     sections = [(0, 0, 2 * HK + HV, K)] if K == V else [(0, 0, 2 * HK, K), (2 * HK, 2 * HK * K, HV, V)]
+    BT, warps = CONVOLUTION
     for first_head, first_channel, heads, D in sections:
-        _short_convolution[triton.cdiv(T, CONVOLUTION_TOKENS), heads, B](
+        _short_convolution[triton.cdiv(T, BT), heads, B](
             mixed, weight, state, columns, q, k, v, T, *mixed.stride()[:2], *strides, first_head, first_channel, HK, HV, D,
-            triton.next_power_of_2(D), W, CONVOLUTION_TOKENS, state is not None, _alignment(K, V, mixed.stride(1)), num_warps=4,
+            triton.next_power_of_2(D), W, BT, state is not None, _alignment(K, V, mixed.stride(1)), num_warps=warps,
         )  # fmt: skip
     return q, k, v
 
@@ -143,10 +144,10 @@ def gated_norm(x: Tensor, gate: Tensor, columns: Tensor, weight: Tensor, eps: fl
     B, T, H, D = x.shape
     out = x.new_empty(B, T, H * D)
     DP = triton.next_power_of_2(D)
-    BR = max(1, NORM_ELEMENTS // DP)
+    BR, warps = max(1, NORM[0] // DP), NORM[1]
     _gated_norm[triton.cdiv(B * T * H, BR),](
         x, gate, columns, weight, out, B * T * H, gate.shape[-1], eps, H, D, DP, BR, _alignment(D, gate.shape[-1]),
-        weight.dtype == x.dtype, num_warps=4,
+        weight.dtype == x.dtype, num_warps=warps,
     )  # fmt: skip
     return out
 
@@ -168,8 +169,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows = x.reshape(-1, D)  # a view wherever one stride leads from row to row
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     DP = triton.next_power_of_2(D)
-    BR = max(1, NORM_ELEMENTS // DP)
-    _rms_norm[triton.cdiv(rows.shape[0], BR),](rows, weight, out, rows.shape[0], rows.stride(0), eps, D, DP, BR, num_warps=4)
+    BR, warps = max(1, NORM[0] // DP), NORM[1]
+    _rms_norm[triton.cdiv(rows.shape[0], BR),](rows, weight, out, rows.shape[0], rows.stride(0), eps, D, DP, BR, num_warps=warps)
     return out
 
 
@@ -184,5 +185,6 @@ def _swiglu(gate, up, elements, BLOCK: tl.constexpr):
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
-    _swiglu[triton.cdiv(gate.numel(), ELEMENTS),](gate, up, gate.numel(), ELEMENTS, num_warps=4)
+    elements, warps = SWIGLU
+    _swiglu[triton.cdiv(gate.numel(), elements),](gate, up, gate.numel(), elements, num_warps=warps)
     return gate
