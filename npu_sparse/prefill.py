@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 
-from . import ops
+from . import crossover, ops
 from .architectures import attention_modules, attention_selection, describe, text_config
 from .budget import Budget
 from .index_cache import IndexKeyCache
@@ -77,6 +77,8 @@ class SparsePrefill:
             budget = Budget.from_dict(recommended) if recommended else Budget()
         if not isinstance(budget, Budget):
             raise TypeError(f"budget must be a Budget, got {type(budget).__name__}")
+        if budget.dense_below == "auto":
+            budget = budget.replace(dense_below=crossover.dense_below(model, budget))
         attached = cls(model, selector, budget, impl, stage or (lambda name: nullcontext()), observe)
         attached._check()
         attached._patch()
