@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from npu_sparse.budget import Budget
+    from npu_sparse.hybrid import FastHybrid
     from npu_sparse.indexer import Indexer, IndexerConfig
     from npu_sparse.prefill import SparsePrefill
     from npu_sparse.support import Support
 
 __version__ = "0.1.0"
-__all__ = ["Budget", "Indexer", "IndexerConfig", "SparsePrefill", "Support", "__version__"]
+__all__ = ["Budget", "FastHybrid", "Indexer", "IndexerConfig", "SparsePrefill", "Support", "__version__"]
 
 _MODULE_OF = {
     "Budget": "budget",
+    "FastHybrid": "hybrid",
     "Indexer": "indexer",
     "IndexerConfig": "indexer",
     "SparsePrefill": "prefill",

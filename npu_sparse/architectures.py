@@ -1,4 +1,4 @@
-"""The only file that knows model classes: what is a full-attention layer, and what is refused and why."""
+"""The only file that knows model classes: what is a full-attention or a linear-attention layer, and what is refused and why."""
 
 from dataclasses import asdict, dataclass
 
@@ -11,6 +11,7 @@ SUPPORTED = {
     "llama": "Llama family (SmolLM2 too)",
     "gemma3_text": "Gemma3 (global layers)",
 }
+ZERO_CENTRED_NORMS = ("Qwen3_5RMSNorm", "Qwen3NextRMSNorm")
 _REASONS = {
     "gemma2": "its attention scores are soft-capped",
     "gemma3": "its image tokens attend in both directions; load the text model (Gemma3ForCausalLM)",
@@ -88,14 +89,96 @@ def describe(config) -> Architecture:
 def attention_modules(model) -> dict:
     """`{layer index: self-attention module}` of the full-attention layers of a loaded model."""
     architecture = describe(model.config)
-    decoder = getattr(model, "model", model)
-    decoder = getattr(decoder, "language_model", decoder)
     try:
-        return {n: decoder.layers[n].self_attn for n in architecture.layers}
+        return {n: _decoder(model).layers[n].self_attn for n in architecture.layers}
     except AttributeError as error:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} must be a causal language model with decoder layers, got none ({error})"
         ) from error
+
+
+@dataclass(frozen=True)
+class DeltaNet:
+    """Where the heads of a Gated DeltaNet layer lie in the rows that its projections give.
+
+    Attributes:
+        key_heads, value_heads, key_dim, value_dim: as in the config; a key head serves value_heads / key_heads value heads.
+        kernel: taps of the causal convolution.
+        channels: first column of every query, key and value head, in this order (the convolution's), in the rows of `project`'s
+            first result.
+        gate: first column of every value head's output gate in the rows of its second result.
+        beta, decay: column of every value head in the rows of its third result.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    channels: tuple[int, ...]
+    gate: tuple[int, ...]
+    beta: tuple[int, ...]
+    decay: tuple[int, ...]
+
+
+def delta_net(module) -> DeltaNet:
+    """The DeltaNet of one Gated DeltaNet module."""
+    Hk, Hv, K, V = module.num_k_heads, module.num_v_heads, module.head_k_dim, module.head_v_dim
+    if hasattr(module, "in_proj_qkvz"):  # Qwen3-Next: key head by key head
+        G = Hv // Hk
+        wide = 2 * K + 2 * G * V
+        channels = [h * wide + part for part in (0, K) for h in range(Hk)]
+        channels += [h // G * wide + 2 * K + h % G * V for h in range(Hv)]
+        gate = [h // G * wide + 2 * K + (G + h % G) * V for h in range(Hv)]
+        beta = [h // G * 2 * G + h % G for h in range(Hv)]
+        decay = [column + G for column in beta]
+    else:
+        channels = [h * K for h in range(2 * Hk)] + [2 * Hk * K + h * V for h in range(Hv)]
+        gate, beta, decay = [h * V for h in range(Hv)], list(range(Hv)), list(range(Hv, 2 * Hv))
+    return DeltaNet(Hk, Hv, K, V, module.conv_kernel_size, tuple(channels), tuple(gate), tuple(beta), tuple(decay))
+
+
+def project(module, hidden):
+    """The input projections of a Gated DeltaNet module: rows of queries, keys and values, of output gates, of beta and decay."""
+    from torch import cat, nn
+    from torch.nn.functional import linear
+
+    if hasattr(module, "in_proj_qkvz"):
+        mixed = module.in_proj_qkvz(hidden)
+        return mixed, mixed, module.in_proj_ba(hidden)
+    small = module.in_proj_b, module.in_proj_a
+    if all(type(part) is nn.Linear and part.bias is None for part in small):  # one product reads `hidden` once
+        gates = linear(hidden, cat([part.weight for part in small]))
+    else:
+        gates = cat([part(hidden) for part in small], -1)
+    return module.in_proj_qkv(hidden), module.in_proj_z(hidden), gates
+
+
+def delta_net_modules(model) -> dict:
+    """`{layer index: Gated DeltaNet module}` of a loaded model; empty where it has none."""
+    return {n: layer.linear_attn for n, layer in enumerate(_decoder(model).layers) if hasattr(layer, "linear_attn")}
+
+
+def norm_modules(model) -> list:
+    """The RMSNorms of a loaded hybrid model that scale by `1 + weight`: of hidden states, queries and keys."""
+    return [module for module in _decoder(model).modules() if type(module).__name__ in ZERO_CENTRED_NORMS]
+
+
+def gated_mlp_modules(model) -> list:
+    """The feed-forward modules of a loaded model that compute `down(silu(gate(x)) * up(x))`."""
+    from torch import nn
+
+    found = []
+    for module in _decoder(model).modules():
+        if all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
+            if type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
+                found.append(module)
+    return found
+
+
+def _decoder(model):
+    decoder = getattr(model, "model", model)
+    return getattr(decoder, "language_model", decoder)
 
 
 def text_config(model):

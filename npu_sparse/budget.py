@@ -20,7 +20,8 @@ class Budget:
         recent: the last `recent` keys of every query of the block are always kept.
         per_layer: `{layer index: k}` overrides.
         share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer selects.
-        dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit.
+        dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit. "auto" = the length from
+            which this budget was measured to be faster on the model's device (`crossover.dense_below`), decided when attaching.
     """
 
     k: int | Mapping[int, int] = 512
@@ -29,7 +30,7 @@ class Budget:
     sink: int = 0
     recent: int = 0
     per_layer: Mapping[int, int] = field(default_factory=dict)
-    dense_below: int = 0
+    dense_below: int | str = 0
     share_layers: int = 1
 
     def __post_init__(self):
@@ -44,8 +45,10 @@ class Budget:
             raise ValueError(f"block (b_sel) must be one of {', '.join(map(str, BLOCKS))}, got {self.block!r}")
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {self.reduce!r}")
-        for name in ("sink", "recent", "dense_below"):
+        for name in ("sink", "recent"):
             _whole(name, getattr(self, name), 0)
+        if self.dense_below != "auto":
+            _whole("dense_below", self.dense_below, 0)
         _whole("share_layers", self.share_layers, 1)
         # a block's recent keys are the union over its queries
         kept = self.sink + (self.recent + self.block - 1 if self.recent else 0)

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 
-from . import ops
+from . import crossover, ops
 from .architectures import attention_modules, attention_selection, describe, text_config
 from .budget import Budget
 from .index_cache import IndexKeyCache
@@ -77,6 +77,8 @@ class SparsePrefill:
             budget = Budget.from_dict(recommended) if recommended else Budget()
         if not isinstance(budget, Budget):
             raise TypeError(f"budget must be a Budget, got {type(budget).__name__}")
+        if budget.dense_below == "auto":
+            budget = budget.replace(dense_below=crossover.dense_below(model, budget))
         attached = cls(model, selector, budget, impl, stage or (lambda name: nullcontext()), observe)
         attached._check()
         attached._patch()
@@ -148,7 +150,7 @@ class SparsePrefill:
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name until transformers 5.24
             queries = hidden.shape[1]
             seen = 0 if cache is None or queries == 1 else int(cache.get_seq_length(layer))
             length = seen + queries

@@ -120,7 +120,7 @@ def machine(device: str = "cpu") -> dict:
         "dirty": not stated and bool(_git("status", "--porcelain")),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
-    for package in ("torch", "transformers", "triton", "npu-sparse"):
+    for package in ("torch", "transformers", "triton", "npu-sparse", "fla-core", "fa3-fwd"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

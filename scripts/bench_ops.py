@@ -344,7 +344,7 @@ def markdown(result: dict) -> str:
     refused = "".join(f"\nNot run: {name} at {length} tokens ({why})." for length, name, why in result["refused"])
     supports = (
         f"supports from the distilled indexer {config['adapter']} as {config['checkpoint']} reads real text, "
-        "beyond its trained context with extrapolated positions; evidence: distilled, times only"
+        "beyond its trained context with extrapolated positions; evidence: distilled, times"
         if config["adapter"] else f"supports from an untrained indexer of {config['heads']} x {config['dim']}; evidence: untrained"
     )  # fmt: skip
     return (

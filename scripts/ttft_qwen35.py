@@ -1,64 +1,55 @@
 #!/usr/bin/env python3
-"""How long until Qwen3.5's first token, dense against sparse, on one Ascend card, one GPU or this CPU?
+"""How long until Qwen3.5's first token, dense against sparse, on one GPU, one Ascend card or this CPU?
 
+    python scripts/ttft_qwen35.py --device cuda --size 0.8b --dense fa2,cudnn,fa3 --sparse 2048:64,2048:16 --output runs/ttft-0.8b
     python scripts/ttft_qwen35.py --device npu --size 0.8b --lengths 32768,65536,131072 --output runs/ttft-0.8b
 
 The model has Qwen3.5's true shape and, without --model, random weights: times are those of the real checkpoint, quality is
 not, and every row says so (evidence "untrained" where no adapter is given). Dense attention (each implementation in --dense)
-and sparse prefill (each k:b_sel pair in --sparse) run interleaved in one process, in a new order every round, with the same
-hybrid layers: Gated DeltaNet runs through flash-linear-attention where that package is installed for the device.
---chunk 4096 feeds the prompt in pieces. A length that is finished is in records/ and is not measured again.
+and sparse prefill (each budget in --sparse) run interleaved in one process, in a new order every round, with the same other
+layers: --hybrid fast attaches FastHybrid to dense and sparse alike, stock leaves transformers' own, and both may be named.
 
-Prints a table, then one JSON line; writes report.json and report.md to --output.
+A length that is finished is in records/ and is not measured again: --budget-s stops after a length where the next one would not
+fit in that time, and the same command goes on. A variant that runs out of memory is named in the report and the others go on.
+--chunk 4096 feeds the prompt in pieces. --crossover adds to a file the lengths from which sparse is faster than the fastest
+dense, which is where Budget(dense_below="auto") looks.
+
+Prints a table, then one JSON line; writes report.json, report.md and report.png to --output.
 """
 
 import argparse
+import gc
 import importlib.util
 import json
 import os
 import random
 import sys
-from contextlib import nullcontext
+import time
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
-from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, report
-from npu_sparse.bench import stats
+from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill, checkpoints, crossover, report
+from npu_sparse.architectures import delta_net_modules, describe, gated_mlp_modules, norm_modules
+from npu_sparse.bench import dense, stats
+from npu_sparse.bench.shapes import SIZES, qwen35
 from npu_sparse.bench.timing import (
-    StageTimer,
     amdahl_ceiling,
     dense_attention_timed,
+    modules_timed,
     peak_memory_bytes,
     reset_peak_memory,
-    synchronize,
+    stage_timer,
 )
+from npu_sparse.bench.ttft import time_to_first_token
 
-COMMON = dict(
-    vocab_size=248320, head_dim=256, max_position_embeddings=262144, linear_conv_kernel_dim=4, linear_key_head_dim=128,
-    linear_value_head_dim=128, linear_num_key_heads=16, linear_num_value_heads=16,
-    rope_parameters={
-        "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [11, 11, 10],
-        "mrope_interleaved": True,
-    },
-)  # fmt: skip
-SIZES = {
-    "0.8b": dict(
-        hidden_size=1024, intermediate_size=3584, num_hidden_layers=24, num_attention_heads=8, num_key_value_heads=2,
-        tie_word_embeddings=True,
-    ),
-    "9b": dict(
-        hidden_size=4096, intermediate_size=12288, num_hidden_layers=32, num_attention_heads=16, num_key_value_heads=4,
-        linear_num_value_heads=32,
-    ),
-    "tiny": dict(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
-        head_dim=64, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16, linear_value_head_dim=16,
-        rope_parameters={**COMMON["rope_parameters"], "mrope_section": [3, 3, 2]},
-    ),
-}  # fmt: skip
-# transformers' names; on an NPU "flash_attention_2" is torch_npu's fused attention
-DENSE = {"npu": "flash_attention_2,sdpa", "cuda": "sdpa", "cpu": "sdpa"}
+STARTED = time.monotonic()
+# on an NPU "flash_attention_2" is torch_npu's fused attention
+DENSE = {"npu": "flash_attention_2,sdpa", "cpu": "sdpa"}
+HYBRID = {"cuda": "fast"}
+STAGES = ("projection", "scoring", "top-k", "attention", "gdn", "feed-forward", "norms", "rest")
+COLOURS = ("#f0e442", "#e69f00", "#d55e00", "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#cccccc")
 
 
 def parse(arguments) -> argparse.Namespace:
@@ -66,117 +57,186 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="0.8b", help="shape of the random weights (tiny: to try the script)")
     parser.add_argument("--model", help="a real checkpoint in place of random weights")
     parser.add_argument("--adapter", help="directory of a distilled indexer; without it the indexer is untrained")
-    parser.add_argument("--device", default="npu", help="npu, cuda or cpu, with an index if you like")
+    parser.add_argument("--device", default="npu", help="cuda, npu or cpu, with an index if you like")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--lengths", default="32768,65536,131072,262144", type=numbers, help="prompt lengths in tokens")
-    parser.add_argument("--dense", help="dense attention implementations (default: npu flash_attention_2,sdpa; else sdpa)")
-    parser.add_argument("--sparse", default="1024:64", type=pairs, help="k:b_sel, several separated by commas")
+    parser.add_argument(
+        "--dense",
+        help="fa2, cudnn, fa3 (CUDA), or transformers' names (default: cuda all that are installed; npu flash_attention_2,sdpa)",
+    )
+    parser.add_argument(
+        "--sparse", default="1024:64",
+        help="budgets, separated by commas: k:b_sel and any field of Budget, as in 2048:16:reduce=mean:share_layers=2",
+    )  # fmt: skip
+    parser.add_argument("--hybrid", help="fast, stock or fast,stock: the other layers (default: fast on cuda, else stock)")
     parser.add_argument("--heads", default=1, type=int, help="index heads of an untrained indexer")
     parser.add_argument("--dim", default=128, type=int, help="d_idx of an untrained indexer")
     parser.add_argument("--impl", default="auto", choices=["auto", "reference", "kernel"], help="which operators run")
     parser.add_argument("--chunk", default=0, type=int, help="tokens per forward; 0 = the whole prompt at once")
-    parser.add_argument("--runs", default=10, type=int)
-    parser.add_argument("--warmup", default=2, type=int)
+    parser.add_argument("--runs", default="10", help="rounds; or by length, from each on: 4096=10,131072=5,262144=3")
+    parser.add_argument("--warmup", default="2", help="rounds that are not reported, given like --runs")
     parser.add_argument("--seed", default=0, type=int)
+    parser.add_argument("--budget-s", type=float, help="seconds; stops after a length where the next would end later")
     parser.add_argument("--profile", help="directory for a chrome trace of one prefill per variant and length")
+    parser.add_argument("--crossover", type=Path, help="a file of measured lengths for dense_below='auto' to add to")
     parser.add_argument("--output", required=True, type=Path)
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    kind = args.device.partition(":")[0]
+    args.dense = args.dense or (",".join(dense.available()) if kind == "cuda" else DENSE.get(kind, "sdpa"))
+    args.hybrid = args.hybrid or HYBRID.get(kind, "stock")
+    return args
 
 
 def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def pairs(text: str) -> list[tuple[int, int]]:
-    return [tuple(int(number) for number in part.split(":", 1)) for part in text.split(",")]
+def by_length(text: str, length: int) -> int:
+    """The number that "3" or "4096=10,131072=3" gives a length: that of the last start up to it."""
+    if "=" not in text:
+        return int(text)
+    steps = sorted(tuple(int(number) for number in part.split("=")) for part in text.split(","))
+    return next((number for start, number in reversed(steps) if start <= length), steps[0][1])
+
+
+def budgets(text: str) -> dict[str, Budget]:
+    """Named budgets of "k:b_sel[:field=value...]", several separated by commas."""
+    found = {}
+    for part in text.split(","):
+        k, block, *fields = part.split(":")
+        pairs = dict(field.split("=", 1) for field in fields)
+        changes = {name: int(value) if value.isdigit() else value for name, value in pairs.items()}
+        if unknown := set(changes) - set(Budget.__dataclass_fields__):
+            raise ValueError(f"--sparse must name fields of Budget, got {', '.join(sorted(unknown))}")
+        name = f"sparse k {k}, b_sel {block}" + "".join(f", {field} {value}" for field, value in pairs.items())
+        found[name] = Budget(**{"k": int(k), "block": int(block), **changes})
+    return found
+
+
+def variants(args) -> dict[str, dict]:
+    """Every way to run the prefill, by name: an implementation of dense attention, or a budget over the first of them."""
+    natives, layers = args.dense.split(","), args.hybrid.split(",")
+    for kind in layers:
+        if kind not in ("fast", "stock"):
+            raise ValueError(f"--hybrid must be fast, stock or both, got {kind!r}")
+    found = {}
+    for kind in layers:
+        named = f" ({kind} layers)" if len(layers) > 1 else ""
+        for native in natives:
+            found[f"dense {native}{named}"] = {"native": native, "budget": None, "layers": kind}
+        for name, budget in budgets(args.sparse).items():
+            found[name + named] = {"native": natives[0], "budget": budget, "layers": kind}
+    return found
 
 
 def build(args):
-    """`(model, indexer, evidence)` on the device."""
+    """`(model, indexer, evidence)` on the device; every dense implementation is registered, or refused by name."""
     if args.device.startswith("npu"):
         try:
             import torch_npu  # noqa: F401  - registers the device where it is not loaded by itself
         except ImportError as error:
             raise RuntimeError(f"device {args.device!r} must have torch_npu and CANN ({error}): see docs/ascend.md") from error
-
-    dtype = getattr(torch, args.dtype)
+    for name in args.dense.split(","):
+        dense.register(name)
     if args.model:
         model, _ = checkpoints.load(args.model, dtype=args.dtype, device=args.device)
     else:
-        from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
-
-        torch.manual_seed(args.seed)
-        shape = COMMON | SIZES[args.size]
-        kinds = ["full_attention" if layer % 4 == 3 else "linear_attention" for layer in range(shape["num_hidden_layers"])]
-        with torch.device(args.device):
-            torch.set_default_dtype(dtype)
-            model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**shape, layer_types=kinds)).eval()
-            torch.set_default_dtype(torch.float32)
+        model = qwen35(args.size, dtype=getattr(torch, args.dtype), device=args.device, seed=args.seed)
     if args.adapter:
         return model, Indexer.from_pretrained(args.adapter), "distilled"
     return model, Indexer.for_model(model, heads=args.heads, dim=args.dim, seed=args.seed), "untrained"
 
 
-def variants(args) -> dict[str, dict]:
-    """Every way to run the prefill, by name: a dense implementation, or a budget over the first of them."""
-    dense = (args.dense or DENSE.get(torch.device(args.device).type, "sdpa")).split(",")
-    found = {f"dense {name}": {"native": name, "budget": None} for name in dense}
-    for k, block in args.sparse:
-        found[f"sparse k {k}, b_sel {block}"] = {"native": dense[0], "budget": Budget(k=k, block=block)}
-    return found
-
-
+@contextmanager
 def attached(args, model, indexer, variant: dict, stage=None):
-    """The model running one variant, as a context manager; with `stage`, its attention's time is taken."""
+    """The model running one variant; with `stage`, the time of its parts is taken."""
     model.set_attn_implementation(variant["native"])
-    if variant["budget"] is None:
-        return nullcontext() if stage is None else dense_attention_timed(model, stage)
-    return SparsePrefill.attach(model, indexer, variant["budget"], impl=args.impl, stage=stage)
+    with ExitStack() as stack:
+        if variant["layers"] == "fast":
+            stack.enter_context(FastHybrid.attach(model))
+        if stage is not None:
+            mlps, norms = gated_mlp_modules(model), norm_modules(model)
+            parts = {"gdn": delta_net_modules(model).values(), "feed-forward": mlps, "norms": norms}
+            stack.enter_context(modules_timed(parts, stage))
+        if variant["budget"] is not None:
+            stack.enter_context(SparsePrefill.attach(model, indexer, variant["budget"], impl=args.impl, stage=stage))
+        elif stage is not None:
+            stack.enter_context(dense_attention_timed(model, stage))
+        yield
 
 
-def first_token(model, ids, chunk: int) -> tuple[float, int]:
-    """`(seconds, token id)`: from prompt ids on the host to the first token's id on the host."""
-    import time
+def first_token(args, model, indexer, variant: dict, ids, stage=None) -> tuple[float, int | None]:
+    """`(seconds, peak bytes)` of one prefill. Where memory runs out it is tried again with the allocator's blocks returned."""
 
-    from transformers import DynamicCache
+    def once():
+        with attached(args, model, indexer, variant, stage):
+            reset_peak_memory(model.device)
+            return time_to_first_token(model, ids, args.chunk)[0], peak_memory_bytes(model.device)
 
-    with torch.inference_mode():
-        synchronize(model.device)
-        started = time.perf_counter()
-        prompt, cache = ids.to(model.device), DynamicCache(config=model.config)
-        for part in prompt.split(chunk or ids.shape[1], 1):
-            logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-        token = int(logits[0, -1].argmax())
-        return time.perf_counter() - started, token
+    try:
+        return once()
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+    release(model.device)
+    once()  # allocates anew, which is no time to report
+    return once()
+
+
+def out_of_memory(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def release(device: torch.device) -> None:
+    gc.collect()
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
 
 
 def measure(args, model, indexer, evidence: str, length: int) -> dict:
+    began = time.monotonic()
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(vocabulary, (1, length), generator=torch.Generator().manual_seed(args.seed))
-    ways = variants(args)
-    seconds, peaks, stages = {name: [] for name in ways}, {}, {name: [] for name in ways}
+    ways, orders = variants(args), []
+    seconds, peaks, stages, refused = {name: [] for name in ways}, {}, {}, {}
     shuffled = random.Random(args.seed)
-    for round_ in range(-args.warmup, args.runs):
-        for name in shuffled.sample(list(ways), len(ways)):
-            with attached(args, model, indexer, ways[name]):
-                reset_peak_memory(model.device)
-                elapsed, _ = first_token(model, ids, args.chunk)
-            if round_ >= 0:
-                seconds[name].append(elapsed)
-                peaks[name] = peak_memory_bytes(model.device)
-    for name, way in ways.items():
-        timer = StageTimer(model.device)
-        with attached(args, model, indexer, way, timer):
-            total, _ = first_token(model, ids, args.chunk)
-        stages[name] = {**timer.seconds, "total": total}
-        if args.profile:
-            profile(args, model, indexer, way, ids, Path(args.profile) / f"{length}-{name.replace(' ', '-')}.json")
+
+    def attempt(name, stage=None):
+        try:
+            return first_token(args, model, indexer, ways[name], ids, stage)
+        except (RuntimeError, ValueError, TypeError) as error:
+            kind = "out of memory" if out_of_memory(error) else type(error).__name__
+            refused[name] = f"{kind} at {length} tokens: {str(error).splitlines()[0]}"
+            del seconds[name]
+            report.say(f"{name} is left out: {refused[name]}")
+        release(model.device)
+        return None
+
+    for round_ in range(-by_length(args.warmup, length), by_length(args.runs, length)):
+        order = shuffled.sample(list(seconds), len(seconds))  # without those that were left out
+        for name in order:
+            found = attempt(name)
+            if found is not None and round_ >= 0:
+                seconds[name].append(found[0])
+                peaks[name] = max(filter(None, (found[1], peaks.get(name))), default=None)
+        if round_ >= 0:
+            orders.append(order)
+    for name in list(seconds):
+        timer = stage_timer(model.device)
+        if (found := attempt(name, timer)) is not None:
+            stages[name] = {**timer.seconds, "total": found[0]}
+            if args.profile:
+                profile(args, model, indexer, ways[name], ids, Path(args.profile) / f"{length}-{name.replace(' ', '-')}.json")
+    medians = {name: stats.summary(times)["median"] for name, times in seconds.items()}
+    report.say(f"{length} tokens: " + ", ".join(f"{name} {took:.4g} s" for name, took in medians.items()))
     return {
-        "length": length, "seconds": seconds, "peak_bytes": peaks, "stages": stages, "machine": report.machine(args.device),
+        "length": length, "seconds": seconds, "orders": orders, "peak_bytes": peaks, "stages": stages, "refused": refused,
+        "machine": report.machine(args.device), "device_name": crossover.device_name(model.device),
         "evidence": {name: "dense" if way["budget"] is None else evidence for name, way in ways.items()},
+        "layers": {name: way["layers"] for name, way in ways.items()},
         "linear_attention": "flash-linear-attention" if importlib.util.find_spec("fla") else "transformers' torch fallback",
-        "weights": args.model or f"random, Qwen3.5-{args.size} shape",
-        "load_average": os.getloadavg()[0],
+        "weights": args.model or f"random, Qwen3.5-{args.size} shape", "geometry": describe(model.config).to_dict(),
+        "load_average": os.getloadavg()[0], "took_s": time.monotonic() - began,
     }  # fmt: skip
 
 
@@ -188,71 +248,207 @@ def profile(args, model, indexer, way, ids, path: Path) -> None:
         import torch.profiler as profiler
     path.parent.mkdir(parents=True, exist_ok=True)
     with attached(args, model, indexer, way), profiler.profile() as found:
-        first_token(model, ids, args.chunk)
+        time_to_first_token(model, ids, args.chunk)
     found.export_chrome_trace(str(path))
+
+
+def fits(args, paths: dict[int, Path], length: int) -> bool:
+    """Whether a length is likely to end within --budget-s, judged by the last one finished; the first is always tried."""
+    done = [json.loads(path.read_text()) for path in paths.values() if path.exists()]
+    if args.budget_s is None or not done:
+        return True
+    last = min(done, key=lambda record: abs(record["length"] - length))
+    rounds = [by_length(args.runs, n) + by_length(args.warmup, n) + 1 for n in (length, last["length"])]
+    expected = last["took_s"] * (length / last["length"]) ** 1.7 * rounds[0] / rounds[1]
+    return time.monotonic() - STARTED + expected <= args.budget_s
 
 
 def tabulate(args, records: list[dict]) -> list[dict]:
     rows = []
     for record in records:
-        dense = [name for name in record["seconds"] if name.startswith("dense")]
-        best = min(dense, key=lambda name: stats.summary(record["seconds"][name])["median"])
+        medians = {name: stats.summary(times)["median"] for name, times in record["seconds"].items()}
         for name, times in record["seconds"].items():
-            spread, stage = stats.summary(times), record["stages"][name]
-            gain = stats.ratio_of_medians(record["seconds"][best], times, seed=args.seed).to_dict()
-            row = {
-                "length": record["length"], "variant": name, "evidence": record["evidence"][name],
-                "ttft_s": spread["median"], "q1_s": spread["q1"], "q3_s": spread["q3"], "over_best_dense": gain,
-                "peak_bytes": record["peak_bytes"][name], "stages_s": stage,
+            layers, spread, peak = record["layers"][name], stats.summary(times), record["peak_bytes"].get(name)
+            peers = {n for n in medians if record["evidence"][n] == "dense" and record["layers"][n] == layers}
+            best = min(peers, key=medians.get, default=None)
+            over = {
+                other: stats.ratio_of_medians(record["seconds"][other], times, seed=args.seed).to_dict()
+                for other in medians if other in peers and len(record["seconds"][other]) == len(times)
             }  # fmt: skip
-            if name == best:
+            stage = record["stages"].get(name)
+            row = {
+                "length": record["length"], "variant": name, "evidence": record["evidence"][name], "layers": layers,
+                "ttft_s": spread["median"], "q1_s": spread["q1"], "q3_s": spread["q3"], "over": over,
+                "over_best_dense": over.get(best), "peak_bytes": peak, "stages_s": stage and with_rest(stage),
+            }  # fmt: skip
+            if peak and best and record["peak_bytes"].get(best):
+                row["peak_over_best_dense"] = peak / record["peak_bytes"][best]
+            if record["evidence"][name] == "dense" and stage:
                 row["amdahl_ceiling"] = amdahl_ceiling(stage["total"], stage["attention"])
             rows.append(row)
     return rows
 
 
+def with_rest(stage: dict) -> dict:
+    """The stages and "rest", which add up to "total"."""
+    return {**stage, "rest": stage["total"] - sum(took for name, took in stage.items() if name != "total")}
+
+
+def crossovers(args, records: list[dict]) -> list[dict]:
+    """From which of the finished lengths on each plain budget is faster than the fastest dense, as crossover.json keeps it."""
+    kinds = args.hybrid.split(",")
+    kind = "fast" if "fast" in kinds else kinds[0]
+    found = []
+    for name, way in variants(args).items():
+        budget = way["budget"]
+        if budget is None or way["layers"] != kind or budget != Budget(k=budget.k, block=budget.block):
+            continue
+        dense_s, sparse_s, fastest = {}, {}, None
+        for record in sorted(records, key=lambda record: record["length"]):
+            medians = {n: stats.summary(times)["median"] for n, times in record["seconds"].items() if record["layers"][n] == kind}
+            others = {n: took for n, took in medians.items() if record["evidence"][n] == "dense"}
+            if name in medians and others:
+                fastest = min(others, key=others.get)
+                dense_s[record["length"]], sparse_s[record["length"]] = others[fastest], medians[name]
+        if dense_s:
+            first, geometry = records[0], records[0]["geometry"]
+            found.append({
+                "device": first["device_name"], **{key: geometry[key] for key in ("query_heads", "kv_heads", "head_dim")},
+                "k": budget.k, "block": budget.block, "dense_below": crossover.first_faster(dense_s, sparse_s),
+                "lengths": sorted(dense_s), "dense": fastest.split()[1], "layers": kind, "weights": first["weights"],
+                "evidence": first["evidence"][name], "commit": first["machine"]["commit"], "source": args.output.name,
+            })  # fmt: skip
+    return found
+
+
 def markdown(result: dict) -> str:
-    table = []
+    table, stages = [], []
+    names = list(dict.fromkeys(name for row in result["rows"] for name in row["over"]))
     for row in result["rows"]:
-        gain, peak = row["over_best_dense"], row["peak_bytes"]
+        peak = row["peak_bytes"]
+        over = {f"over {name.removeprefix('dense ')}": ratio(row["over"].get(name)) for name in names}
         table.append({
             "tokens": row["length"], "prefill": row["variant"], "evidence": row["evidence"],
-            "TTFT median (s)": row["ttft_s"], "quartiles (s)": f"{row['q1_s']:.4g} - {row['q3_s']:.4g}",
-            "speed-up over the best dense": f"{gain['value']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]",
-            "attention stages (s)": f"{sum(v for k, v in row['stages_s'].items() if k != 'total'):.4g}",
+            "TTFT median (s)": row["ttft_s"], "quartiles (s)": f"{row['q1_s']:.4g} - {row['q3_s']:.4g}", **over,
             "ceiling": row.get("amdahl_ceiling"), "peak (MiB)": None if peak is None else f"{peak / 2**20:.0f}",
+            "peak / dense": row.get("peak_over_best_dense"),
         })  # fmt: skip
-    first = result["machines"][0]
-    return (
-        f"# Qwen3.5 time to first token\n\n{result['weights']}; linear attention: {result['linear_attention']}; measured on "
-        f"{report.machine_line(first)}; batch 1, {result['config']['dtype']}, random prompt, "
-        f"{'the whole prompt at once' if not result['config']['chunk'] else 'chunks of ' + str(result['config']['chunk'])}, "
-        f"{result['config']['runs']} interleaved rounds. The ceiling is the speed-up of attention that costs nothing.\n\n"
-        + report.markdown_table(table)
-        + "\nAn untrained indexer says how fast the runtime is and nothing about quality.\n"
+        if row["stages_s"]:
+            shown = {f"{name} (s)": row["stages_s"].get(name) for name in (*STAGES, "total")}
+            stages.append({"tokens": row["length"], "prefill": row["variant"], **shown})
+    config = result["config"]
+    text = (
+        f"# Qwen3.5 time to first token\n\n{result['weights']}; linear attention: {result['linear_attention']}; other layers: "
+        f"{config['hybrid']}; measured on {report.machine_line(result['machines'][0])}; batch 1, {config['dtype']}, random "
+        f"prompt, {fed(config)}, {config['runs']} interleaved rounds. Speed-ups "
+        "are ratios of medians with 95% paired bootstrap intervals, over dense with the same other layers. The "
+        "ceiling is the speed-up over that row of attention that costs nothing.\n\n" + report.markdown_table(table)
     )
+    if stages:
+        text += "\n## Where the time goes\n\nOne run of each with clocks. rest: projections and rotary embedding of the "
+        text += "attention layers, residuals, embedding, head.\n\n" + report.markdown_table(stages)
+    if result["refused"]:
+        text += "\n## Left out\n\n" + "".join(f"- {name}: {reason}\n" for name, reason in result["refused"])
+    if result["crossovers"]:
+        shown = ("k", "block", "dense", "lengths", "dense_below")
+        rows = [{key: one[key] for key in shown} for one in result["crossovers"]]
+        text += "\n## From which length on sparse is faster\n\nThan the fastest dense, of the lengths measured "
+        text += f"({crossover.NEVER}: of none).\n\n" + report.markdown_table(rows)
+    if result["missing"]:
+        text += f"\nNot measured yet: {', '.join(map(str, result['missing']))} tokens.\n"
+    return text + "\nAn untrained indexer says how fast the runtime is and nothing about quality.\n"
+
+
+def fed(config: dict) -> str:
+    return f"chunks of {config['chunk']}" if config["chunk"] else "the whole prompt at once"
+
+
+def ratio(found: dict | None) -> str | None:
+    return None if found is None else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+
+
+def figure(result: dict):
+    from matplotlib.ticker import LogLocator
+
+    rows = result["rows"]
+    names, lengths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "length"))
+    longest = [row for row in rows if row["length"] == max(lengths) and row["stages_s"]]
+    drawn, axes = report.new_figure(columns=2, width=6.4, height=max(3.8, 1.6 + 0.3 * len(longest)))
+    left, right = axes[0]
+    for name in names:
+        own = [row for row in rows if row["variant"] == name]
+        errors = [[row["ttft_s"] - row["q1_s"] for row in own], [row["q3_s"] - row["ttft_s"] for row in own]]
+        style = "--" if own[0]["evidence"] == "dense" else "-"
+        left.errorbar(
+            [row["length"] for row in own], [row["ttft_s"] for row in own], yerr=errors, marker="o", markersize=4, capsize=2,
+            linewidth=1.2, linestyle=style, label=f"{name} ({own[0]['evidence']})" if style == "-" else name,
+        )  # fmt: skip
+    if len(lengths) > 1:
+        left.set_xscale("log", base=2)
+        left.set_yscale("log")
+        left.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        left.yaxis.set_major_formatter("{x:g}")
+    left.set_xticks(lengths, [f"{length // 1024}K" if length % 1024 == 0 else str(length) for length in lengths])
+    left.minorticks_off()
+    left.set_xlabel("prompt (tokens)")
+    left.set_ylabel("TTFT (s), median and quartiles")
+    left.set_title("How long until the first token?", fontsize=10, loc="left")
+    left.legend(fontsize=7.5, frameon=False)
+    start = [0.0] * len(longest)
+    for stage, colour in zip(STAGES, COLOURS):
+        width = [max(0.0, row["stages_s"].get(stage, 0.0)) for row in longest]
+        right.barh(range(len(longest)), width, left=start, height=0.7, color=colour, label=stage)
+        start = [a + b for a, b in zip(start, width)]
+    right.set_yticks(range(len(longest)), [row["variant"] for row in longest], fontsize=7.5)
+    right.invert_yaxis()
+    right.grid(False, axis="y")
+    right.set_xlabel(f"time at {max(lengths)} tokens (s), one run with clocks")
+    right.set_title("Where does it go?", fontsize=10, loc="left")
+    right.legend(fontsize=7.5, frameon=False, ncols=4, loc="upper left", bbox_to_anchor=(-0.02, -0.16))
+    config = result["config"]
+    drawn.suptitle(
+        f"{result['weights']}; batch 1, {config['dtype']}, {fed(config)}, other "
+        f"layers {config['hybrid']}\nmeasured: {report.machine_line(result['machines'][0])}",
+        fontsize=8, x=0.01, ha="left",
+    )  # fmt: skip
+    return drawn
 
 
 def main(arguments=None) -> int:
     args = parse(arguments)
-    config = {key: value for key, value in vars(args).items() if key not in ("output", "profile")}
+    variants(args)  # what cannot be understood is refused before anything is loaded
+    aside = ("output", "profile", "budget_s", "crossover")
+    config = {key: value for key, value in vars(args).items() if key not in aside}
     directory = report.open_run(args.output, {"stage": "ttft-qwen35", **config})
     (directory / "records").mkdir(exist_ok=True)
     paths = {length: directory / "records" / f"{length}.json" for length in args.lengths}
     if todo := [length for length in args.lengths if not paths[length].exists()]:
         model, indexer, evidence = build(args)
         for length in todo:
+            if not fits(args, paths, length):
+                break
             report.write_json(paths[length], measure(args, model, indexer, evidence, length))
-    records = [json.loads(path.read_text()) for path in paths.values()]
+    records = [json.loads(path.read_text()) for path in paths.values() if path.exists()]
     result = {
         "config": config, "rows": tabulate(args, records), "machines": [record["machine"] for record in records],
         "weights": records[0]["weights"], "linear_attention": records[0]["linear_attention"],
+        "refused": [(name, reason) for record in records for name, reason in record["refused"].items()],
+        "crossovers": crossovers(args, records), "missing": [length for length in args.lengths if not paths[length].exists()],
     }  # fmt: skip
     report.write_json(directory / "report.json", result)
     report.write_text(directory / "report.md", markdown(result))
+    if result["rows"]:
+        report.write_figure(directory / "report.png", figure(result))
+    if args.crossover:
+        crossover.merge(args.crossover, result["crossovers"])
     print((directory / "report.md").read_text())
     print(json.dumps(result))
-    return 0
+    if result["missing"]:
+        report.say(f"stopped for --budget-s before {', '.join(map(str, result['missing']))} tokens: the same command goes on")
+    failed = [f"{name} ({reason})" for name, reason in result["refused"] if not reason.startswith("out of memory")]
+    if failed:
+        print(f"error: every variant must run, these did not: {'; '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

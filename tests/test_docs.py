@@ -201,6 +201,8 @@ def test_options_in_prose_exist():
             module = importlib.import_module(command.module)
             fields = getattr(module, command.config).__dataclass_fields__
             known |= {f"--{name.replace('_', '-')}" for name in (*fields, "output", "shard", "workers")}
+    for script in (ROOT / "scripts").glob("*.py"):
+        known |= set(re.findall(r"\"(--[a-z][a-z-]*)\"", script.read_text()))
     used = {(page.name, option) for page in PAGES for code in re.findall(r"`([^`\n]+)`", prose(page))
             for option in re.findall(r"(?<![\w-])--[a-z][a-z-]*", code)}  # fmt: skip
     assert not [use for use in used if use[1] not in known]

@@ -200,14 +200,17 @@ def prompt_ids(config: TtftConfig, subject: Subject, length: int):
     raise ValueError(f"texts must hold {length} tokens for a prompt of that length, got {len(ids)}")
 
 
-def time_to_first_token(model, ids) -> tuple[float, int]:
-    """`(seconds, first token id)` of one greedy prefill of token ids `[1, T]` on the host."""
+def time_to_first_token(model, ids, chunk: int = 0) -> tuple[float, int]:
+    """`(seconds, first token id)` of one greedy prefill of token ids `[1, T]` on the host, `chunk` tokens at a time (0 = all)."""
     import torch
+    from transformers import DynamicCache
 
     with torch.inference_mode():
         synchronize(model.device)
         started = time.perf_counter()
-        logits = model(input_ids=ids.to(model.device), use_cache=True, logits_to_keep=1).logits
+        prompt, cache = ids.to(model.device), DynamicCache(config=model.config)
+        for part in prompt.split(chunk or ids.shape[1], 1):
+            logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())  # waits for the device
         return time.perf_counter() - started, token
 

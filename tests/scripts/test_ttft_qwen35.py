@@ -1,5 +1,6 @@
 """scripts/ttft_qwen35.py as a user runs it, on a tiny model of the same architecture."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,9 +8,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ttft_qwen35.py"
 TINY = ["--size", "tiny", "--runs", "2", "--warmup", "1"]
+
+
+@pytest.fixture
+def script():
+    spec = importlib.util.spec_from_file_location("ttft_qwen35", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run(*arguments):
@@ -28,12 +38,96 @@ def test_one_run_compares_dense_and_sparse_and_resumes(tmp_path):
     assert [(row["length"], row["variant"]) for row in report["rows"]] == [(n, name) for n in (48, 64) for name in names]
     assert {row["evidence"] for row in report["rows"]} == {"dense", "untrained"}
     assert all(row["ttft_s"] > 0 and row["stages_s"]["attention"] > 0 for row in report["rows"])
-    assert sum("amdahl_ceiling" in row for row in report["rows"]) == 2
+    assert sum("amdahl_ceiling" in row for row in report["rows"]) == 4
+    assert {row["layers"] for row in report["rows"]} == {"stock"}
+    assert all(set(row["over"]) == {"dense sdpa", "dense eager"} for row in report["rows"])
+    for row in report["rows"]:
+        stages = row["stages_s"]
+        assert all(stages[name] > 0 for name in ("gdn", "feed-forward", "norms", "attention", "rest"))
+        assert sum(stages.values()) == pytest.approx(2 * stages["total"])
     assert len(list((tmp_path / "profile").iterdir())) == 8
     records = {path: path.read_text() for path in (output / "records").iterdir()}
     again = run(*options, "--output", str(output))
     assert again.returncode == 0, again.stderr
     assert {path: path.read_text() for path in (output / "records").iterdir()} == records
+
+
+def test_fast_and_stock_layers_are_compared_with_their_own_kind(script, tmp_path):
+    options = [*TINY, "--device", "cpu", "--lengths", "48", "--sparse", "16:8:reduce=mean", "--hybrid", "fast,stock"]
+    assert script.main([*options, "--crossover", str(tmp_path / "crossover.json"), "--output", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    rows = {row["variant"]: row for row in report["rows"]}
+    sparse = "sparse k 16, b_sel 8, reduce mean"
+    assert set(rows) == {f"{name} ({kind} layers)" for name in ("dense sdpa", sparse) for kind in ("fast", "stock")}
+    assert set(rows[f"{sparse} (fast layers)"]["over"]) == {"dense sdpa (fast layers)"}
+    assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / "crossover.json").read_text()) == []  # only plain budgets are kept
+
+
+def test_a_time_budget_stops_after_a_length_and_the_same_command_goes_on(script, tmp_path, capsys):
+    options = [*TINY, "--device", "cpu", "--lengths", "40,64,48", "--sparse", "16:8", "--output", str(tmp_path / "run")]
+    crossover = tmp_path / "crossover.json"
+    assert script.main([*options, "--budget-s", "0"]) == 0
+    assert "stopped for --budget-s before 64, 48 tokens" in capsys.readouterr().err
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["missing"] == [64, 48] and {row["length"] for row in report["rows"]} == {40}
+    first = (tmp_path / "run" / "records" / "40.json").read_text()
+    assert script.main([*options, "--budget-s", "10000", "--crossover", str(crossover)]) == 0
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["missing"] == []
+    assert (tmp_path / "run" / "records" / "40.json").read_text() == first
+    (figure,) = json.loads(crossover.read_text())
+    assert figure["lengths"] == [40, 48, 64] and figure["device"] == "cpu" and figure["dense"] == "sdpa"
+    assert (figure["query_heads"], figure["k"], figure["block"]) == (4, 16, 8)
+
+
+def test_running_out_of_memory_is_recorded_by_name_and_the_others_go_on(script, tmp_path, monkeypatch, capsys):
+    attach, tried = script.SparsePrefill.attach, []
+
+    def starved(model, indexer, budget, **options):
+        tried.append(budget.k)
+        if budget.k == 8 or tried.count(16) == 3:  # 16 only once: what was fragmented is returned
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB\nmore")
+        return attach(model, indexer, budget, **options)
+
+    monkeypatch.setattr(script.SparsePrefill, "attach", starved)
+    options = [*TINY, "--device", "cpu", "--lengths", "48", "--sparse", "16:8,8:8", "--output", str(tmp_path / "run")]
+    assert script.main(options) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert [row["variant"] for row in report["rows"]] == ["dense sdpa", "sparse k 16, b_sel 8"]
+    reason = "out of memory at 48 tokens: CUDA out of memory. Tried to allocate 2 TiB"
+    assert report["refused"] == [["sparse k 8, b_sel 8", reason]]
+    assert "- sparse k 8, b_sel 8: out of memory at 48 tokens" in capsys.readouterr().out
+    assert tried.count(8) == 2 and tried.count(16) == 1 + 2 + 1 + 2
+
+
+def test_another_error_ends_the_run_with_a_status_after_the_rest_is_measured(script, tmp_path, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ValueError("no such kernel")
+
+    monkeypatch.setattr(script.SparsePrefill, "attach", broken)
+    options = [*TINY, "--device", "cpu", "--lengths", "48", "--sparse", "16:8", "--output", str(tmp_path / "run")]
+    assert script.main(options) == 1
+    assert [row["variant"] for row in json.loads((tmp_path / "run" / "report.json").read_text())["rows"]] == ["dense sdpa"]
+    assert "did not: sparse k 16, b_sel 8 (ValueError at 48 tokens: no such kernel)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--dense", "fa3"], "dense fa3 must have FlashAttention-3: run `pip install fa3-fwd`"),
+        (["--sparse", "16:8:colour=3"], "--sparse must name fields of Budget, got colour"),
+        (["--hybrid", "faster"], "--hybrid must be fast, stock or both, got 'faster'"),
+    ],
+)
+def test_what_it_cannot_run_is_refused_in_a_sentence(script, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(script.dense, "FA3_MODULES", ("a_module_that_is_not_there",))
+    with pytest.raises((ValueError, ImportError), match=message):
+        script.main([*TINY, "--device", "cpu", "--lengths", "48", *arguments, "--output", str(tmp_path / "run")])
+
+
+def test_rounds_by_length(script):
+    assert script.by_length("5", 99) == 5
+    assert [script.by_length("64=4,256=2", length) for length in (8, 64, 255, 256, 999)] == [4, 4, 4, 2, 2]
 
 
 @pytest.mark.skipif("NPU_SPARSE_RUNTIME_STUB" in os.environ, reason="torch_npu is there")
