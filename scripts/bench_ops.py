@@ -21,10 +21,10 @@ import sys
 from pathlib import Path
 
 import torch
-from npu_sparse.bench.dense import DENSE, available
 
 from npu_sparse import Support, ops, report
 from npu_sparse.bench import stats
+from npu_sparse.bench.dense import DENSE, available
 from npu_sparse.indexer import IndexerConfig, IndexHead
 
 SHAPES = {  # query heads, KV heads, head_dim, hidden size, rotary dimensions

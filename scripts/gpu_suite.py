@@ -53,6 +53,16 @@ def parallel(*options: str) -> tuple[str, ...]:
     return (*PYTEST, "-n", str(min(12, os.cpu_count() or 1)), *options)
 
 
+SHORT = "4096,8192,16384,32768"
+
+
+def ttft(size: str, sparse: str, runs: str, budget_s: int, *options: str, lengths="32768,65536,131072,262144") -> tuple[str, ...]:
+    return scripts(
+        "ttft_qwen35", "--device", "cuda", "--size", size, "--sparse", sparse, "--runs", runs, "--warmup", "1",
+        "--budget-s", str(budget_s), "--lengths", lengths, *options,
+    )  # fmt: skip
+
+
 STEPS = (
     Step("tests", parallel("tests/ops", "tests/hybrid", "-k", "cuda or test_hopper"), 420),
     Step("tests-models", parallel("tests/test_prefill.py", "tests/test_selectors.py", "-k", "cuda"), 300),
@@ -61,8 +71,11 @@ STEPS = (
     Step("ops", scripts("bench_ops", "--dense", "fa2,cudnn,fa3,flex"), 240),
     Step("ops-9b", scripts("bench_ops", "--shape", "qwen3.5-9b", "--sparse", "2048:64,2048:16"), 180),
     Step("hybrid", scripts("profile_hybrid", "--sizes", "0.8b,9b", "--lengths", "32768,131072"), 150),
-    Step("ttft-0.8b", scripts("ttft_qwen35", "--device", "cuda", "--size", "0.8b"), 420),
-    Step("ttft-9b", scripts("ttft_qwen35", "--device", "cuda", "--size", "9b"), 580),
+    Step("ttft-0.8b", ttft("0.8b", "2048:64,2048:16", "4096=10,131072=5,262144=3", 540), 580),
+    Step("ttft-9b", ttft("9b", "2048:64", "4096=5,131072=3", 560), 590),
+    Step("ttft-0.8b-chunks", ttft("0.8b", "2048:64", "5", 200, "--chunk", "4096", "--dense", "fa2,fa3", lengths="131072"), 240),
+    Step("ttft-0.8b-stock", ttft("0.8b", "2048:64", "3", 200, "--hybrid", "stock", lengths="131072"), 240),
+    Step("crossover", ttft("0.8b", "2048:64", "10", 200, "--crossover", "{out}/crossover.json", lengths=SHORT), 240),
 )
 
 
