@@ -342,11 +342,12 @@ def markdown(result: dict) -> str:
     ]  # fmt: skip
     measured = "; ".join(f"{r['tflops']:.0f} TFLOP/s and {r['gb_s']:.0f} GB/s" for r in result["rates"])
     refused = "".join(f"\nNot run: {name} at {length} tokens ({why})." for length, name, why in result["refused"])
-    supports = (
-        f"supports from the distilled indexer {config['adapter']} as {config['checkpoint']} reads real text, "
-        "beyond its trained context with extrapolated positions; evidence: distilled, times"
-        if config["adapter"] else f"supports from an untrained indexer of {config['heads']} x {config['dim']}; evidence: untrained"
-    )  # fmt: skip
+    supports = f"supports from an untrained indexer of {config['heads']} x {config['dim']}; evidence: untrained"
+    if config["adapter"]:
+        supports = (
+            f"supports from the distilled indexer {config['adapter']} as {config['checkpoint']} reads real text, beyond its "
+            "trained context with extrapolated positions; evidence: distilled, times only"
+        )
     return (
         f"# One layer's attention, {config['shape']} shape\n\nMeasured on {report.machine_line(first)}; batch 1, causal, "
         f"{config['dtype']}, random inputs, {supports}; {config['runs']} interleaved rounds, medians. The sparse stage is "
