@@ -33,6 +33,7 @@ SHAPES = {  # query heads, KV heads, head_dim, hidden size, rotary dimensions
     "qwen3-8b": (32, 8, 128, 4096, 128),
 }
 FLEX_BLOCK = 128
+SAMPLE_MS = 25  # of one sample; several calls where one is shorter
 
 
 def parse(arguments) -> argparse.Namespace:
@@ -172,13 +173,21 @@ def sparse_name(k: int, block: int) -> str:
     return f"sparse k {k}, b_sel {block}"
 
 
-def milliseconds(run) -> float:
+def milliseconds(run, calls: int = 1) -> float:
+    """Of one of `calls` calls that are queued one after the other, as the layers of a prefill are."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    run()
+    for _ in range(calls):
+        run()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end)
+    return start.elapsed_time(end) / calls
+
+
+def calls_for(run) -> int:
+    """Calls that take about SAMPLE_MS together, so that a launch's way through the host is not what is measured."""
+    milliseconds(run)
+    return max(1, round(SAMPLE_MS / milliseconds(run)))
 
 
 def kernels(run) -> dict[str, float]:
@@ -195,7 +204,7 @@ def kernels(run) -> dict[str, float]:
 
 @torch.inference_mode()
 def measure(args, length: int) -> dict:
-    layer, times, refused = Layer(args, length), {}, {}
+    layer, refused = Layer(args, length), {}
     todo = ways(args, layer)
     for name, run in list(todo.items()):
         try:
@@ -207,10 +216,10 @@ def measure(args, length: int) -> dict:
             del todo[name]
             torch.cuda.empty_cache()
     order = random.Random(args.seed)
-    times = {name: [] for name in todo}
+    times, calls = {name: [] for name in todo}, {name: calls_for(run) for name, run in todo.items()}
     for _ in range(args.runs):
         for name in order.sample(list(todo), len(todo)):
-            times[name].append(milliseconds(todo[name]))
+            times[name].append(milliseconds(todo[name], calls[name]))
     parts = {}
     for k, block in args.sparse:
         if (name := sparse_name(k, block)) in todo:
@@ -230,7 +239,10 @@ def breakdown(args, layer: Layer, k: int, block: int) -> dict:
         "scoring and top-k": lambda: layer.select(k, block, index),
         "attention": lambda: layer.attend(support),
     }
-    medians = {name: stats.summary([milliseconds(run) for _ in range(args.runs)])["median"] for name, run in stages.items()}
+    medians = {}
+    for name, run in stages.items():
+        calls = calls_for(run)
+        medians[name] = stats.summary([milliseconds(run, calls) for _ in range(args.runs)])["median"]
     torch.cuda.reset_peak_memory_stats()
     layer.sparse(k, block)
     peak = torch.cuda.max_memory_allocated()
@@ -350,7 +362,8 @@ def markdown(result: dict) -> str:
         )
     return (
         f"# One layer's attention, {config['shape']} shape\n\nMeasured on {report.machine_line(first)}; batch 1, causal, "
-        f"{config['dtype']}, random inputs, {supports}; {config['runs']} interleaved rounds, medians. The sparse stage is "
+        f"{config['dtype']}, random inputs, {supports}; {config['runs']} interleaved rounds, medians; a sample is as many "
+        f"calls in a row as take about {SAMPLE_MS} ms. The sparse stage is "
         f"index projection + scoring + top-k + gather attention; sinks {config['sink']}, recent {config['recent']}.\n\n"
         + report.markdown_table(stages)
         + f"\n## Kernels\n\nThe roofline is what the card reached in the same process: {measured} (one pair a length). Bytes: "

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import os
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..checkpoints import cache_dir
@@ -81,8 +82,8 @@ def kernel(source: str, name: str, macros: tuple[tuple[str, int], ...], shared_b
         if not x or not y or not z:
             return
         parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        with torch.cuda.device(device):
-            stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        with torch.cuda.device(device) if torch.cuda.current_device() != device else nullcontext():
             _check(driver, driver.cuLaunchKernel(function, x, y, z, threads, 1, 1, shared_bytes, stream, parameters, None))
 
     return launch

@@ -173,6 +173,7 @@ def test_an_unknown_implementation_is_refused():
 def no_kernels(monkeypatch):
     monkeypatch.setattr(dispatch, "_KERNELS", {})
     monkeypatch.setattr(native, "load_if_built", lambda device_type: None)
+    monkeypatch.setattr(dispatch, "register_triton", lambda device_type: None)
 
 
 @everywhere

@@ -14,17 +14,20 @@ from .op import select_by_slices
 @triton.jit
 def _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h, v_b, v_t,
             HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr,
-            PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            PADDED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """`z [ROWS, COLS]` of these queries and keys, -inf where the query does not see the key."""
-    d = tl.arange(0, DP)
     live, inside = token < Tq, key < Tk
-    keys = ki + b * k_b + key[None, :].to(tl.int64) * k_t + d[:, None] * k_d
-    keys = tl.load(keys, mask=inside[None, :] & (d < D)[:, None], other=0.0)  # [DP, COLS]
     z = tl.zeros([ROWS, COLS], tl.float32)
     for h in tl.static_range(HI):
-        queries = qi + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + d[None, :] * q_d
-        queries = tl.load(queries, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, DP]
-        products = tl.maximum(tl.dot(queries, keys, input_precision=PRECISION) * scale, 0.0)
+        products = tl.zeros([ROWS, COLS], tl.float32)
+        for first in tl.static_range(0, DP, STEP):  # fp32 rounds least in short sums that are added up
+            d = first + tl.arange(0, STEP)
+            keys = ki + b * k_b + key[None, :].to(tl.int64) * k_t + d[:, None] * k_d
+            keys = tl.load(keys, mask=inside[None, :] & (d < D)[:, None], other=0.0)  # [STEP, COLS]
+            queries = qi + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + d[None, :] * q_d
+            queries = tl.load(queries, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, STEP]
+            products += tl.dot(queries, keys, input_precision=PRECISION)
+        products = tl.maximum(products * scale, 0.0)
         if WEIGHTED:
             weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t + h * w_h, mask=live, other=0.0).to(tl.float32)
             products = products * weight[:, None]
@@ -41,7 +44,8 @@ def _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_
 def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
             q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h, v_b, v_t, n_b, o_b, o_n,
             HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
-            MEAN: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+            MEAN: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+            STEP: tl.constexpr):  # fmt: skip
     """SPLIT > 0: the tile holds ROWS / SPLIT whole blocks of SPLIT queries. SPLIT = 0: one block, in `chunks` tiles of ROWS."""
     b = tl.program_id(2).to(tl.int64)
     key = tl.program_id(0) * COLS + tl.arange(0, COLS)
@@ -50,7 +54,7 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
         first_block = tl.program_id(1) * BLOCKS
         token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         z = _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h,
-                    v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION)  # fmt: skip
+                    v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION, STEP)  # fmt: skip
         if MEAN:
             high = tl.load(norm + b * n_b + token, mask=token < Tq, other=float("-inf"))
             live = high > float("-inf")
@@ -73,7 +77,7 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
             inner = chunk * ROWS + tl.arange(0, ROWS)
             token = tl.where(inner < block, n * block + inner, Tq)
             z = _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h,
-                        v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION)  # fmt: skip
+                        v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION, STEP)  # fmt: skip
             best = tl.maximum(best, tl.max(z, 0))
             if MEAN:
                 high = tl.load(norm + b * n_b + token, mask=token < Tq, other=float("-inf"))
@@ -89,7 +93,7 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
 @triton.jit
 def _normalise(qi, ki, w, valid, norm, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h, v_b, v_t, n_b,
                HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-               WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+               WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
     """log sum exp of every query's scores; -inf where it sees nothing."""
     b = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -99,7 +103,7 @@ def _normalise(qi, ki, w, valid, norm, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d
     for start in range(0, end, COLS):
         key = start + tl.arange(0, COLS)
         z = _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h,
-                    v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION)  # fmt: skip
+                    v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION, STEP)  # fmt: skip
         higher = tl.maximum(high, tl.max(z, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(high - base) + tl.sum(tl.exp(z - base[:, None]), 1)
@@ -113,9 +117,11 @@ def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: s
     Tk = ki.shape[1]
     Nq = -(-Tq // block)
     out = torch.empty((B, Nq, Tk), dtype=torch.float32, device=qi.device)
+    single, DP = qi.dtype == torch.float32, max(16, triton.next_power_of_2(Di))
     common = dict(
-        HI=Hi, D=Di, DP=max(16, triton.next_power_of_2(Di)), COLS=128, WEIGHTED=w is not None, PADDED=valid is not None,
-        PRECISION="ieee" if qi.dtype == torch.float32 else "tf32", num_warps=8 if Di > 64 else 4, num_stages=3,
+        HI=Hi, D=Di, DP=DP, COLS=64 if single else 128, WEIGHTED=w is not None, PADDED=valid is not None,
+        PRECISION="ieee" if single else "tf32", STEP=min(32, DP) if single else DP, num_warps=8 if Di > 64 else 4,
+        num_stages=2 if single else 3,
     )  # fmt: skip
     inputs = (qi, ki, qi if w is None else w, qi if valid is None else valid.view(torch.uint8))
     sizes = (Tq, Tk, Tk - Tq, Di**-0.5)
