@@ -163,6 +163,15 @@ def test_first_token_is_the_one_that_the_model_generates(model):
     assert elapsed > 0
 
 
+def test_a_prompt_in_chunks_gives_the_same_token_from_pieces_of_that_length(model):
+    ids, seen = torch.arange(1, 80)[None], []
+    handle = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    whole = time_to_first_token(model, ids)[1]
+    assert time_to_first_token(model, ids, 32)[1] == whole
+    handle.remove()
+    assert seen == [79, 32, 32, 15]
+
+
 def test_text_prompts_have_the_length_and_follow_the_seed(model, tokenizer, tmp_path):
     for n in range(6):
         (tmp_path / f"{n}.txt").write_text(f"Text {n}. " + "The sky is blue. " * 20)

@@ -59,6 +59,13 @@ def fed(model, ids, bounds, **options):
     return torch.cat(parts, 1), cache
 
 
+def needs_pieces(model):
+    """Skips where transformers itself (before 5.13) forgets the states between the pieces of a prompt."""
+    ids = tokens(1, 12)
+    if not torch.allclose(fed(model, ids, (9,))[0], model(ids).logits, atol=1e-3):
+        pytest.skip("this transformers cannot continue a prefill of linear-attention layers")
+
+
 def states(cache):
     """Every tensor of the linear-attention layers of a cache."""
     held = [layer for layer in cache.layers if hasattr(layer, "conv_states")]
@@ -93,6 +100,7 @@ def test_pieces_shorter_and_longer_than_the_convolution_are_the_whole(fast, name
 def test_a_prefill_goes_on_without_it_and_with_it(fast, name):
     """What a cache holds is the same to both: either may write it, either may read it."""
     model, ids = tiny_model(name), tokens()
+    needs_pieces(model)
     whole = model(ids).logits
     with fast(model):
         _, cache = fed(model, ids[:, :50], ())
@@ -170,6 +178,7 @@ def test_every_part_is_replaced_and_restored(fast, name):
 @pytest.mark.parametrize("order", ["fast first", "sparse first"])
 def test_sparse_prefill_works_with_it_in_either_order(fast, order):
     model, ids = tiny_model("qwen3_5"), tokens()
+    needs_pieces(model)
     indexer, budget = Indexer.for_model(model, dim=64, heads=2), Budget(k=24, block=8)
     with SparsePrefill.attach(model, indexer, budget):
         expected, _ = fed(model, ids, (40,))
@@ -277,14 +286,15 @@ def test_an_old_flash_linear_attention_is_refused(monkeypatch, version, served):
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
-def test_kernels_on_a_gpu_are_transformers_layers(length):
+def test_cuda_kernels_are_transformers_layers(length):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pytest.importorskip("fla")
     changes = dict(linear_num_value_heads=4, linear_key_head_dim=64, linear_value_head_dim=64)
     exact, ids = tiny_model("qwen3_5", **changes).to("cuda", torch.bfloat16).float(), tokens(2, length).cuda()
     model = copy.deepcopy(exact).bfloat16()
-    whole = exact(ids).logits
+    with FastHybrid.attach(exact, impl="reference"):  # flash-linear-attention multiplies fp32 as TF32
+        whole = exact(ids).logits
     theirs = (model(ids).logits.float() - whole).square().mean().sqrt()
     with FastHybrid.attach(model):
         mine = (model(ids).logits.float() - whole).square().mean().sqrt()

@@ -11,7 +11,7 @@ from torch.nn.functional import conv1d, pad, silu, softplus
 
 from npu_sparse.architectures import DeltaNet, delta_net
 from npu_sparse.hybrid import attach
-from npu_sparse.testing import DTYPES, assert_accurate, normal
+from npu_sparse.testing import DTYPES, assert_accurate, normal, rms_error
 
 reference = import_module("npu_sparse.hybrid.reference")
 
@@ -222,7 +222,7 @@ def test_delta_rule_is_that_of_transformers(case, dtype):
 
 @pytest.mark.parametrize("case", [Case(T=1, K=32, V=32), Case(B=2, T=70, Hv=4, K=32, V=64, state=True), Case(T=200, K=64, V=64)],
                          ids=str)  # fmt: skip
-def test_the_chunked_delta_rule_is_as_accurate_as_transformers(case):
+def test_the_cuda_delta_rule_is_within_the_rounding_of_its_intermediates(case):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pytest.importorskip("fla")
@@ -236,5 +236,5 @@ def test_the_chunked_delta_rule_is_as_accurate_as_transformers(case):
     state = normal(case.B, case.Hv, case.K, case.V, device="cuda", seed=5) if case.state else None
     exact, last = reference.delta_rule(q.float(), k.float(), v.float(), g, beta.float(), state, True)
     out, found = kernels.delta_rule(q, k, v, g, beta, state, True)
-    torch.testing.assert_close(out.float(), exact, rtol=2e-2, atol=2e-2)
-    torch.testing.assert_close(found.float(), last, rtol=2e-2, atol=2e-2)
+    for mine, theirs in ((out, exact), (found, last)):  # it keeps what passes between its kernels in bf16, 2 ** -8 each
+        assert rms_error(mine, theirs) <= 1e-2 * float(theirs.double().square().mean().sqrt())

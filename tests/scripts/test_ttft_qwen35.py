@@ -52,7 +52,9 @@ def test_one_run_compares_dense_and_sparse_and_resumes(tmp_path):
     assert {path: path.read_text() for path in (output / "records").iterdir()} == records
 
 
-def test_fast_and_stock_layers_are_compared_with_their_own_kind(script, tmp_path):
+def test_fast_and_stock_layers_are_compared_with_their_own_kind(script, tmp_path, monkeypatch):
+    attached, attach = [], script.FastHybrid.attach
+    monkeypatch.setattr(script.FastHybrid, "attach", lambda model: attached.append(model) or attach(model))
     options = [*TINY, "--device", "cpu", "--lengths", "48", "--sparse", "16:8:reduce=mean", "--hybrid", "fast,stock"]
     assert script.main([*options, "--crossover", str(tmp_path / "crossover.json"), "--output", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -60,6 +62,7 @@ def test_fast_and_stock_layers_are_compared_with_their_own_kind(script, tmp_path
     sparse = "sparse k 16, b_sel 8, reduce mean"
     assert set(rows) == {f"{name} ({kind} layers)" for name in ("dense sdpa", sparse) for kind in ("fast", "stock")}
     assert set(rows[f"{sparse} (fast layers)"]["over"]) == {"dense sdpa (fast layers)"}
+    assert len(attached) == 2 * (2 + 1 + 1)  # two of four variants: rounds, warm-up and the run with clocks
     assert (tmp_path / "run" / "report.png").stat().st_size > 10_000
     assert json.loads((tmp_path / "crossover.json").read_text()) == []  # only plain budgets are kept
 
