@@ -70,7 +70,7 @@ STEPS = (
     Step("racecheck", (*SANITIZER, "racecheck", *PYTEST, "tests/ops/test_hopper.py", "-k", CHECKED), 300, "compute-sanitizer"),
     Step("ops", scripts("bench_ops", "--dense", "fa2,cudnn,fa3,flex"), 240),
     Step("ops-9b", scripts("bench_ops", "--shape", "qwen3.5-9b", "--sparse", "2048:64,2048:16"), 180),
-    Step("hybrid", scripts("profile_hybrid", "--sizes", "0.8b,9b", "--lengths", "32768,131072"), 150),
+    Step("hybrid", scripts("profile_hybrid", "--sizes", "0.8b", "--lengths", "32768,131072"), 240),
     Step("ttft-0.8b", ttft("0.8b", "2048:64,2048:16", "4096=10,131072=5,262144=3", 540), 580),
     Step("ttft-9b", ttft("9b", "2048:64", "4096=5,131072=3", 560), 590),
     Step("ttft-0.8b-chunks", ttft("0.8b", "2048:64", "5", 200, "--chunk", "4096", "--dense", "fa2,fa3", lengths="131072"), 240),
