@@ -50,6 +50,7 @@ SCORE = [
     COMMON | dict(
         STRIDE=selection._stride(block), DIM=dim, HEADS=heads, WEIGHTED=int(heads > 1), BSEL=block, SAMPLE=sample,
         COLUMNS=selection._columns(heads, dim, heads > 1, block), SLOTS=selection._slots(heads, dim, heads > 1, block),
+        GROUPS=selection._groups(heads, dim, heads > 1, block),
     )
     for heads, dim, block, sample in ((1, 128, 64, 0), (1, 128, 64, 1), (1, 128, 16, 0), (1, 256, 128, 0), (1, 64, 32, 0),
                                       (1, 128, 1, 0), (1, 128, 1, 1), (4, 128, 64, 0), (4, 128, 1, 0))
@@ -288,7 +289,8 @@ def test_selection_by_pieces_gives_the_same(hopper, monkeypatch, block):
     case = Selection(block=block, Tq=3000, Tk=5000)
     qi, ki, w = case.inputs(hopper)
     whole = ops.select_by_index(qi, ki, w, **case.options(), impl="kernel")
-    monkeypatch.setattr(selection, "WORKSPACE_BYTES", 1 << 20)
+    monkeypatch.setattr(selection, "WORKSPACE_BYTES", 1 << 21)
+    monkeypatch.setattr(selection, "SAMPLE_BYTES", 1 << 18)
     pieces = ops.select_by_index(qi, ki, w, **case.options(), impl="kernel")
     assert torch.equal(pieces.indices, whole.indices) and torch.equal(pieces.count, whole.count)
 

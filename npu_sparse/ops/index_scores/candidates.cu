@@ -36,7 +36,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) estimate_thresholds(const 
     if (threadIdx.x == 0) a.threshold[line] = threshold;
 }
 
-struct Finish {
+struct Select {
     const u64* candidate;  // [B, rows, capacity]
     const int* held;
     int *indices, *count;  // [B, all rows, width], [B, all rows]
@@ -45,7 +45,7 @@ struct Finish {
     int capacity, k, width, first_row, all_rows;
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS) select_candidates(const __grid_constant__ Finish a)
+extern "C" __global__ void __launch_bounds__(THREADS) select_candidates(const __grid_constant__ Select a)
 {
     extern __shared__ u32 words[];
     __shared__ Shared shared;

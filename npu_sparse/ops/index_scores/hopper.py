@@ -6,7 +6,9 @@ keys and keeps those. The k best of the kept are the k best of all. Rows whose t
 the device and selected by another kernel, so the result is exact and nothing waits for the host.
 """
 
+import ctypes
 import math
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ DEVIATIONS = 5.0
 ANY = 0x007FFFFF << 32  # the threshold that every visible key reaches
 THREADS = 256
 RESCUERS = 32
-WORKSPACE_BYTES = 1 << 30  # samples and candidates alive at once
+WORKSPACE_BYTES, SAMPLE_BYTES = 1 << 30, 1 << 28  # candidates, and sampled scores, alive at once
 
 Score = nvrtc.structure(
     "Score",
@@ -33,8 +35,8 @@ Row = nvrtc.structure("Row", **dict.fromkeys(("queries", "offset", "rows", "firs
 Estimate = nvrtc.structure(
     "Estimate", sample="p", threshold="p", row=Row, **dict.fromkeys(("samples", "place", "capacity"), "i")
 )
-Finish = nvrtc.structure(
-    "Finish",
+Select = nvrtc.structure(
+    "Select",
     **dict.fromkeys(("candidate", "held", "indices", "count", "failed"), "p"),
     row=Row,
     **dict.fromkeys(("capacity", "k", "width", "first_row", "all_rows"), "i"),
@@ -59,77 +61,133 @@ def serves(qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce:
 
 
 def select_by_index(qi, ki, w, k: int, block: int, reduce: str, sink: int, recent: int, valid) -> tuple[Tensor, Tensor]:
-    B, _, Tq, _ = qi.shape
-    Tk, rows = ki.shape[1], -(-Tq // block)
+    B, Hi, Tq, Di = qi.shape
+    Tk, rows, capacity = ki.shape[1], -(-Tq // block), _capacity(k, sink, recent, block)
     indices = torch.empty((B, 1, rows, min(k, Tk)), dtype=torch.int32, device=qi.device)
     count = torch.empty((B, 1, rows), dtype=torch.int32, device=qi.device)
-    capacity = _capacity(k, sink, recent, block)
-    samples = -(-Tk // _stride(block)) if Tk > capacity else 0
-    columns = _columns(qi.shape[1], qi.shape[-1], w is not None, block)
-    at_once = WORKSPACE_BYTES // (B * (8 * capacity + 4 * samples)) * block // columns * columns  # queries, whole tiles
-    if block == 1:  # every tile of queries is one block of threads: all of them at once, or as many as there are processors
+    columns = _columns(Hi, Di, w is not None, block)
+    at_once = _pieces(WORKSPACE_BYTES, 8 * B * capacity, block, columns)
+    if block == 1:  # every tile of queries is one block of threads: as many as there are processors, all of one length
         at_once = min(at_once, processors(qi.device) * columns)
-    at_once = max(columns, at_once)
     for first in range(0, Tq, at_once):
-        stop = min(Tq, first + at_once)
-        _select(qi, ki, w, indices, count, k, block, sink, recent, capacity, columns, first, stop)
+        queries = Queries(qi, ki, w, block, sink, recent, first, min(Tq, first + at_once))
+        _select(queries, k, capacity, indices, count)
     return indices, count
 
 
-def _select(qi, ki, w, indices, count, k, block, sink, recent, capacity, columns, first, stop):
-    B, H, Tq, D = qi.shape
-    offset, device, index = ki.shape[1] - Tq, qi.device, qi.device.index
-    end, rows, width = offset + stop, -(-(stop - first) // block), indices.shape[-1]  # no query sees a key from `end` on
-    stride = _stride(block)
-    samples = -(-end // stride) if end > capacity else 0
-    tiles = -(-(stop - first) // columns)
-    bf16 = ("BF16", int(qi.dtype == torch.bfloat16))
-    weighted = w is not None
-    counters = torch.zeros(B * rows * 2 + 1, dtype=torch.int32, device=device)
-    held, failed = counters[: B * rows], counters[B * rows :]
-    candidate = torch.empty((B, rows, capacity), dtype=torch.int64, device=device)
-    threshold = torch.full((B, rows), ANY, dtype=torch.int64, device=device)
-    strides = (*qi.stride()[:3], *ki.stride()[:2], *(w.stride() if weighted else (0, 0, 0)))
-    inputs = (qi.data_ptr(), ki.data_ptr(), w.data_ptr() if weighted else 0)
-    row = Row(stop, offset, rows, first, block)
+@dataclass(frozen=True)
+class Queries:
+    """Some of the queries, whole tiles of them, with all that their scores depend on."""
 
-    def score(sampling: bool, sample):
-        slots = _slots(H, D, weighted, block)
-        shared = (KEYS * slots + H * columns) * D * 2 + (4 * H * columns if weighted else 0) + 4 * columns + 8 * (2 * slots + 1)
-        macros = dict(
-            STRIDE=stride, DIM=D, HEADS=H, WEIGHTED=int(weighted), COLUMNS=columns, BSEL=block, SLOTS=slots,
-            SAMPLE=int(sampling),
-        )  # fmt: skip
-        name = "sample_scores" if sampling else "filter_scores"
-        run = nvrtc.kernel("index_scores/hopper.cu", name, (bf16, *macros.items()), shared, index)
-        total = samples if sampling else end
-        segment = total if block == 1 and not sampling else _segment(tiles * B, total, processors(device))
-        run((-(-total // segment), tiles, B), 384, Score(
-            *inputs, threshold.data_ptr(), candidate.data_ptr(), held.data_ptr(), 0 if sample is None else sample.data_ptr(),
-            *strides, stop, offset, rows, first, segment, capacity, samples, sink, recent,
-        ))  # fmt: skip
+    qi: Tensor
+    ki: Tensor
+    w: Tensor | None
+    block: int
+    sink: int
+    recent: int
+    first: int
+    stop: int
 
-    def after(name: str, shared_bytes: int = 0):
-        macros = (bf16, ("STRIDE", stride), ("THREADS", THREADS))
-        return nvrtc.kernel("index_scores/candidates.cu", name, macros, shared_bytes, index)
+    @property
+    def offset(self) -> int:
+        return self.ki.shape[1] - self.qi.shape[2]
 
-    if samples:
-        sample = torch.empty((B, rows, samples), dtype=torch.float32, device=device)
-        score(True, sample)
-        after("estimate_thresholds")((rows, B), THREADS, Estimate(
-            sample.data_ptr(), threshold.data_ptr(), row, samples, _place(k, stride), capacity
-        ))  # fmt: skip
-    score(False, None)
-    here = (width, first // block, indices.shape[2])
+    @property
+    def end(self) -> int:
+        """No query sees a key from here on."""
+        return self.offset + self.stop
+
+    @property
+    def rows(self) -> int:
+        return -(-(self.stop - self.first) // self.block)
+
+    @property
+    def samples(self) -> int:
+        return -(-self.end // _stride(self.block))
+
+    def row(self) -> ctypes.Structure:
+        return Row(self.stop, self.offset, self.rows, self.first, self.block)
+
+    def inputs(self) -> tuple[int, int, int]:
+        return self.qi.data_ptr(), self.ki.data_ptr(), 0 if self.w is None else self.w.data_ptr()
+
+    def strides(self) -> tuple[int, ...]:
+        return (*self.qi.stride()[:3], *self.ki.stride()[:2], *(self.w.stride() if self.w is not None else (0, 0, 0)))
+
+
+def _select(queries: Queries, k: int, capacity: int, indices: Tensor, count: Tensor) -> None:
+    """Writes the supports of these queries into `indices` and `count`, which are those of all."""
+    B, Tk, device = queries.qi.shape[0], queries.ki.shape[1], queries.qi.device
+    counters = torch.zeros(2 * B * queries.rows + 1, dtype=torch.int32, device=device)
+    held, failed = counters[: B * queries.rows], counters[B * queries.rows :]
+    sampled = queries.end > capacity
+    threshold = _thresholds(queries, k, capacity) if sampled else _full(queries)
+    candidate = torch.empty((B, queries.rows, capacity), dtype=torch.int64, device=device)
+    _score(queries, threshold, candidate, held, None, capacity)
+    here = (indices.shape[-1], queries.first // queries.block, indices.shape[2])
     results = (indices.data_ptr(), count.data_ptr(), failed.data_ptr())
-    after("select_candidates", 4 * (ki.shape[1] // 32 + 1 + width))((rows, B), THREADS, Finish(
-        candidate.data_ptr(), held.data_ptr(), *results, row, capacity, k, *here
+    shared = 4 * (Tk // 32 + 1 + indices.shape[-1])
+    _after(queries, "select_candidates", shared)((queries.rows, B), THREADS, Select(
+        candidate.data_ptr(), held.data_ptr(), *results, queries.row(), capacity, k, *here
     ))  # fmt: skip
-    if samples:
-        scores = torch.empty((RESCUERS, ki.shape[1]), dtype=torch.float32, device=device)
-        after("rescue_rows")((RESCUERS,), THREADS, Rescue(
-            *inputs, scores.data_ptr(), *results, *strides, row, ki.shape[1], k, *here, H, D, sink, recent
+    if sampled:
+        scores = torch.empty((RESCUERS, Tk), dtype=torch.float32, device=device)
+        _after(queries, "rescue_rows")((RESCUERS,), THREADS, Rescue(
+            *queries.inputs(), scores.data_ptr(), *results, *queries.strides(), queries.row(), Tk, k, *here,
+            *queries.qi.shape[1::2], queries.sink, queries.recent,
         ))  # fmt: skip
+
+
+def _full(queries: Queries) -> Tensor:
+    return torch.full((queries.qi.shape[0], queries.rows), ANY, dtype=torch.int64, device=queries.qi.device)
+
+
+def _thresholds(queries: Queries, k: int, capacity: int) -> Tensor:
+    """int64 `[B, rows]`: the rank that each row's candidates reach, from samples that are made a piece at a time."""
+    B, H, _, D = queries.qi.shape
+    columns, parts = _columns(H, D, queries.w is not None, queries.block), []
+    at_once = _pieces(SAMPLE_BYTES, 4 * B * queries.samples, queries.block, columns)
+    for first in range(queries.first, queries.stop, at_once):
+        piece = replace(queries, first=first, stop=min(queries.stop, first + at_once))
+        parts.append(threshold := _full(piece))
+        sample = torch.empty((B, piece.rows, piece.samples), dtype=torch.float32, device=queries.qi.device)
+        _score(piece, threshold, None, None, sample, capacity)
+        place = _place(k, _stride(queries.block))
+        _after(piece, "estimate_thresholds")((piece.rows, B), THREADS, Estimate(
+            sample.data_ptr(), threshold.data_ptr(), piece.row(), piece.samples, place, capacity
+        ))  # fmt: skip
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _score(queries: Queries, threshold: Tensor, candidate, held, sample, capacity: int) -> None:
+    """Fills `sample`, or where that is None, candidates and their number."""
+    B, H, _, D = queries.qi.shape
+    sampling, weighted, block = sample is not None, queries.w is not None, queries.block
+    columns, slots, groups = (choose(H, D, weighted, block) for choose in (_columns, _slots, _groups))
+    shared = (KEYS * slots + H * columns) * D * 2 + (4 * H * columns if weighted else 0) + 4 * columns + 8 * (2 * slots + 1)
+    macros = dict(
+        BF16=int(queries.qi.dtype == torch.bfloat16), STRIDE=_stride(block), DIM=D, HEADS=H, WEIGHTED=int(weighted),
+        COLUMNS=columns, BSEL=block, SLOTS=slots, GROUPS=groups, SAMPLE=int(sampling),
+    )  # fmt: skip
+    name = "sample_scores" if sampling else "filter_scores"
+    run = nvrtc.kernel("index_scores/hopper.cu", name, tuple(macros.items()), shared, queries.qi.device.index)
+    tiles, total = -(-(queries.stop - queries.first) // columns), queries.samples if sampling else queries.end
+    segment = total if block == 1 and not sampling else _segment(tiles * B, total, processors(queries.qi.device))
+    pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (candidate, held, sample))
+    run((-(-total // segment), tiles, B), 128 * (groups + 1), Score(
+        *queries.inputs(), threshold.data_ptr(), *pointers, *queries.strides(), queries.stop, queries.offset, queries.rows,
+        queries.first, segment, capacity, queries.samples, queries.sink, queries.recent,
+    ))  # fmt: skip
+
+
+def _after(queries: Queries, name: str, shared_bytes: int = 0):
+    macros = (("BF16", int(queries.qi.dtype == torch.bfloat16)), ("STRIDE", _stride(queries.block)), ("THREADS", THREADS))
+    return nvrtc.kernel("index_scores/candidates.cu", name, macros, shared_bytes, queries.qi.device.index)
+
+
+def _pieces(most_bytes: int, bytes_a_row: int, block: int, columns: int) -> int:
+    """Queries whose rows fit in `most_bytes`: whole tiles, and at least one."""
+    return max(1, most_bytes // bytes_a_row * block // columns) * columns
 
 
 def _stride(block: int) -> int:
@@ -145,14 +203,22 @@ def _place(k: int, stride: int) -> int:
 
 def _capacity(k: int, sink: int, recent: int, block: int) -> int:
     """Candidates that a row can hold: more than reach a threshold at `_place`, and the keys that are always kept."""
-    place, stride = _place(k, _stride(block)), _stride(block)
+    stride = _stride(block)
+    place = _place(k, stride)
     kept = sink + (recent + block if recent else 0)
     return -(-(math.ceil((place + DEVIATIONS * math.sqrt(place) + 2) * stride) + kept) // 64) * 64
 
 
 def _columns(heads: int, dim: int, weighted: bool, block: int) -> int:
-    """Queries of a tile."""
-    return 256 if heads == 1 and not weighted and dim < 256 and block > 1 else 128
+    """Queries of a tile: columns of the products, or with a block of one their rows."""
+    if block == 1:
+        return 64 * _groups(heads, dim, weighted, block)
+    return 256 if heads == 1 and not weighted and dim < 256 else 128
+
+
+def _groups(heads: int, dim: int, weighted: bool, block: int) -> int:
+    """Warpgroups that multiply: four where a query selects for itself, as what follows the products takes the longest there."""
+    return 4 if block == 1 and heads == 1 and not weighted and dim < 256 else 2
 
 
 def _slots(heads: int, dim: int, weighted: bool, block: int) -> int:
