@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 
-from npu_sparse import Support, ops, report
+from npu_sparse import Budget, Support, ops, report
 from npu_sparse.bench import stats
 from npu_sparse.bench.dense import DENSE, available
 from npu_sparse.indexer import IndexerConfig, IndexHead
+from npu_sparse.selectors import LayerInputs, Oracle
 
 SHAPES = {  # query heads, KV heads, head_dim, hidden size, rotary dimensions
     "qwen3.5-0.8b": (8, 2, 256, 1024, 64),
@@ -50,6 +51,7 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--texts", default="builtin", help="texts that the checkpoint reads, separated by commas")
     parser.add_argument("--layer", type=int, help="full-attention layer whose supports are used (default: the middle one)")
     parser.add_argument("--dense", default="fa2,cudnn,fa3", help="of fa2, cudnn, fa3, flex")
+    parser.add_argument("--oracle", action="store_true", help="also time the oracle's supports of the first budget")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--runs", default=10, type=int)
     parser.add_argument("--warmup", default=2, type=int)
@@ -102,6 +104,9 @@ class Layer:
     def sparse(self, k: int, block: int):
         return self.attend(self.select(k, block, self.project()))
 
+    def oracle(self, k: int, block: int) -> Support:
+        return Oracle().select(LayerInputs(0, self.q, self.k, self.v, self.scale), Budget(k=k, block=block))
+
     def attend(self, support: Support):
         return ops.sparse_attention(self.q, self.k, self.v, support, scale=self.scale)
 
@@ -109,7 +114,7 @@ class Layer:
 @torch.inference_mode()
 def distilled_index(args, length: int):
     """`(qi, ki, w)` of one layer of --checkpoint reading --texts; beyond its trained context its positions are extrapolated."""
-    from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, tasks
+    from npu_sparse import Indexer, SparsePrefill, checkpoints, tasks
 
     model, tokenizer = checkpoints.load(args.checkpoint, dtype=args.dtype, device=args.device)
     text = model.config.get_text_config()
@@ -166,6 +171,9 @@ def ways(args, layer: Layer) -> dict:
     for k, block in args.sparse:
         if k <= layer.q.shape[2]:
             found[sparse_name(k, block)] = lambda k=k, block=block: layer.sparse(k, block)
+    if args.oracle:
+        k, block = args.sparse[0]
+        found[f"oracle supports k {k}, b_sel {block}"] = lambda: layer.oracle(k, block)
     return found
 
 
@@ -216,7 +224,11 @@ def measure(args, length: int) -> dict:
             del todo[name]
             torch.cuda.empty_cache()
     order = random.Random(args.seed)
-    times, calls = {name: [] for name in todo}, {name: calls_for(run) for name, run in todo.items()}
+    times, calls, peaks = {name: [] for name in todo}, {}, {}
+    for name, run in todo.items():
+        torch.cuda.reset_peak_memory_stats()
+        calls[name] = calls_for(run)
+        peaks[name] = torch.cuda.max_memory_allocated()
     for _ in range(args.runs):
         for name in order.sample(list(todo), len(todo)):
             times[name].append(milliseconds(todo[name], calls[name]))
@@ -226,7 +238,7 @@ def measure(args, length: int) -> dict:
             parts[name] = breakdown(args, layer, k, block)
     return {
         "length": length, "milliseconds": times, "refused": refused, "parts": parts, "rates": rates(args),
-        "machine": report.machine(args.device), "evidence": "distilled" if args.adapter else "untrained",
+        "peaks": peaks, "machine": report.machine(args.device), "evidence": "distilled" if args.adapter else "untrained",
     }  # fmt: skip
 
 
@@ -243,13 +255,9 @@ def breakdown(args, layer: Layer, k: int, block: int) -> dict:
     for name, run in stages.items():
         calls = calls_for(run)
         medians[name] = stats.summary([milliseconds(run, calls) for _ in range(args.runs)])["median"]
-    torch.cuda.reset_peak_memory_stats()
-    layer.sparse(k, block)
-    peak = torch.cuda.max_memory_allocated()
     found = kernels(lambda: layer.attend(layer.select(k, block, index)))
     return {
-        "stages": medians, "kernels": found, "work": work(layer, index, support), "peak_bytes": peak,
-        "overlap": overlap(support),
+        "stages": medians, "kernels": found, "work": work(layer, index, support), "overlap": overlap(support),
     }  # fmt: skip
 
 
@@ -304,18 +312,22 @@ def tabulate(record: dict, seed: int) -> tuple[list[dict], list[dict]]:
     for name, samples in times.items():
         spread = stats.summary(samples)
         row = {
-            "tokens": record["length"], "what": name, "evidence": record["evidence"] if name.startswith("sparse") else "dense",
-            "median_ms": spread["median"], "q1_ms": spread["q1"], "q3_ms": spread["q3"],
+            "tokens": record["length"], "what": name, "evidence": evidence(name, record),
+            "median_ms": spread["median"], "q1_ms": spread["q1"], "q3_ms": spread["q3"], "peak_bytes": record["peaks"][name],
         }  # fmt: skip
         for base in ("fa3", "cudnn", "fa2"):
             if f"dense {base}" in times:
                 row[f"over_{base}"] = stats.ratio_of_medians(times[f"dense {base}"], samples, seed=seed).to_dict()
         if name in record["parts"]:
             part = record["parts"][name]
-            row |= part["stages"] | part["overlap"] | {"peak_bytes": part["peak_bytes"]}
+            row |= part["stages"] | part["overlap"]
             kernel_rows += kernel_table(record, name)
         stage_rows.append(row)
     return stage_rows, kernel_rows
+
+
+def evidence(name: str, record: dict) -> str:
+    return {"sparse": record["evidence"], "oracle": "oracle"}.get(name.partition(" ")[0], "dense")
 
 
 def kernel_table(record: dict, name: str) -> list[dict]:
@@ -348,7 +360,7 @@ def markdown(result: dict) -> str:
             "projection": row.get("projection"), "scoring + top-k": row.get("scoring and top-k"),
             "attention": row.get("attention"),
             **{f"over {base}": times(row.get(f"over_{base}")) for base in ("fa3", "cudnn", "fa2")},
-            "union of 32 queries / k": row.get("union_of_32_queries"),
+            "union of 32 queries / k": row.get("union_of_32_queries"), "peak (MiB)": f"{row['peak_bytes'] / 2**20:.0f}",
         }
         for row in result["rows"]
     ]  # fmt: skip

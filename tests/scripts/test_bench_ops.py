@@ -22,9 +22,10 @@ def record():
     return {
         "length": 4096, "evidence": "untrained", "refused": {"dense cudnn": "no such backend"},
         "milliseconds": {"dense fa3": [8.0, 10.0, 12.0], name: [2.0, 2.5, 3.0]}, "machine": {"card": "a card"},
+        "peaks": {"dense fa3": 1 << 30, name: 1 << 29},
         "rates": {"tflops": 500.0, "gb_s": 2000.0},
         "parts": {name: {
-            "stages": {"projection": 0.1, "scoring and top-k": 1.0, "attention": 1.4}, "peak_bytes": 1 << 30,
+            "stages": {"projection": 0.1, "scoring and top-k": 1.0, "attention": 1.4},
             "overlap": {"union_of_32_queries": 1.5, "neighbours_jaccard": None},
             "kernels": {"filter_scores": 0.8, "select_candidates": 0.1, "sample_scores": 0.1, "attend_supports": 1.4},
             "work": {"scoring": {"flops": 2e11, "bytes": 1e6}, "attention": {"flops": 1e9, "bytes": 1.4e9}},
