@@ -6,6 +6,7 @@ from .index_kl import index_kl
 from .index_scores import index_scores, select_by_index
 from .select_tokens import select_tokens
 from .sparse_attention import sparse_attention
+from .sparse_attention_with_tail import sparse_attention_with_tail
 
 __all__ = [
     "KernelUnavailableError",
@@ -15,4 +16,5 @@ __all__ = [
     "select_by_index",
     "select_tokens",
     "sparse_attention",
+    "sparse_attention_with_tail",
 ]

@@ -108,6 +108,12 @@ def require_kernels(device_type: str) -> None:
             raise _unavailable(op, device_type)
 
 
+def require_kernel(op: str, device_type: str, advice: str) -> None:
+    """Raises KernelUnavailableError, with one more piece of advice, unless `op` has a kernel on this device."""
+    if _kernel(op, device_type) is None:
+        raise KernelUnavailableError(f"{_unavailable(op, device_type)}, {advice}")
+
+
 def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
     """Raises TypeError or ValueError where the kernels of this device do not take these sizes; `dims` by their names.
 

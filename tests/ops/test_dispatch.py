@@ -51,6 +51,10 @@ def kl_backward_arguments(at, block=8):
     return loss, *norms, *inputs
 
 
+def tail_arguments(at, block=8):
+    return *sparse_arguments(at, block), padding(2, 30, "left", device=at.device)
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
     "index_kl": kl_arguments,
@@ -59,6 +63,7 @@ ARGUMENTS = {
     "select_by_index": selection_arguments,
     "select_tokens": select_arguments,
     "sparse_attention": sparse_arguments,
+    "sparse_attention_with_tail": tail_arguments,
 }
 
 
@@ -98,17 +103,23 @@ def index_kl_backward(*arguments, impl):
     return dispatch.call("index_kl_backward", impl, arguments[0].device.type, *arguments)
 
 
+def sparse_attention_with_tail(q, k, v, indices, count, block, scale, valid, impl):
+    support = Support(indices, count, block)
+    return ops.sparse_attention_with_tail(q, k, v, support, scale=scale, valid=valid, impl=impl)
+
+
 FUNCTIONS = (
-    attention_mass, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, sparse_attention
+    attention_mass, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, sparse_attention,
+    sparse_attention_with_tail,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)
 
 
 def impl_for(backend, op):
-    """The back-end's `impl`; operators of distillation have kernels for CUDA only and are references elsewhere."""
-    training = op.startswith("index_kl") and dispatch._kernel(op, backend.device) is None
-    return "reference" if training else backend.impl
+    """The back-end's `impl`, or "reference" where the operator has kernels for other devices only."""
+    missing = op != "select_by_index" and dispatch._kernel(op, backend.device) is None
+    return "reference" if missing else backend.impl
 
 
 def test_every_operator_is_tested_here():
