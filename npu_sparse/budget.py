@@ -19,6 +19,8 @@ class Budget:
         sink: the first `sink` valid keys are always kept.
         recent: the last `recent` keys of every query of the block are always kept.
         per_layer: `{layer index: k}` overrides.
+        tail: the keys outside a support are read as one: their number times a running mean of keys and values
+            (`ops.sparse_attention_with_tail`). False = they are dropped and the support is renormalised (the paper).
         share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer selects.
         dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit. "auto" = the length from
             which this budget was measured to be faster on the model's device (`crossover.dense_below`), decided when attaching.
@@ -32,6 +34,7 @@ class Budget:
     per_layer: Mapping[int, int] = field(default_factory=dict)
     dense_below: int | str = 0
     share_layers: int = 1
+    tail: bool = False
 
     def __post_init__(self):
         tiers = self.k if isinstance(self.k, Mapping) else {0: self.k}
@@ -50,6 +53,8 @@ class Budget:
         if self.dense_below != "auto":
             _whole("dense_below", self.dense_below, 0)
         _whole("share_layers", self.share_layers, 1)
+        if not isinstance(self.tail, bool):
+            raise TypeError(f"tail must be True or False, got {self.tail!r}")
         # a block's recent keys are the union over its queries
         kept = self.sink + (self.recent + self.block - 1 if self.recent else 0)
         smallest = min([*tiers.values(), *per_layer.values()])

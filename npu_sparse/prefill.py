@@ -16,7 +16,7 @@ from .architectures import attention_modules, attention_selection, describe, tex
 from .budget import Budget
 from .index_cache import IndexKeyCache
 from .indexer import Indexer as IndexerModule
-from .ops.dispatch import check_limits, require_kernels, uses_kernel
+from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
 from .selectors import Indexer, LayerInputs, Selector
 from .support import Support
 
@@ -119,6 +119,8 @@ class SparsePrefill:
             )
         if uses_kernel(self.impl, self.model.device.type):
             require_kernels(self.model.device.type)
+            if self.budget.tail:
+                require_kernel("sparse_attention_with_tail", self.model.device.type, "or Budget(tail=False)")
             self._check_limits()
         indexer = self.selector.indexer
         if indexer is not None:
@@ -270,7 +272,10 @@ def _sparse_attention(ctx, q, k, v, mask, scale):
     else:
         support = attached._support
     with attached.stage("attention"):
-        out = ops.sparse_attention(q, k, v, support, scale=scale, impl=attached.impl)
+        if attached.budget.tail:
+            out = ops.sparse_attention_with_tail(q, k, v, support, scale=scale, valid=mask, impl=attached.impl)
+        else:
+            out = ops.sparse_attention(q, k, v, support, scale=scale, impl=attached.impl)
     if attached.observe is not None:
         attached.observe(inputs, support, out)
     return out.transpose(1, 2).contiguous()

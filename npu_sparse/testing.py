@@ -4,6 +4,7 @@ The `naive_*` functions follow arXiv 2606.07703 line by line over whole `[Tq, Tk
 operators' references. In float64 they are the exact answer; in another dtype they are a yardstick for rounding.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -259,6 +260,36 @@ def naive_sparse_attention(
     k, v = k.where(selected, 0.0), v.where(selected, 0.0)
     weights = _weights(q, k, scale, allowed, dtype)
     return (weights.to(dtype) @ v.to(dtype).repeat_interleave(Hq // Hkv, 1)).to(dtype)
+
+
+def naive_sparse_attention_with_tail(
+    q: Tensor, k: Tensor, v: Tensor, support: Support, *, scale: float, valid: Tensor | None = None, dtype=torch.float64
+) -> Tensor:
+    """Sparse attention and its tail by definition, in `dtype`, query by query."""
+    B, Hq, Tq, _ = q.shape
+    Hkv, Tk = k.shape[1], k.shape[2]
+    Hs = support.indices.shape[1]
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    out = torch.zeros(B, Hq, Tq, v.shape[-1], dtype=dtype, device=q.device)
+    for b in range(B):
+        for h in range(Hq):
+            group, row = h * Hkv // Hq, (0 if Hs == 1 else h * Hkv // Hq)
+            for t in range(Tq):
+                held = int(support.count[b, row, t // support.block])
+                chosen = support.indices[b, row, t // support.block, :held].tolist()
+                first = Tk - Tq + t // support.block * support.block
+                before = [s for s in range(first + 1) if valid is None or bool(valid[b, s])]
+                left = len(before) - sum(s <= first for s in chosen)
+                keys = [k[b, group, s] for s in chosen if s <= Tk - Tq + t]
+                values = [v[b, group, s] for s in chosen if s <= Tk - Tq + t]
+                scores = [(q[b, h, t] * key).sum() * scale for key in keys]
+                if held and left > 0:
+                    mean = k[b, group, before].mean(0)
+                    scores.append((q[b, h, t] * mean).sum() * scale + math.log(left))
+                    values.append(v[b, group, before].mean(0))
+                if scores:
+                    out[b, h, t] = torch.softmax(torch.stack(scores), 0) @ torch.stack(values)
+    return out
 
 
 def _sees(B: int, Tq: int, Tk: int, valid: Tensor | None, device) -> Tensor:

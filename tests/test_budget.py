@@ -16,6 +16,7 @@ def budgets(draw):
     return Budget(
         k=draw(st.one_of(ks, tiers)), block=block, reduce=draw(st.sampled_from(REDUCTIONS)), sink=sink, recent=recent,
         per_layer=draw(st.dictionaries(st.integers(0, 40), ks, max_size=3)), dense_below=draw(st.integers(0, 9999)),
+        tail=draw(st.booleans()),
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from npu_sparse.testing import (
     naive_attention_mass,
     naive_select_tokens,
     naive_sparse_attention,
+    naive_sparse_attention_with_tail,
     tiny_model,
 )
 
@@ -201,6 +202,43 @@ def test_every_layer_attends_to_its_support_and_to_nothing_else(models, name, ki
         assert not bool(member[0, :, :, :20].any())  # padding is never selected
         exact = naive_sparse_attention(inputs.q, inputs.k, inputs.v, support, scale=inputs.scale)
         close(out.double(), exact)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+@pytest.mark.parametrize("pad", [left_padding, right_padding])
+@pytest.mark.parametrize("kind", ["oracle", "per_kv", "indexer"])
+@pytest.mark.parametrize("block", [1, 8])
+def test_with_a_tail_every_layer_attends_to_what_its_support_leaves_out_as_one_key(models, name, kind, pad, block):
+    model, ids = models(name), tokens()
+    observe, seen = record()
+    mask = pad(ids)
+    budget = SPARSE.replace(block=block, tail=True)
+    with SparsePrefill.attach(model, selector(kind, model), budget, observe=observe):
+        model(ids, attention_mask=mask)
+    assert len(seen) == len(attention_modules(model))
+    for inputs, support, out in seen:
+        exact = naive_sparse_attention_with_tail(
+            inputs.q, inputs.k, inputs.v, support, scale=inputs.scale, valid=mask.bool()
+        )
+        close(out.double(), exact)
+
+
+@every_model
+def test_a_tail_of_no_keys_is_dense(models, name):
+    model, ids = models(name), tokens(3)
+    mask = left_padding(ids)
+    dense = model(ids, attention_mask=mask).logits
+    with SparsePrefill.attach(model, selectors.Oracle(), EVERYTHING.replace(tail=True)):
+        close(model(ids, attention_mask=mask).logits[mask.bool()], dense[mask.bool()])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_chunks_have_the_tail_of_one_prefill(models, name):
+    model, ids = models(name), tokens()
+    with SparsePrefill.attach(model, selectors.Oracle(), SPARSE.replace(tail=True)):
+        whole, cache = model(ids).logits, DynamicCache(config=model.config)
+        model(ids[:, :32], past_key_values=cache)
+        close(model(ids[:, 32:], past_key_values=cache).logits, whole[:, 32:])
 
 
 @every_model
@@ -701,6 +739,15 @@ def test_an_unknown_architecture_is_refused_with_the_reason():
     mistral = MistralForCausalLM(MistralConfig(**tiny, intermediate_size=32, num_key_value_heads=1))
     with pytest.raises(UnsupportedArchitectureError, match="'mistral' is not supported: only .*llama.* are"):
         SparsePrefill.attach(mistral, selectors.Oracle())
+
+
+def test_a_tail_is_refused_where_no_kernel_reads_it(monkeypatch):
+    monkeypatch.setattr(dispatch, "_KERNELS", {(op, "cpu"): print for op in native.OPERATORS})
+    message = r"sparse_attention_with_tail has no kernel on 'cpu': it has kernels for cuda only: .*, or Budget\(tail=False\)"
+    with pytest.raises(KernelUnavailableError, match=message):
+        SparsePrefill.attach(
+            tiny_model("llama", dtype=torch.bfloat16), selectors.Oracle(), SPARSE.replace(tail=True), impl="kernel"
+        )
 
 
 @pytest.mark.parametrize(

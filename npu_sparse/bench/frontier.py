@@ -18,9 +18,9 @@ from ..report import RunError
 from .quality import EVIDENCE_COLOURS, GAPS, MACRO, EvalConfig, adopt_records, machine_lines, points, run_eval
 from .stats import summary
 from .ttft import TtftConfig, run_ttft
-from .variants import VARIANTS, Subject, load_subject, with_tokenizer
+from .variants import VARIANTS, Subject, load_subject, tail_note, with_tokenizer
 
-RUNTIME = ("reduce", "sink", "recent", "share_layers", "seed", "dtype", "device", "impl")
+RUNTIME = ("reduce", "sink", "recent", "share_layers", "tail", "seed", "dtype", "device", "impl")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class FrontierConfig:
     sink: int = 0
     recent: int = 0
     share_layers: int = 1
+    tail: bool = False
     batch: int = 10
     max_new_tokens: int | None = None
     chat: bool = False
@@ -268,7 +269,8 @@ def _markdown(result: dict) -> str:
     text = (
         f"# Which budgets are worth their quality?\n\n{config['model']}, {result['length']} tokens, {config['dtype']}, "
         f"operators `{config['impl']}`. Score: macro average over {', '.join(result['tasks'])}, {config['count']} "
-        f"prompts each, with 95% bootstrap intervals.{skipped} TTFT: batch 1, {config['runs']} interleaved rounds. "
+        f"prompts each, with 95% bootstrap intervals.{skipped} TTFT: batch 1, {config['runs']} interleaved rounds."
+        f"{tail_note(config)} "
         "Gaps: paired differences in points, negative = lost; at b_sel = 1 nothing is shared and there is no "
         "realization gap. Every point is timed interleaved with dense: speed-ups compare the two, whatever the machine "
         "did since.\n\n"

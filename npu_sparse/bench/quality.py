@@ -42,6 +42,7 @@ from .variants import (
     load_subject,
     needs_indexer,
     selector_of,
+    tail_note,
     with_tokenizer,
 )
 
@@ -65,7 +66,8 @@ class EvalConfig:
         length: tokens of prompt and answer together.
         count: prompts per task.
         seed: of prompts and bootstrap.
-        k, block, reduce, sink, recent, share_layers: the Budget of all sparse variants; per-query variants run at block 1.
+        k, block, reduce, sink, recent, share_layers, tail: the Budget of all sparse variants; per-query variants run at block
+            1.
         variants: names of `VARIANTS`; "dense" must be among them.
         batch: prompts generated together.
         max_new_tokens: for all tasks in place of RULER's, or None.
@@ -92,6 +94,7 @@ class EvalConfig:
     sink: int = 0
     recent: int = 0
     share_layers: int = 1
+    tail: bool = False
     variants: tuple[str, ...] = ("dense", "oracle", "oracle-shared", "indexer", "indexer-shared", "local")
     batch: int = 10
     max_new_tokens: int | None = None
@@ -133,7 +136,7 @@ class EvalConfig:
     @property
     def budget(self) -> Budget:
         """The Budget of the variants that share supports."""
-        names = ("k", "block", "reduce", "sink", "recent", "share_layers")
+        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "tail")
         return Budget(**{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict:
@@ -229,15 +232,15 @@ def adopt_records(config: EvalConfig, output, earlier: list[Path]) -> list[tuple
     """Copies cells from earlier runs where they are the same cell: same variant at the same budget. Returns those
     copied.
 
-    The earlier runs must differ from `config` in k, block and variants only.
+    The earlier runs must differ from `config` in k, block, tail and variants only.
     """
     directory = report.open_run(output, {"stage": "eval", **config.to_dict()})
     copied = []
     for other in map(Path, earlier):
         theirs = _read_config(other)
-        ours = replace(config, k=theirs.k, block=theirs.block, variants=theirs.variants)
+        ours = replace(config, k=theirs.k, block=theirs.block, tail=theirs.tail, variants=theirs.variants)
         if ours.to_dict() != theirs.to_dict():
-            raise RunError(f"{other} must differ from {directory} in k, block and variants only")
+            raise RunError(f"{other} must differ from {directory} in k, block, tail and variants only")
         for task in config.tasks:
             source = _prompts_path(other, task)
             if source.exists() and not _prompts_path(directory, task).exists():
@@ -570,7 +573,7 @@ def _markdown(result: dict) -> str:
     text = (
         f"# How much quality does sparse prefill lose?\n\n{config['model']}, {config['length']} tokens, "
         f"{config['count']} prompts per task, greedy, {config['dtype']}; scores of 100 with 95% bootstrap intervals "
-        f"over prompts, all variants on the same prompts.\n\n## Scores\n\n"
+        f"over prompts, all variants on the same prompts.{tail_note(config)}\n\n## Scores\n\n"
         f"{report.markdown_table(list(by_variant.values()), columns)}\n{unsolved}"
     )
     if gap_columns:

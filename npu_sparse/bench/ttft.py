@@ -44,6 +44,7 @@ from .variants import (
     load_subject,
     needs_indexer,
     selector_of,
+    tail_note,
     with_tokenizer,
 )
 
@@ -60,7 +61,8 @@ class TtftConfig:
         model: hub id, directory, GGUF file or demo name.
         adapter: directory of the indexer; None = an untrained one (evidence: untrained, runtime only).
         lengths: prompt lengths in tokens.
-        k, block, reduce, sink, recent, share_layers: the Budget of all sparse variants; per-query variants run at block 1.
+        k, block, reduce, sink, recent, share_layers, tail: the Budget of all sparse variants; per-query variants run at block
+            1.
         variants: names of `VARIANTS`; "dense" must be among them.
         runs: timed rounds; warmup: rounds before them; stage_runs: rounds with stage clocks, after them.
         prompt: "text" (real text from `texts`) or "random" (uniform token ids).
@@ -81,6 +83,7 @@ class TtftConfig:
     sink: int = 0
     recent: int = 0
     share_layers: int = 1
+    tail: bool = False
     variants: tuple[str, ...] = ("dense", "indexer", "indexer-shared")
     runs: int = 10
     warmup: int = 2
@@ -121,7 +124,7 @@ class TtftConfig:
     @property
     def budget(self) -> Budget:
         """The Budget of the variants that share supports."""
-        names = ("k", "block", "reduce", "sink", "recent", "share_layers")
+        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "tail")
         return Budget(**{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict:
@@ -379,7 +382,7 @@ def _markdown(result: dict) -> str:
         f"# How long until the first token, dense against sparse?\n\n{config['model']}, batch 1, {config['prompt']} "
         f"prompts, dense attention `{first['dense_attention']}`, operators `{config['impl']}`; {config['runs']} "
         f"interleaved rounds after {config['warmup']} of warm-up; speed-up over dense with 95% paired bootstrap "
-        "intervals.\n\n"
+        f"intervals.{tail_note(config)}\n\n"
         "## Time to first token\n\n"
         + report.markdown_table(table, {
             **names, "median": "TTFT median (s)", "quartiles": "quartiles (s)", "p95": "p95 (s)",

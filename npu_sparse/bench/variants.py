@@ -98,6 +98,11 @@ def evidence_of(name: str, indexer=None) -> str:
     return "dense" if VARIANTS[name].chooser == "dense" else selector_of(name, indexer).evidence
 
 
+def tail_note(config: dict) -> str:
+    """What a report says of its sparse rows where keys outside a support are not dropped, beginning with a space."""
+    return " Sparse rows read the keys outside a support as one, a running mean (`tail`)." if config["tail"] else ""
+
+
 def load_subject(config, names, model=None, tokenizer=None, indexer=None) -> Subject:
     """The Subject of a config with `model`, `adapter`, `dtype` and `device`; what is passed in is not loaded again."""
     if indexer is None and config.adapter is not None and needs_indexer(names):

@@ -4,6 +4,7 @@ import math
 from dataclasses import asdict, dataclass
 
 from ..indexer import DIMS
+from ..ops.dispatch import IMPLEMENTATIONS
 from ..tasks.catalogue import task_named
 
 LOSSES = ("kl", "sparse", "both")
@@ -38,6 +39,7 @@ class DistillConfig:
         save_every, validate_every: steps between checkpoints, and between validations (the last step always).
         seed: of the indexer's first weights, of batches, rows and the split into training and validation.
         dtype, device: of the model; under torchrun every process takes the device of its local rank.
+        impl: of the operator behind loss "kl": "auto" (the kernel on cuda), "reference" or "kernel". The others are eager.
     """
 
     model: str
@@ -68,6 +70,7 @@ class DistillConfig:
     seed: int = 0
     dtype: str = "bfloat16"
     device: str = "cpu"
+    impl: str = "auto"
 
     def __post_init__(self):
         for name in ("texts", "tasks", "lengths", "budgets"):
@@ -90,9 +93,11 @@ class DistillConfig:
         for k in self.budgets:
             if _whole("budgets", k, 1) >= self.validation_length:
                 raise ValueError(f"budgets must be below validation_length = {self.validation_length}, got {k}")
-        for name, allowed in (("loss", LOSSES), ("dim", DIMS), ("dtype", DTYPES)):
+        for name, allowed in (("loss", LOSSES), ("dim", DIMS), ("dtype", DTYPES), ("impl", IMPLEMENTATIONS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {getattr(self, name)!r}")
+        if self.impl == "kernel" and self.loss != "kl":
+            raise ValueError(f"impl must be auto or reference for loss {self.loss!r}, which has no kernel, got kernel")
         if self.heads > 64:
             raise ValueError(f"heads must be <= 64, got {self.heads}")
         for task in self.tasks:

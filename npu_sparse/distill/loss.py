@@ -60,19 +60,25 @@ class DistillLoss(nn.Module):
 
     def forward(self, taps: list[Tap], segments: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         """`(mean loss over layers and rows, detached loss of each layer [layers])`."""
-        losses = []
-        for tap in taps:
-            masses = [teacher_mass(tap, segment) for segment in segments]
-            head = self.indexer.layers[str(tap.layer)]
-            losses.append(checkpoint(self._layer, head, tap, masses, segments, use_reentrant=False))
-        per_layer = torch.stack(losses)
+        layer = self._streamed if self.config.loss == "kl" else self._restricted
+        per_layer = torch.stack([layer(self.indexer.layers[str(tap.layer)], tap, segments) for tap in taps])
         return per_layer.mean(), per_layer.detach()
 
-    def _layer(self, head, tap, masses, segments) -> Tensor:
+    def _streamed(self, head, tap, segments) -> Tensor:
+        qi, ki, w = head(tap.hidden.to(head.q_proj.weight.dtype), tap.cos, tap.sin)
+        ki = ki.to(qi.dtype)  # under autocast a LayerNorm's output is fp32
+        return ops.index_kl(
+            tap.q, tap.k, qi, ki, w, segments=segments, scale=tap.scale, impl=self.config.impl
+        ).mean()  # fmt: skip
+
+    def _restricted(self, head, tap, segments) -> Tensor:
+        masses = [teacher_mass(tap, segment) for segment in segments]
+        return checkpoint(self._over_top_keys, head, tap, masses, segments, use_reentrant=False)
+
+    def _over_top_keys(self, head, tap, masses, segments) -> Tensor:
         rows = []
         for mass, logits in zip(masses, index_logits(head, tap, segments)):
-            if self.config.loss != "sparse":
+            if self.config.loss == "both":
                 rows.append(kl(mass, logits).flatten())
-            if self.config.loss != "kl":
-                rows.append(sparse_kl(mass, logits, self.config.sparse_k).flatten())
+            rows.append(sparse_kl(mass, logits, self.config.sparse_k).flatten())
         return torch.cat(rows).mean() * (2 if self.config.loss == "both" else 1)

@@ -1,16 +1,20 @@
-"""The four operators, their references and the dispatcher seam."""
+"""The operators of sparse prefill and of distillation, their references and the dispatcher seam."""
 
 from .attention_mass import attention_mass
 from .dispatch import KernelUnavailableError
+from .index_kl import index_kl
 from .index_scores import index_scores, select_by_index
 from .select_tokens import select_tokens
 from .sparse_attention import sparse_attention
+from .sparse_attention_with_tail import sparse_attention_with_tail
 
 __all__ = [
     "KernelUnavailableError",
     "attention_mass",
+    "index_kl",
     "index_scores",
     "select_by_index",
     "select_tokens",
     "sparse_attention",
+    "sparse_attention_with_tail",
 ]

@@ -16,6 +16,7 @@ OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is 
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
+_DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has kernels
 _HOW = {
     "cuda": "its kernels need triton: run `pip install triton`, or pass impl='reference'",
     "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
@@ -63,8 +64,14 @@ def call(op: str, impl: str, device_type: str, *args):
     return getattr(torch.ops.npu_sparse, name)(*args)
 
 
-def define(op: str, signature: str, reference: Callable, fake: Callable, folder: str | None = None) -> None:
-    """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys; `folder` if it is not `op`."""
+def define(
+    op: str, signature: str, reference: Callable, fake: Callable, folder: str | None = None,
+    devices: tuple[str, ...] = tuple(KERNEL_KEYS),
+) -> None:  # fmt: skip
+    """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
+
+    `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one.
+    """
     for name in (op, f"{op}_reference"):
         torch.library.define(f"npu_sparse::{name}", signature)
         torch.library.register_fake(f"npu_sparse::{name}", fake)
@@ -72,6 +79,12 @@ def define(op: str, signature: str, reference: Callable, fake: Callable, folder:
     for device_type, key in KERNEL_KEYS.items():
         torch.library.impl(f"npu_sparse::{op}", key, _kernel_or_error(op, device_type))
     OPERATORS[op] = folder or op
+    _DEVICES[op] = devices
+
+
+def has_kernels_for(op: str, device_type: str) -> bool:
+    """True where `op` has a kernel for this kind of device, whether or not this machine can run it."""
+    return device_type in _DEVICES[op]
 
 
 def register_kernel(op: str, device_type: str, kernel: Callable) -> None:
@@ -90,8 +103,15 @@ def register_triton(device_type: str) -> None:
 def require_kernels(device_type: str) -> None:
     """Raises KernelUnavailableError unless every operator has a kernel on this device."""
     for op in OPERATORS:
-        if _kernel(op, device_type) is None:
+        elsewhere = device_type in KERNEL_KEYS and not has_kernels_for(op, device_type)
+        if not elsewhere and _kernel(op, device_type) is None:
             raise _unavailable(op, device_type)
+
+
+def require_kernel(op: str, device_type: str, advice: str) -> None:
+    """Raises KernelUnavailableError, with one more piece of advice, unless `op` has a kernel on this device."""
+    if _kernel(op, device_type) is None:
+        raise KernelUnavailableError(f"{_unavailable(op, device_type)}, {advice}")
 
 
 def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
@@ -138,7 +158,10 @@ def _kernel_or_error(op: str, device_type: str) -> Callable:
 
 
 def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
-    return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {_HOW.get(device_type, _HOW_ELSEWHERE)}")
+    how = _HOW.get(device_type, _HOW_ELSEWHERE)
+    if device_type in KERNEL_KEYS and not has_kernels_for(op, device_type):
+        how = f"it has kernels for {', '.join(_DEVICES[op])} only: pass impl='reference'"
+    return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {how}")
 
 
 def check_tensor(name: str, tensor, shape: tuple, dtypes: tuple, device=None) -> None:

@@ -25,6 +25,7 @@ class OracleConfig:
         heads: "all" = one support for all heads, "kv" = one per KV group.
         blocks: queries that share a support (b_sel), 1 = every query has its own.
         reduces: how a block's queries become one row, "max" or "mean"; without meaning for block 1.
+        tail: as in Budget: keys outside a support are read as one, or dropped.
         controls: "local" (`sink` first keys and the most recent) and "random", per query and at the same budgets.
         sink: sinks of the "local" control.
         tasks: RULER-style tasks to score, by name; may be empty.
@@ -49,6 +50,7 @@ class OracleConfig:
     heads: tuple[str, ...] = HEADS
     blocks: tuple[int, ...] = (1, 16, 64)
     reduces: tuple[str, ...] = REDUCTIONS
+    tail: bool = False
     controls: tuple[str, ...] = CONTROLS
     sink: int = 4
     tasks: tuple[str, ...] = ()

@@ -24,7 +24,7 @@ Granularity = tuple[str, int, str | None]  # heads, block, reduce
 
 def measure_layers(
     model, ids: Tensor, dense: Tensor, granularities: Sequence[Granularity], budgets: Sequence[int], *,
-    impl: str = "reference", stride: int = 1,
+    impl: str = "reference", stride: int = 1, tail: bool = False,
 ) -> dict:  # fmt: skip
     """`{"layers": rows, "overlap": rows, "path": {...}}` of one prompt, int64 `[T]`, on the dense trajectory.
 
@@ -34,7 +34,7 @@ def measure_layers(
     rows, overlaps = [], []
 
     def observe(inputs: LayerInputs, support: Support, out: Tensor) -> None:
-        found, overlap = measure_layer(inputs, out, granularities, budgets)
+        found, overlap = measure_layer(inputs, out, granularities, budgets, tail)
         rows.extend({"layer": inputs.layer, **row} for row in found)
         overlaps.extend({"layer": inputs.layer, **row} for row in overlap)
 
@@ -45,11 +45,12 @@ def measure_layers(
 
 @torch.no_grad()
 def measure_layer(
-    inputs: LayerInputs, out: Tensor, granularities: Sequence[Granularity], budgets: Sequence[int]
+    inputs: LayerInputs, out: Tensor, granularities: Sequence[Granularity], budgets: Sequence[int], tail: bool = False
 ) -> tuple[list[dict], list[dict]]:
     """Rows of one layer for one prompt, over its second half (from the last whole block before the middle on).
 
-    `out` is the layer's dense attention output, `[1, Hq, T, Dv]`. The first list has a row per granularity and budget:
+    `out` is the layer's dense attention output, `[1, Hq, T, Dv]`; `tail` is as in Budget. The first list has a row per
+    granularity and budget:
         retained_mean, retained_p5     attention mass within the support: mean and 5th percentile over queries
         relative_mean, relative_p5     that mass over what each query's own top-k keeps at the same k
         doubled_mean, doubled_p5       the mass within a support of 2k keys, over what each query's own top-k keeps at k
@@ -63,6 +64,7 @@ def measure_layer(
     first = T // 2 // granule * granule
     rows = granule * max(1, SLICE_ELEMENTS // (T * inputs.k.shape[1] * granule))
     shared = {granularity: _Shared() for granularity in granularities}
+    attend = ops.sparse_attention_with_tail if tail else ops.sparse_attention
     own = {heads: _Own() for heads in dict.fromkeys(heads for heads, _, _ in granularities)}
     for start in range(first, T, rows):
         stop = min(start + rows, T)
@@ -83,7 +85,7 @@ def measure_layer(
                 measured.relative.append(measured.kept[-1] / own_mass)
                 for k in budgets:
                     support = _support(order, k, block, stop - start, stop)
-                    sparse = ops.sparse_attention(queries, keys, values, support, scale=inputs.scale, impl=inputs.impl)
+                    sparse = attend(queries, keys, values, support, scale=inputs.scale, impl=inputs.impl)
                     measured.add_error(k, sparse.float(), exact)
     found = [
         {"heads": heads, "block": block, "reduce": reduce, "k": k, **measured.row(n, k)}

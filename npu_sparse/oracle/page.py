@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..bench.variants import tail_note
 from ..report import machine_line, markdown_table
 
 CAPTIONS = {
@@ -33,7 +34,7 @@ def markdown(found: dict, drawn: list[str]) -> str:
         f"{every}; agreement is the share of positions with the same most likely token; the second half leaves out the "
         "early positions, which see few more than k keys. Pairs skipped are causal (query, key) pairs. Retained is the "
         "attention mass within the support, along this trajectory, over 64 queries of each prompt's second half. "
-        "[Brackets] are 95% bootstrap intervals over prompts.",
+        f"[Brackets] are 95% bootstrap intervals over prompts.{tail_note(config)}",
         "",
         _end_to_end_table(found),
         "The oracle selects with the attention mass itself: it tells what a budget could achieve, not what a trained "

@@ -207,7 +207,7 @@ def _first_figures(cell: dict) -> str:
 def _end_to_end(study: Study, variant: Variant) -> dict:
     config = study.config
     selector = _selector(variant, config)
-    budget = Budget(k=variant.k, block=variant.block, reduce=variant.reduce or "max")
+    budget = Budget(k=variant.k, block=variant.block, reduce=variant.reduce or "max", tail=config.tail)
     prompts = quality.measure(
         study.model, study.ids, study.dense, study.model, selector=selector, budget=budget, impl=config.impl,
         stride=config.position_stride,
@@ -246,7 +246,7 @@ def _layers(study: Study, n: int) -> dict:
     config = study.config
     return measure_layers(
         study.model, study.ids[n], study.dense[n], granularities(config, study.architecture.kv_heads), config.budgets,
-        impl=config.impl, stride=config.position_stride,
+        impl=config.impl, stride=config.position_stride, tail=config.tail,
     )  # fmt: skip
 
 

@@ -190,7 +190,7 @@ def test_records_of_the_same_cell_are_adopted_from_another_budget(evaluate, fini
     result = evaluate(config, tmp_path / "b64")
     assert {name for _, name in counted} == {"oracle-shared", "indexer-shared"}
     assert result["prompts"] == single["prompts"]
-    with pytest.raises(RunError, match="differ .* in k, block and variants only"):
+    with pytest.raises(RunError, match="differ .* in k, block, tail and variants only"):
         adopt_records(replace(CONFIG, seed=9), tmp_path / "seed9", [directory])
 
 

@@ -29,6 +29,8 @@ from npu_sparse.distill import DistillConfig
         ({"dim": 96}, ValueError, "dim must be one of 64, 128, 256, got 96"),
         ({"loss": "mse"}, ValueError, "loss must be one of kl, sparse, both, got 'mse'"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
+        ({"impl": "fast"}, ValueError, "impl must be one of auto, reference, kernel, got 'fast'"),
+        ({"impl": "kernel", "loss": "both"}, ValueError, "impl must be auto or reference for loss 'both'"),
         ({"lengths": ()}, ValueError, "lengths must name at least one value, got none"),
         ({"lengths": (1024, 63)}, ValueError, "lengths must be >= 64, got 63"),
         ({"lengths": "1024"}, TypeError, "lengths must be a list, got '1024'"),

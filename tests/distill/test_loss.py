@@ -182,10 +182,40 @@ def test_loss_is_the_mean_over_layers_and_rows(make_config, kind):
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
-def test_loss_gradients_reach_every_parameter(make_config):
+@pytest.mark.parametrize("kind", ["kl", "sparse", "both"])
+def test_loss_gradients_reach_every_parameter(make_config, kind):
     indexer = make_indexer(2)
-    loss, by_layer = DistillLoss(indexer, make_config())([make_tap()], [(0, 37)])
+    loss, by_layer = DistillLoss(indexer, make_config(loss=kind))([make_tap()], [(0, 37)])
     loss.backward()
     assert not by_layer.requires_grad
     for name, parameter in indexer.named_parameters():
         assert bool(parameter.grad.isfinite().all()) and float(parameter.grad.abs().max()) > 0, name
+
+
+def test_streamed_gradients_are_those_of_the_eager_loss(make_config):
+    tap, segments = make_tap(), [(4, 9), (30, 37)]
+    gradients = []
+    for streamed in (True, False):
+        indexer = make_indexer(2)
+        if streamed:
+            loss, _ = DistillLoss(indexer, make_config())([tap], segments)
+        else:
+            logits = index_logits(indexer.layers["0"], tap, segments)
+            pairs = zip((teacher_mass(tap, segment) for segment in segments), logits)
+            loss = torch.cat([kl(mass, z).flatten() for mass, z in pairs]).mean()
+        loss.backward()
+        gradients.append([parameter.grad for parameter in indexer.parameters()])
+    for ours, eager in zip(*gradients):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_loss_of_a_bf16_model_runs_under_autocast(make_config):
+    tap = make_tap()
+    low = replace(tap, hidden=tap.hidden.bfloat16(), q=tap.q.bfloat16(), k=tap.k.bfloat16())
+    indexer = make_indexer(2)
+    wanted, _ = DistillLoss(indexer, make_config())([tap], [(0, 37)])
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = DistillLoss(indexer, make_config())([low], [(0, 37)])
+    loss.backward()
+    assert all(bool(parameter.grad.isfinite().all()) for parameter in indexer.parameters())
+    torch.testing.assert_close(loss, wanted, rtol=0.1, atol=0)

@@ -39,12 +39,31 @@ def sparse_arguments(at, block=8):
     return q, k, v, support.indices, support.count, block, 0.25
 
 
+def kl_arguments(at, block=8):
+    q, k, _ = attention_inputs(2, 4, 2, 30, 30, 16, dtype=at.dtype(), device=at.device)
+    qi, ki, w = index_inputs(2, 3, 30, 30, 64, dtype=at.dtype(), device=at.device)
+    return q, k, qi, ki, w, [3, 20], [8, 30], 0.25
+
+
+def kl_backward_arguments(at, block=8):
+    inputs = kl_arguments(at)
+    loss, *norms = dispatch.call("index_kl", impl_for(at, "index_kl"), at.device, *inputs)
+    return loss, *norms, *inputs
+
+
+def tail_arguments(at, block=8):
+    return *sparse_arguments(at, block), padding(2, 30, "left", device=at.device)
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
+    "index_kl": kl_arguments,
+    "index_kl_backward": kl_backward_arguments,
     "index_scores": index_arguments,
     "select_by_index": selection_arguments,
     "select_tokens": select_arguments,
     "sparse_attention": sparse_arguments,
+    "sparse_attention_with_tail": tail_arguments,
 }
 
 
@@ -76,18 +95,43 @@ def sparse_attention(q, k, v, indices, count, block, scale, impl):
     return ops.sparse_attention(q, k, v, Support(indices, count, block), scale=scale, impl=impl)
 
 
-PUBLIC = {f.__name__: f for f in (attention_mass, index_scores, select_by_index, select_tokens, sparse_attention)}
+def index_kl(q, k, qi, ki, w, starts, stops, scale, impl):
+    return ops.index_kl(q, k, qi, ki, w, segments=list(zip(starts, stops)), scale=scale, impl=impl)
+
+
+def index_kl_backward(*arguments, impl):
+    return dispatch.call("index_kl_backward", impl, arguments[0].device.type, *arguments)
+
+
+def sparse_attention_with_tail(q, k, v, indices, count, block, scale, valid, impl):
+    support = Support(indices, count, block)
+    return ops.sparse_attention_with_tail(q, k, v, support, scale=scale, valid=valid, impl=impl)
+
+
+FUNCTIONS = (
+    attention_mass, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, sparse_attention,
+    sparse_attention_with_tail,
+)  # fmt: skip
+PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)
 
 
+def impl_for(backend, op):
+    """The back-end's `impl`, or "reference" where the operator has kernels for other devices only."""
+    missing = op != "select_by_index" and dispatch._kernel(op, backend.device) is None
+    return "reference" if missing else backend.impl
+
+
 def test_every_operator_is_tested_here():
-    assert sorted(ARGUMENTS) == sorted(dispatch.OPERATORS) == sorted(native.OPERATORS)
+    assert sorted(ARGUMENTS) == sorted(dispatch.OPERATORS)
+    assert sorted(op for op in ARGUMENTS if dispatch.has_kernels_for(op, "npu")) == sorted(native.OPERATORS)
 
 
 @everywhere
 @pytest.mark.parametrize("block", [1, 8, 16])
 def test_opcheck(backend, op, block):
-    name = op if backend.impl == "kernel" else f"{op}_reference"
+    kernel = backend.impl == "kernel" and dispatch._kernel(op, backend.device) is not None
+    name = op if kernel else f"{op}_reference"
     torch.library.opcheck(getattr(torch.ops.npu_sparse, name).default, ARGUMENTS[op](backend, block))
 
 
@@ -95,10 +139,11 @@ def test_opcheck(backend, op, block):
 @pytest.mark.parametrize("block", [1, 8, 16])
 def test_fake_has_the_shape_the_dtype_and_the_strides_of_the_result(backend, op, block):
     arguments = ARGUMENTS[op](backend, block)
-    real = PUBLIC[op](*arguments, impl=backend.impl)
+    impl = impl_for(backend, op)
+    real = PUBLIC[op](*arguments, impl=impl)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        fake = PUBLIC[op](*fakes, impl=backend.impl)
+        fake = PUBLIC[op](*fakes, impl=impl)
     pairs = [(real, fake)] if isinstance(real, torch.Tensor) else list(zip(real, fake, strict=True))
     for a, b in pairs:
         assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
@@ -107,10 +152,11 @@ def test_fake_has_the_shape_the_dtype_and_the_strides_of_the_result(backend, op,
 @everywhere
 def test_full_graph_compile_gives_the_same(backend, op):
     arguments = ARGUMENTS[op](backend)
-    expected = PUBLIC[op](*arguments, impl=backend.impl)
+    impl = impl_for(backend, op)
+    expected = PUBLIC[op](*arguments, impl=impl)
     torch.compiler.reset()
     compiled = torch.compile(PUBLIC[op], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments, impl=backend.impl), expected, rtol=0, atol=0)
+    torch.testing.assert_close(compiled(*arguments, impl=impl), expected, rtol=0, atol=0)
 
 
 def test_full_graph_compile_of_selection_in_slices_gives_the_same(backend):
@@ -178,8 +224,14 @@ def no_kernels(monkeypatch):
 
 @everywhere
 def test_a_missing_kernel_is_an_error_that_says_what_to_do(op, no_kernels):
+    arguments = ARGUMENTS[op](CPU)
     with pytest.raises(KernelUnavailableError, match=rf"{op} has no kernel on 'cpu': .* pass impl='reference'"):
-        PUBLIC[op](*ARGUMENTS[op](CPU), impl="kernel")
+        PUBLIC[op](*arguments, impl="kernel")
+
+
+def test_a_kernel_for_another_device_is_said_to_be(no_kernels):
+    with pytest.raises(KernelUnavailableError, match="index_kl has no kernel on 'npu': it has kernels for cuda only"):
+        raise dispatch._unavailable("index_kl", "npu")
 
 
 @pytest.mark.parametrize("device", ["cuda", "npu", "cpu", "mps"])
@@ -216,10 +268,11 @@ def test_a_kernel_that_fails_never_falls_back(op, no_kernels):
         PUBLIC[op](*ARGUMENTS[op](CPU), impl="kernel")
 
 
-def test_require_kernels_wants_every_operator(no_kernels):
-    for op in list(dispatch.OPERATORS)[:-1]:
+def test_require_kernels_wants_every_operator_that_has_kernels_there(no_kernels):
+    *others, last = native.OPERATORS
+    for op in others:
         dispatch.register_kernel(op, "cpu", print)
-    with pytest.raises(KernelUnavailableError, match=list(dispatch.OPERATORS)[-1]):
+    with pytest.raises(KernelUnavailableError, match=last):
         dispatch.require_kernels("cpu")
-    dispatch.register_kernel(list(dispatch.OPERATORS)[-1], "cpu", print)
+    dispatch.register_kernel(last, "cpu", print)
     dispatch.require_kernels("cpu")

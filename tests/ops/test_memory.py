@@ -33,13 +33,19 @@ INDEX = """
 qi, ki, w = testing.index_inputs(1, 4, 8192, 8192, 64, dtype=torch.bfloat16)
 out = ops.select_by_index(qi, ki, w, k=256, block=1)
 """
+KL = """
+qi, ki, w = (x.requires_grad_() for x in testing.index_inputs(1, 4, 8192, 8192, 64, dtype=torch.bfloat16))
+ops.index_kl(q, k, qi, ki, w, segments=[(0, 64), (4096, 8192)], scale=0.125).sum().backward()
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "call, most_gib",
-    [(MASS, 1.5), (SHARED, 0.75), (PER_QUERY, 0.75), (INDEX, 2.5)],
-    ids=["attention_mass", "sparse_attention shared", "sparse_attention per query", "select_by_index per query"],
+    [(MASS, 1.5), (SHARED, 0.75), (PER_QUERY, 0.75), (INDEX, 2.5), (KL, 1.0)],
+    ids=[
+        "attention_mass", "sparse_attention shared", "sparse_attention per query", "select_by_index per query", "index_kl"
+    ],
 )
 def test_8192_tokens_stay_within_memory(call, most_gib):
     """One fp32 [Tq, Tk] for 8 heads would be 2 GiB, its softmax another 2."""

@@ -41,6 +41,13 @@ def sparse_attention(
         scale: the model's score scale, usually `D ** -0.5`.
         impl: "auto", "reference" or "kernel".
     """
+    check_inputs(q, k, v, support)
+    return dispatch.call(
+        "sparse_attention", impl, q.device.type, q, k, v, support.indices, support.count, support.block, float(scale)
+    )
+
+
+def check_inputs(q: Tensor, k: Tensor, v: Tensor, support: Support) -> None:
     dispatch.check_tensor("q", q, (None, None, None, None), FLOATS)
     B, Hq, Tq, D = q.shape
     dispatch.check_tensor("k", k, (B, None, None, D), (q.dtype,), q.device)
@@ -54,6 +61,3 @@ def sparse_attention(
     dispatch.check_tensor("support.indices", support.indices, (B, None, Nq, None), (torch.int32,), q.device)
     if support.indices.shape[1] not in (1, Hkv):
         raise ValueError(f"support must have 1 or Hkv = {Hkv} heads, got {support.indices.shape[1]}")
-    return dispatch.call(
-        "sparse_attention", impl, q.device.type, q, k, v, support.indices, support.count, support.block, float(scale)
-    )

@@ -16,10 +16,11 @@ UNION_ELEMENTS = 1 << 26  # int32 words of workspace for unions: 256 MiB
 
 @triton.jit
 def _attend(
-    q, k, v, indices, count, member, out, scale_log2, first_tile, Tq, offset, block,
+    q, k, v, indices, count, member, tail_k, tail_v, tail_n, out, scale_log2, first_tile, Tq, offset, block,
     q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, i_b, i_h, i_n, c_b, c_h, c_n, o_b, o_h, o_t,
     Hkv: tl.constexpr, HEADS_PER_SUPPORT: tl.constexpr, G: tl.constexpr, GP: tl.constexpr, TQ: tl.constexpr, D: tl.constexpr,
-    DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, UNION: tl.constexpr, PRECISION: tl.constexpr,
+    DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, UNION: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     b, h = tl.program_id(1) // Hkv, tl.program_id(1) % Hkv
@@ -43,6 +44,16 @@ def _attend(
     high = tl.full([TQ * GP], float("-inf"), tl.float32)
     total = tl.zeros([TQ * GP], tl.float32)
     acc = tl.zeros([TQ * GP, DVP], tl.float32)
+    if TAIL:  # the block's tail is the first key; tail_k [B, Hkv, Nq, D], tail_v and tail_n [B, Hs, Nq] are contiguous
+        blocks = tl.cdiv(Tq, block)
+        line = (tl.program_id(1).to(tl.int64) * blocks + token // block)[:, None]
+        mean = tl.load(tail_k + line * D + d[None, :], mask=live_row[:, None] & (d < D)[None, :], other=0.0)
+        number = tail_n + (tl.program_id(1) // HEADS_PER_SUPPORT).to(tl.int64) * blocks + token // block
+        number = tl.load(number, mask=live_row, other=0.0)
+        score = tl.sum(queries.to(tl.float32) * mean.to(tl.float32), 1) * scale_log2
+        high = tl.where(number > 0, score + tl.log2(tl.maximum(number, 1.0)), float("-inf"))
+        total = tl.where(number > 0, 1.0, 0.0)
+        acc = tl.load(tail_v + line * DV + dv[None, :], mask=(number > 0)[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
     for start in range(0, held, BN):
         slot = start + tl.arange(0, BN)
         used = slot < held
@@ -109,6 +120,11 @@ def _compact(words, union, member, count, end, Tk, width, BN: tl.constexpr):
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Tensor, block: int, scale: float) -> Tensor:
     if hopper.serves(q, k, v, block, scale):
         return hopper.sparse_attention(q, k, v, indices, count, block, scale)
+    return attend(q, k, v, indices, count, block, scale, None)
+
+
+def attend(q, k, v, indices, count, block, scale, tail: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    """Attention over the supports and, with `tail` = keys, values and numbers, over one more key for every block."""
     B, Hq, Tq, _ = q.shape
     out = q.new_empty((B, Tq, Hq, v.shape[-1])).transpose(1, 2)
     if indices.shape[-1] == 0:
@@ -118,13 +134,13 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Te
     if block % 16 == 0:
         while block % TQ:
             TQ //= 2
-        _launch(q, k, v, indices, count, None, out, block, scale, TQ, 0, -(-Tq // TQ))
+        _launch(q, k, v, indices, count, None, tail, out, block, scale, TQ, 0, -(-Tq // TQ))
     else:
-        _serve_unions(q, k, v, indices, count, out, block, scale, min(TQ, UNION_BITS))
+        _serve_unions(q, k, v, indices, count, tail, out, block, scale, min(TQ, UNION_BITS))
     return out
 
 
-def _serve_unions(q, k, v, indices, count, out, block, scale, TQ):
+def _serve_unions(q, k, v, indices, count, tail, out, block, scale, TQ):
     B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
     Hs, tiles = indices.shape[1], -(-Tq // TQ)
     step = max(1, UNION_ELEMENTS // (B * Hs * Tk))
@@ -140,10 +156,10 @@ def _serve_unions(q, k, v, indices, count, out, block, scale, TQ):
             indices, count, words, first, block, Tq, Tk, *indices.stride()[:3], *count.stride(), Hs=Hs, TQ=TQ, BN=1024
         )
         _compact[grid](words, union, member, held, end, Tk, width, BN=1024)
-        _launch(q, k, v, union, held, member, out, block, scale, TQ, first, n)
+        _launch(q, k, v, union, held, member, tail, out, block, scale, TQ, first, n)
 
 
-def _launch(q, k, v, indices, count, member, out, block, scale, TQ, first, tiles):
+def _launch(q, k, v, indices, count, member, tail, out, block, scale, TQ, first, tiles):
     B, Hq, Tq, D = q.shape
     Hkv, Tk, Dv = k.shape[1], k.shape[2], v.shape[-1]
     G = Hq // Hkv
@@ -151,10 +167,11 @@ def _launch(q, k, v, indices, count, member, out, block, scale, TQ, first, tiles
     DP, DVP = (max(16, triton.next_power_of_2(size)) for size in (D, Dv))
     wide = max(DP, DVP) > 128
     _attend[(tiles, B * Hkv)](
-        q, k, v, indices, count, count if member is None else member, out, scale * 1.4426950408889634, first, Tq, Tk - Tq,
-        block, *q.stride(), *k.stride(), *v.stride(), *indices.stride()[:3], *count.stride(), *out.stride()[:3],
+        q, k, v, indices, count, count if member is None else member, *((k, v, count) if tail is None else tail), out,
+        scale * 1.4426950408889634, first, Tq, Tk - Tq, block, *q.stride(), *k.stride(), *v.stride(),
+        *indices.stride()[:3], *count.stride(), *out.stride()[:3],
         Hkv=Hkv, HEADS_PER_SUPPORT=Hkv // indices.shape[1], G=G, GP=GP, TQ=TQ, D=D, DP=DP, DV=Dv, DVP=DVP,
-        BN=32 if q.dtype == torch.float32 else 64, UNION=member is not None,
+        BN=32 if q.dtype == torch.float32 else 64, UNION=member is not None, TAIL=tail is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=8 if wide else 4, num_stages=2 if wide else 3,
     )  # fmt: skip

@@ -1,0 +1,3 @@
+from .op import index_kl
+
+__all__ = ["index_kl"]

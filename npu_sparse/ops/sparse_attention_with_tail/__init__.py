@@ -1,0 +1,3 @@
+from .op import sparse_attention_with_tail
+
+__all__ = ["sparse_attention_with_tail"]
