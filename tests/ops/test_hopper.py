@@ -17,6 +17,7 @@ from npu_sparse.testing import (
     hostile,
     index_inputs,
     naive_sparse_attention,
+    naive_sparse_attention_with_tail,
     poisoned,
     random_support,
 )
@@ -43,8 +44,8 @@ def compiler():
 VERBOSE = ("--ptxas-options=-v", "--no-cache")  # what comes from NVRTC's own cache comes without a log
 COMMON = {"BF16": 1}
 ATTEND = [
-    COMMON | dict(DIM=dim, BN=steps[0], SLOTS=steps[1], STREAMS=streams, UNION=union)
-    for (dim, steps), (streams, union) in product(attention.SHAPES.items(), ((1, 0), (2, 0), (1, 1)))
+    COMMON | dict(DIM=dim, BN=steps[0], SLOTS=steps[1], STREAMS=streams, UNION=union, TAIL=tail)
+    for (dim, steps), (streams, union, tail) in product(attention.SHAPES.items(), ((1, 0, 0), (2, 0, 1), (1, 1, 0)))
 ]
 SCORE = [
     COMMON | dict(
@@ -153,6 +154,15 @@ def test_attention_is_as_accurate_as_the_reference(hopper, case):
     actual = ops.sparse_attention(q, k, v, support, scale=scale, impl="kernel")
     exact = naive_sparse_attention(q, k, v, support, scale=scale)
     assert_accurate(actual, exact, ops.sparse_attention(q, k, v, support, scale=scale, impl="reference"))
+
+
+@pytest.mark.parametrize("case", ATTENTION, ids=str)
+def test_attention_with_a_tail_is_as_accurate_as_the_reference(hopper, case):
+    q, k, v, support = case.inputs(hopper)
+    scale = case.D**-0.5
+    actual = ops.sparse_attention_with_tail(q, k, v, support, scale=scale, impl="kernel")
+    exact = naive_sparse_attention_with_tail(q, k, v, support, scale=scale)
+    assert_accurate(actual, exact, ops.sparse_attention_with_tail(q, k, v, support, scale=scale, impl="reference"))
 
 
 @pytest.mark.parametrize("block", [1, 16, 64])

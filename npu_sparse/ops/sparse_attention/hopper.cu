@@ -5,14 +5,17 @@
 // DIM: of queries, keys and values. BN: keys of a step. SLOTS: keys or values of that many steps are in flight.
 // STREAMS: 1: an item is one tile of 128 rows, half of it for each warpgroup. 2: two tiles of 64, whose supports differ.
 // UNION: indices are those of the tile, and bit i of a key's word says whether the tile's i-th support holds it.
+// TAIL: behind its support, every block of queries of a tile has one key more, which stands for `tail_number` keys.
 #include "hopper.cuh"
 
 struct Arguments {
     const u16 *q, *k, *v;
     u16* out;
     const int *indices, *count, *member;
+    const u16 *tail_k, *tail_v;  // [B, Hkv, blocks, DIM]
+    const float* tail_number;    // [B, Hs, blocks]
     long long q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, o_b, o_h, o_t, i_b, i_h, i_n, c_b, c_h, c_n;
-    int items, tiles, first_tile, queries, offset, block, kv_heads, heads_per_support, G, TQ;
+    int items, tiles, first_tile, queries, offset, block, kv_heads, heads_per_support, G, TQ, blocks;
     float scale_log2;
 };
 
@@ -21,7 +24,7 @@ constexpr u32 SLOT_BYTES = BN * DIM * 2, QUERY_BYTES = ROWS * DIM * 2;
 
 struct Tile {
     long long b, support;  // where its indices begin
-    int h, token, held;
+    int h, token, held, slots;
 
     DEVICE Tile(const Arguments& a, int item, int stream)
     {
@@ -32,10 +35,12 @@ struct Tile {
         const long long s = h / a.heads_per_support, row = UNION ? tile : token / a.block;
         held = tile < a.tiles ? a.count[b * a.c_b + s * a.c_h + row * a.c_n] : 0;
         support = b * a.i_b + s * a.i_h + row * a.i_n;
+        slots = held;
+        if (TAIL && tile < a.tiles) slots += (min(token + a.TQ, a.queries) - 1) / a.block - token / a.block + 1;
     }
-};
 
-DEVICE int steps_of(int held) { return (held + BN - 1) / BN; }
+    DEVICE int steps() const { return (slots + BN - 1) / BN; }
+};
 
 struct Ring {  // its next slot, and the parity of that slot's turn
     u32 slot = 0, turn = 0;
@@ -85,12 +90,13 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend_supports(const __gri
             if (STREAMS > 1) load_queries(other, queries + TILE_ROWS * 128);
             arrive_after_copies(queries_full);
 
-            auto gather = [&](const u16* base, long long stride, const Tile& of, int step, bool with_numbers) {
+            auto gather = [&](const u16* base, long long stride, const u16* tail, const Tile& of, int step, bool with_numbers) {
                 int key[EACH];
 #pragma unroll
                 for (int i = 0; i < EACH; i++) {
                     const int place = step * BN + first + 16 * i;
                     key[i] = place < of.held ? __ldg(a.indices + of.support + place) : -1;
+                    if (TAIL && place >= of.held && place < of.slots) key[i] = -2 - (of.token / a.block + place - of.held);
                 }
                 barrier_wait(empty + 8 * ring.slot, ring.turn ^ 1);
                 if (with_numbers && t < BN) {
@@ -102,8 +108,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend_supports(const __gri
                 }
 #pragma unroll
                 for (int i = 0; i < EACH; i++) {
-                    const bool live = key[i] >= 0;
-                    const u16* row = base + chunk * 8 + (live ? key[i] * stride : 0);
+                    const bool live = TAIL ? key[i] != -1 : key[i] >= 0;
+                    const u16* row = base + chunk * 8 + (key[i] >= 0 ? key[i] * stride : 0);
+                    if (TAIL && key[i] < -1) row = tail + chunk * 8 + (-2 - key[i]) * DIM;
                     const u32 to = slots + ring.slot * SLOT_BYTES + (first + 16 * i) * 128 + column;
 #pragma unroll
                     for (int d = 0; d < PARTS; d++) copy_16(to + d * BN * 128, row + 64 * d, live);
@@ -113,15 +120,17 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend_supports(const __gri
             };
             const u16* const k = a.k + tile.b * a.k_b + tile.h * a.k_h;
             const u16* const v = a.v + tile.b * a.v_b + tile.h * a.v_h;
-            const int steps = max(steps_of(tile.held), steps_of(other.held));
+            const long long tails = TAIL ? (tile.b * a.kv_heads + tile.h) * a.blocks * DIM : 0;
+            const u16 *const tail_k = a.tail_k + tails, *const tail_v = a.tail_v + tails;
+            const int steps = max(tile.steps(), other.steps());
             for (int step = steps - 1; step >= -1; step--) {  // the latest keys first: only they need a causal mask
                 if (step >= 0) {
-                    gather(k, a.k_t, tile, step, true);
-                    if (STREAMS > 1) gather(k, a.k_t, other, step, true);
+                    gather(k, a.k_t, tail_k, tile, step, true);
+                    if (STREAMS > 1) gather(k, a.k_t, tail_k, other, step, true);
                 }
                 if (step < steps - 1) {
-                    gather(v, a.v_t, tile, step + 1, false);
-                    if (STREAMS > 1) gather(v, a.v_t, other, step + 1, false);
+                    gather(v, a.v_t, tail_v, tile, step + 1, false);
+                    if (STREAMS > 1) gather(v, a.v_t, tail_v, other, step + 1, false);
                 }
             }
         }
@@ -164,10 +173,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend_supports(const __gri
         };
         for (int item = blockIdx.x; item < a.items; item += gridDim.x, turn ^= 1) {
             const Tile tile(a, item, stream);
-            const int steps = STREAMS > 1 ? max(steps_of(tile.held), steps_of(Tile(a, item, 1 - stream).held)) : steps_of(tile.held);
+            const int steps = STREAMS > 1 ? max(tile.steps(), Tile(a, item, 1 - stream).steps()) : tile.steps();
             const int token[2] = {tile.token + row / a.G, tile.token + (row + 8) / a.G};
             const int position[2] = {a.offset + token[0], a.offset + token[1]};
             const int bit[2] = {UNION ? token[0] / a.block - tile.token / a.block : 0, UNION ? token[1] / a.block - tile.token / a.block : 0};
+            const float* const number = !TAIL ? nullptr : a.tail_number
+                + (tile.b * (a.kv_heads / a.heads_per_support) + tile.h / a.heads_per_support) * a.blocks + tile.token / a.block;
             float high[2] = {MINUS_INFINITY, MINUS_INFINITY}, total[2] = {0, 0}, decay[2];
             auto mask = [&](int slot, int step) {
                 const int* const key = keys + slot * BN;
@@ -177,11 +188,16 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend_supports(const __gri
 #pragma unroll
                     for (int e = 0; e < 2; e++) {
                         const int c = 8 * i + 2 * quad + e;
-                        const bool used = step * BN + c < tile.held;
+                        const int tail = step * BN + c - tile.held;  // of the tile's blocks, from 0 on
                         const int word = UNION ? key[SLOTS * BN + c] : 1;
 #pragma unroll
-                        for (int r = 0; r < 2; r++)
-                            if (!used || key[c] > position[r] || !(word >> bit[r] & 1)) s[4 * i + 2 * r + e] = MINUS_INFINITY;
+                        for (int r = 0; r < 2; r++) {
+                            float& score = s[4 * i + 2 * r + e];
+                            if (TAIL && tail >= 0 && tail == bit[r] && step * BN + c < tile.slots && number[tail] > 0)
+                                score += __log2f(number[tail]) / a.scale_log2;
+                            else if (tail >= 0 || key[c] > position[r] || !(word >> bit[r] & 1))
+                                score = MINUS_INFINITY;
+                        }
                     }
             };
             auto weigh = [&]() {  // scores become weights, relative to the largest so far

@@ -16,10 +16,10 @@ SHAPES = {64: (128, 10), 128: (128, 5), 256: (64, 5)}  # dimension -> keys of a 
 STRIDES = [f"{tensor}_{axis}" for tensor in "qkvo" for axis in "bht"] + [f"{tensor}_{axis}" for tensor in "ic" for axis in "bhn"]
 Attend = nvrtc.structure(
     "Attend",
-    **dict.fromkeys(("q", "k", "v", "out", "indices", "count", "member"), "p"),
+    **dict.fromkeys(("q", "k", "v", "out", "indices", "count", "member", "tail_k", "tail_v", "tail_number"), "p"),
     **dict.fromkeys(STRIDES, "q"),
     **dict.fromkeys(
-        ("items", "tiles", "first_tile", "queries", "offset", "block", "kv_heads", "heads_per_support", "G", "TQ"), "i"
+        ("items", "tiles", "first_tile", "queries", "offset", "block", "kv_heads", "heads_per_support", "G", "TQ", "blocks"), "i"
     ),
     scale_log2="f",
 )
@@ -56,7 +56,8 @@ def _tokens(rows: int, G: int) -> int:
     return 1 << (max(1, rows // G).bit_length() - 1)
 
 
-def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Tensor, block: int, scale: float) -> Tensor:
+def attend(q, k, v, indices, count, block: int, scale: float, tail: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
+    """Attention over the supports and, with `tail` = keys, values and numbers, over one more key for every block."""
     B, Hq, Tq, D = q.shape
     out = q.new_empty((B, Tq, Hq, D)).transpose(1, 2)
     if indices.shape[-1] == 0 or not out.numel():
@@ -64,13 +65,13 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Te
     indices, count = indices.contiguous(), count.contiguous()
     G = Hq // k.shape[1]
     if tokens := _shared_by(block, G):
-        _attend(q, k, v, indices, count, None, out, block, scale, tokens, 0, -(-Tq // tokens))
+        _attend(q, k, v, indices, count, None, tail, out, block, scale, tokens, 0, -(-Tq // tokens))
     else:
-        _attend_unions(q, k, v, indices, count, out, block, scale, min(_tokens(ROWS, G), UNION_BITS * block))
+        _attend_unions(q, k, v, indices, count, tail, out, block, scale, min(_tokens(ROWS, G), UNION_BITS * block))
     return out
 
 
-def _attend_unions(q, k, v, indices, count, out, block, scale, TQ):
+def _attend_unions(q, k, v, indices, count, tail, out, block, scale, TQ):
     B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
     Hs, K = indices.shape[1], indices.shape[-1]
     tiles = -(-Tq // TQ)
@@ -82,7 +83,7 @@ def _attend_unions(q, k, v, indices, count, out, block, scale, TQ):
         united, member = (torch.empty((B, Hs, n, width), dtype=torch.int32, device=q.device) for _ in range(2))
         held = torch.empty((B, Hs, n), dtype=torch.int32, device=q.device)
         unite(indices, count, united, member, held, first, TQ, block, Tq, Tk)
-        _attend(q, k, v, united, held, member, out, block, scale, TQ, first, n)
+        _attend(q, k, v, united, held, member, tail, out, block, scale, TQ, first, n)
 
 
 def unite(indices, count, united, member, held, first, TQ, block, Tq, Tk) -> None:
@@ -96,7 +97,7 @@ def unite(indices, count, united, member, held, first, TQ, block, Tq, Tk) -> Non
     ))  # fmt: skip
 
 
-def _attend(q, k, v, indices, count, member, out, block, scale, TQ, first, tiles):
+def _attend(q, k, v, indices, count, member, tail, out, block, scale, TQ, first, tiles):
     B, Hq, Tq, D = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
     BN, slots = SHAPES[D]
@@ -104,12 +105,13 @@ def _attend(q, k, v, indices, count, member, out, block, scale, TQ, first, tiles
     streams, union = 1 if TQ * G > ROWS // 2 or member is not None else 2, member is not None
     shared = (ROWS + slots * BN) * D * 2 + slots * BN * 4 * (2 if union else 1) + 8 * (2 * slots + 2)
     macros = dict(BF16=int(q.dtype == torch.bfloat16), DIM=D, BN=BN, SLOTS=slots, STREAMS=streams, UNION=int(union))
+    macros["TAIL"] = int(tail is not None)
     run = nvrtc.kernel("sparse_attention/hopper.cu", "attend_supports", tuple(macros.items()), shared, q.device.index)
     items = -(-tiles // streams) * B * Hkv
     run((min(items, processors(q.device)),), 384, Attend(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), indices.data_ptr(), count.data_ptr(),
-        member.data_ptr() if union else 0, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        member.data_ptr() if union else 0, *((0, 0, 0) if tail is None else (part.data_ptr() for part in tail)), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *indices.stride()[:3], *count.stride(), items, tiles, first, Tq, Tk - Tq, block, Hkv, Hkv // indices.shape[1], G, TQ,
-        scale * 1.4426950408889634,
+        -(-Tq // block), scale * 1.4426950408889634,
     ))  # fmt: skip
 

@@ -118,13 +118,13 @@ def _compact(words, union, member, count, end, Tk, width, BN: tl.constexpr):
 
 
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Tensor, block: int, scale: float) -> Tensor:
-    if hopper.serves(q, k, v, block, scale):
-        return hopper.sparse_attention(q, k, v, indices, count, block, scale)
     return attend(q, k, v, indices, count, block, scale, None)
 
 
 def attend(q, k, v, indices, count, block, scale, tail: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
     """Attention over the supports and, with `tail` = keys, values and numbers, over one more key for every block."""
+    if hopper.serves(q, k, v, block, scale):
+        return hopper.attend(q, k, v, indices, count, block, scale, tail)
     B, Hq, Tq, _ = q.shape
     out = q.new_empty((B, Tq, Hq, v.shape[-1])).transpose(1, 2)
     if indices.shape[-1] == 0:
