@@ -107,10 +107,10 @@ def _attend(q, k, v, indices, count, member, tail, out, block, scale, TQ, first,
     macros = dict(BF16=int(q.dtype == torch.bfloat16), DIM=D, BN=BN, SLOTS=slots, STREAMS=streams, UNION=int(union))
     macros["TAIL"] = int(tail is not None)
     run = nvrtc.kernel("sparse_attention/hopper.cu", "attend_supports", tuple(macros.items()), shared, q.device.index)
-    items = -(-tiles // streams) * B * Hkv
+    items, tails = -(-tiles // streams) * B * Hkv, [0, 0, 0] if tail is None else [part.data_ptr() for part in tail]
     run((min(items, processors(q.device)),), 384, Attend(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), indices.data_ptr(), count.data_ptr(),
-        member.data_ptr() if union else 0, *((0, 0, 0) if tail is None else (part.data_ptr() for part in tail)), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+        member.data_ptr() if union else 0, *tails, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
         *indices.stride()[:3], *count.stride(), items, tiles, first, Tq, Tk - Tq, block, Hkv, Hkv // indices.shape[1], G, TQ,
         -(-Tq // block), scale * 1.4426950408889634,
     ))  # fmt: skip
