@@ -148,7 +148,7 @@ class SparsePrefill:
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name until transformers 5.24
             queries = hidden.shape[1]
             seen = 0 if cache is None or queries == 1 else int(cache.get_seq_length(layer))
             length = seen + queries
