@@ -16,7 +16,7 @@ from .architectures import attention_modules, attention_selection, describe, tex
 from .budget import Budget
 from .index_cache import IndexKeyCache
 from .indexer import Indexer as IndexerModule
-from .ops.dispatch import check_limits, require_kernels, uses_kernel
+from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
 from .selectors import Indexer, LayerInputs, Selector
 from .support import Support
 
@@ -115,8 +115,14 @@ class SparsePrefill:
                 f"per_layer must name layers that select for themselves (share_layers {self.budget.share_layers}), "
                 f"got {followers}"
             )
+        if self.budget.candidates and self.selector.indexer is None:
+            raise ValueError(
+                f"candidates must be 0 for a selector without an indexer, got {self.budget.candidates} for {self.selector.name!r}"
+            )
         if uses_kernel(self.impl, self.model.device.type):
             require_kernels(self.model.device.type)
+            if self.budget.candidates:
+                require_kernel("select_two_level", self.model.device.type)
             self._check_limits()
         indexer = self.selector.indexer
         if indexer is not None:

@@ -4,6 +4,7 @@ from .attention_mass import attention_mass
 from .dispatch import KernelUnavailableError
 from .index_scores import index_scores, select_by_index
 from .select_tokens import select_tokens
+from .select_two_level import select_two_level
 from .sparse_attention import sparse_attention
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "index_scores",
     "select_by_index",
     "select_tokens",
+    "select_two_level",
     "sparse_attention",
 ]

@@ -69,7 +69,8 @@ def define(
 ) -> None:
     """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
 
-    `devices`: where it has a kernel of its own; elsewhere the public function is made of other operators (`is_whole_on`).
+    `devices`: where it has a kernel of its own; elsewhere the public function is made of other operators, or has none
+    (`is_whole_on`).
     """
     for name in (op, f"{op}_reference"):
         torch.library.define(f"npu_sparse::{name}", signature)
@@ -82,7 +83,7 @@ def define(
 
 
 def is_whole_on(op: str, device_type: str) -> bool:
-    """True where `op` has a kernel of its own, False where it is made of others."""
+    """True where `op` may have a kernel of its own, False where it is made of others or has none."""
     return device_type in _DEVICES[op]
 
 
@@ -102,13 +103,19 @@ def register_triton(device_type: str) -> None:
             _DEVICES[op] = tuple(device for device in _DEVICES[op] if device != device_type)
 
 
+def require_kernel(op: str, device_type: str) -> None:
+    """Raises KernelUnavailableError unless this operator has a kernel on this device."""
+    if _kernel(op, device_type) is None:
+        raise _unavailable(op, device_type)
+
+
 def require_kernels(device_type: str) -> None:
-    """Raises KernelUnavailableError unless every operator has a kernel on this device."""
+    """Raises KernelUnavailableError unless every operator has a kernel on this device, but for those that others stand in for or
+    that are an option of the budget (`require_kernel`)."""
     for op in OPERATORS:
         if device_type in KERNEL_KEYS and not is_whole_on(op, device_type):
             continue
-        if _kernel(op, device_type) is None:
-            raise _unavailable(op, device_type)
+        require_kernel(op, device_type)
 
 
 def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
@@ -155,7 +162,10 @@ def _kernel_or_error(op: str, device_type: str) -> Callable:
 
 
 def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
-    return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {_HOW.get(device_type, _HOW_ELSEWHERE)}")
+    how = _HOW.get(device_type, _HOW_ELSEWHERE)
+    if device_type in KERNEL_KEYS and not is_whole_on(op, device_type):
+        how = f"it has kernels for {', '.join(_DEVICES[op])} only: pass impl='reference'"
+    return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {how}")
 
 
 def check_tensor(name: str, tensor, shape: tuple, dtypes: tuple, device=None) -> None:

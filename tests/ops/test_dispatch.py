@@ -33,6 +33,11 @@ def select_arguments(at, block=8):
     return ragged_scores(2, 2, 21, 30, block=block).to(at.device), 20, 2, 1, block, 21, None
 
 
+def two_level_arguments(at, block=8):
+    qi, ki, w = index_inputs(2, 3, 21, 200, 64, dtype=at.dtype(), device=at.device)
+    return qi, ki, w, 20, 32, 16, block, "mean", 2, 1, padding(2, 200, "right", device=at.device)
+
+
 def sparse_arguments(at, block=8):
     q, k, v = attention_inputs(2, 4, 2, 21, 30, 16, at.dim(24), dtype=at.dtype(), device=at.device, strided=True)
     support = random_support(2, 2, 21, 30, k=7, block=block, device=at.device)
@@ -44,6 +49,7 @@ ARGUMENTS = {
     "index_scores": index_arguments,
     "select_by_index": selection_arguments,
     "select_tokens": select_arguments,
+    "select_two_level": two_level_arguments,
     "sparse_attention": sparse_arguments,
 }
 
@@ -72,23 +78,39 @@ def select_tokens(scores, k, sink, recent, block, queries, valid, impl):
     return support.indices, support.count
 
 
+def select_two_level(qi, ki, w, k, candidates, key_block, block, reduce, sink, recent, valid, impl):
+    support = ops.select_two_level(
+        qi, ki, w, k=k, candidates=candidates, key_block=key_block, block=block, reduce=reduce, sink=sink, recent=recent,
+        valid=valid, impl=impl,
+    )  # fmt: skip
+    return support.indices, support.count
+
+
 def sparse_attention(q, k, v, indices, count, block, scale, impl):
     return ops.sparse_attention(q, k, v, Support(indices, count, block), scale=scale, impl=impl)
 
 
-PUBLIC = {f.__name__: f for f in (attention_mass, index_scores, select_by_index, select_tokens, sparse_attention)}
+FUNCTIONS = (attention_mass, index_scores, select_by_index, select_tokens, select_two_level, sparse_attention)
+PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)
 
 
+def impl_for(backend, op):
+    """The back-end's `impl`; an operator that has kernels for CUDA only is a reference elsewhere."""
+    missing = dispatch._DEVICES[op] == ("cuda",) and dispatch._kernel(op, backend.device) is None
+    return "reference" if missing else backend.impl
+
+
 def test_every_operator_is_tested_here():
-    assert sorted(ARGUMENTS) == sorted(dispatch.OPERATORS) == sorted(native.OPERATORS)
+    assert sorted(ARGUMENTS) == sorted(dispatch.OPERATORS)
+    assert sorted(op for op in ARGUMENTS if dispatch.is_whole_on(op, "npu")) == sorted(native.OPERATORS)
 
 
 @everywhere
 @pytest.mark.parametrize("block", [1, 8, 16])
 def test_opcheck(backend, op, block):
-    whole = backend.impl == "kernel" and dispatch.is_whole_on(op, backend.device)
-    name = op if whole else f"{op}_reference"
+    kernel = backend.impl == "kernel" and dispatch._kernel(op, backend.device) is not None
+    name = op if kernel else f"{op}_reference"
     torch.library.opcheck(getattr(torch.ops.npu_sparse, name).default, ARGUMENTS[op](backend, block))
 
 
@@ -96,10 +118,11 @@ def test_opcheck(backend, op, block):
 @pytest.mark.parametrize("block", [1, 8, 16])
 def test_fake_has_the_shape_the_dtype_and_the_strides_of_the_result(backend, op, block):
     arguments = ARGUMENTS[op](backend, block)
-    real = PUBLIC[op](*arguments, impl=backend.impl)
+    impl = impl_for(backend, op)
+    real = PUBLIC[op](*arguments, impl=impl)
     with FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments]
-        fake = PUBLIC[op](*fakes, impl=backend.impl)
+        fake = PUBLIC[op](*fakes, impl=impl)
     pairs = [(real, fake)] if isinstance(real, torch.Tensor) else list(zip(real, fake, strict=True))
     for a, b in pairs:
         assert (a.shape, a.dtype, a.device, a.stride()) == (b.shape, b.dtype, b.device, b.stride())
@@ -108,10 +131,11 @@ def test_fake_has_the_shape_the_dtype_and_the_strides_of_the_result(backend, op,
 @everywhere
 def test_full_graph_compile_gives_the_same(backend, op):
     arguments = ARGUMENTS[op](backend)
-    expected = PUBLIC[op](*arguments, impl=backend.impl)
+    impl = impl_for(backend, op)
+    expected = PUBLIC[op](*arguments, impl=impl)
     torch.compiler.reset()
     compiled = torch.compile(PUBLIC[op], fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*arguments, impl=backend.impl), expected, rtol=0, atol=0)
+    torch.testing.assert_close(compiled(*arguments, impl=impl), expected, rtol=0, atol=0)
 
 
 def test_full_graph_compile_of_selection_in_slices_gives_the_same(backend):
@@ -182,6 +206,13 @@ def test_a_missing_kernel_is_an_error_that_says_what_to_do(op, no_kernels):
         PUBLIC[op](*ARGUMENTS[op](CPU), impl="kernel")
 
 
+def test_a_kernel_that_exists_for_another_device_only_is_said_to(no_kernels):
+    with pytest.raises(KernelUnavailableError, match="select_two_level has no kernel on 'npu': it has kernels for cuda only"):
+        dispatch.require_kernel("select_two_level", "npu")
+    with pytest.raises(KernelUnavailableError, match="select_two_level has no kernel on 'cuda': its kernels need triton"):
+        raise dispatch._unavailable("select_two_level", "cuda")
+
+
 @pytest.mark.parametrize("device", ["cuda", "npu", "cpu", "mps"])
 def test_every_device_without_kernels_is_told_what_to_do(device, no_kernels):
     with pytest.raises(KernelUnavailableError, match=f"attention_mass has no kernel on '{device}': .*impl='reference'"):
@@ -221,9 +252,10 @@ def test_require_kernels_wants_every_operator_that_is_not_made_of_others(no_kern
         if op != "select_by_index":
             dispatch.register_kernel(op, "cuda", print)
     dispatch.require_kernels("cuda")
-    for op in dispatch.OPERATORS[:-1]:
+    *others, last = native.OPERATORS
+    for op in others:
         dispatch.register_kernel(op, "cpu", print)
-    with pytest.raises(KernelUnavailableError, match=dispatch.OPERATORS[-1]):
+    with pytest.raises(KernelUnavailableError, match=last):
         dispatch.require_kernels("cpu")
-    dispatch.register_kernel(dispatch.OPERATORS[-1], "cpu", print)
+    dispatch.register_kernel(last, "cpu", print)
     dispatch.require_kernels("cpu")

@@ -33,13 +33,20 @@ INDEX = """
 qi, ki, w = testing.index_inputs(1, 4, 8192, 8192, 64, dtype=torch.bfloat16)
 out = ops.select_by_index(qi, ki, w, k=256, block=1)
 """
+TWO_LEVEL = """
+qi, ki, w = testing.index_inputs(1, 4, 8192, 8192, 64, dtype=torch.bfloat16)
+out = ops.select_two_level(qi, ki, w, k=256, candidates=1024, block=1)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "call, most_gib",
-    [(MASS, 1.5), (SHARED, 0.75), (PER_QUERY, 0.75), (INDEX, 2.5)],
-    ids=["attention_mass", "sparse_attention shared", "sparse_attention per query", "select_by_index per query"],
+    [(MASS, 1.5), (SHARED, 0.75), (PER_QUERY, 0.75), (INDEX, 2.5), (TWO_LEVEL, 0.75)],
+    ids=[
+        "attention_mass", "sparse_attention shared", "sparse_attention per query", "select_by_index per query",
+        "select_two_level per query",
+    ],
 )
 def test_8192_tokens_stay_within_memory(call, most_gib):
     """One fp32 [Tq, Tk] for 8 heads would be 2 GiB, its softmax another 2."""
