@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
+KEY_BLOCKS = (16, 32, 64, 128)
 REDUCTIONS = ("max", "mean")
 
 
@@ -35,6 +36,8 @@ class Budget:
     dense_below: int | str = 0
     share_layers: int = 1
     tail: bool = False
+    candidates: int = 0
+    key_block: int = 64
 
     def __post_init__(self):
         tiers = self.k if isinstance(self.k, Mapping) else {0: self.k}
@@ -48,7 +51,9 @@ class Budget:
             raise ValueError(f"block (b_sel) must be one of {', '.join(map(str, BLOCKS))}, got {self.block!r}")
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {self.reduce!r}")
-        for name in ("sink", "recent"):
+        if self.key_block not in KEY_BLOCKS or isinstance(self.key_block, bool):
+            raise ValueError(f"key_block must be one of {', '.join(map(str, KEY_BLOCKS))}, got {self.key_block!r}")
+        for name in ("sink", "recent", "candidates"):
             _whole(name, getattr(self, name), 0)
         if self.dense_below != "auto":
             _whole("dense_below", self.dense_below, 0)
@@ -63,6 +68,9 @@ class Budget:
                 f"k must hold the keys that are always kept (sink {self.sink} + recent {self.recent} of every query of a "
                 f"block of {self.block} = {kept}), got {smallest}"
             )
+        largest = max([*tiers.values(), *per_layer.values()])
+        if self.candidates and self.candidates < largest:
+            raise ValueError(f"candidates must be 0 or hold the k keys chosen of them ({largest}), got {self.candidates}")
         object.__setattr__(self, "k", self.k if not isinstance(self.k, Mapping) else tiers)
         object.__setattr__(self, "per_layer", per_layer)
 

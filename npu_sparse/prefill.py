@@ -117,10 +117,16 @@ class SparsePrefill:
                 f"per_layer must name layers that select for themselves (share_layers {self.budget.share_layers}), "
                 f"got {followers}"
             )
+        if self.budget.candidates and self.selector.indexer is None:
+            raise ValueError(
+                f"candidates must be 0 for a selector without an indexer, got {self.budget.candidates} for {self.selector.name!r}"
+            )
         if uses_kernel(self.impl, self.model.device.type):
             require_kernels(self.model.device.type)
             if self.budget.tail:
                 require_kernel("sparse_attention_with_tail", self.model.device.type, "or Budget(tail=False)")
+            if self.budget.candidates:
+                require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
             self._check_limits()
         indexer = self.selector.indexer
         if indexer is not None:

@@ -75,7 +75,7 @@ class Oracle:
 
 
 class Indexer:
-    """Top-k of an indexer's scores (evidence: distilled or untrained, as the adapter says)."""
+    """Top-k of an indexer's scores (evidence: distilled or untrained, as the adapter says), in one level or two."""
 
     def __init__(self, indexer: IndexerModule):
         self.indexer = indexer
@@ -84,10 +84,13 @@ class Indexer:
 
     def select(self, inputs: LayerInputs, budget: Budget) -> Support:
         qi, ki, w = inputs.index
-        return ops.select_by_index(
-            qi, ki, w, k=budget.k_for(ki.shape[1], inputs.layer), block=budget.block, reduce=budget.reduce,
-            sink=budget.sink, recent=budget.recent, valid=inputs.valid, impl=inputs.impl, stage=inputs.stage,
+        options = dict(
+            k=budget.k_for(ki.shape[1], inputs.layer), block=budget.block, reduce=budget.reduce, sink=budget.sink,
+            recent=budget.recent, valid=inputs.valid, impl=inputs.impl, stage=inputs.stage,
         )  # fmt: skip
+        if budget.candidates:
+            return ops.select_two_level(qi, ki, w, candidates=budget.candidates, key_block=budget.key_block, **options)
+        return ops.select_by_index(qi, ki, w, **options)
 
 
 class Local:

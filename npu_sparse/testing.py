@@ -125,6 +125,17 @@ def index_inputs(
     return qi, ki, normal(B, Tq, Hi, seed=3 * seed + 2, **options)
 
 
+def whole_index_inputs(
+    B: int, Hi: int, Tq: int, Tk: int, Di: int, *, dtype=torch.float32, device="cpu", seed: int = 0, strided: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`index_inputs` of whole numbers, so small and with Di a power of 4 that every product, mean of a power of two and sum is
+    exact in fp32 and fp16, in whatever order: results can be compared bit by bit. Most scores tie."""
+    qi, ki, w = index_inputs(B, Hi, Tq, Tk, Di, dtype=dtype, device=device, seed=seed, strided=strided)
+    for x in (qi, ki):
+        x.copy_((x * 0.9).round().clamp(-2, 2))
+    return qi, ki, w.copy_(w.round().clamp(-1, 2))
+
+
 def padding(B: int, T: int, side: str, *, device="cpu") -> Tensor:
     """bool `[B, T]`: row b has about `(b + 1) T / (B + 2)` padding tokens on this side, but not all of it."""
     missing = torch.tensor([min((b + 1) * T // (B + 2), T - 1) for b in range(B)])[:, None]
@@ -238,6 +249,61 @@ def naive_select_tokens(
                 indices[b, h, n, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
                 count[b, h, n] = len(chosen)
     return Support(indices.to(scores.device), count.to(scores.device), block)
+
+
+def naive_select_two_level(
+    qi: Tensor, ki: Tensor, w: Tensor | None = None, *, k: int, candidates: int, key_block: int = 64, block: int = 1,
+    reduce: str = "max", sink: int = 0, recent: int = 0, valid: Tensor | None = None, dtype=torch.float64,
+) -> Support:  # fmt: skip
+    """Two-level selection by definition, group by group and block by block: exact in float64 but for the rounding of the blocks'
+    bounds to the input dtype. `valid` has its padding on one side."""
+    B, Hi, Tq, Di = qi.shape
+    Tk, group = ki.shape[1], max(block, 64)
+    starts = range(0, Tk, key_block)
+    touched = [(n + key_block - 2) // key_block + 1 for n in (max(sink, 1), group + max(recent, 1) - 1)]
+    most = -(-candidates // key_block) + sum(touched)
+    real = torch.ones(B, Tk, dtype=torch.bool) if valid is None else valid.cpu()
+    scored = torch.full((B, -(-Tq // block), Tk), float("-inf"), dtype=torch.float64)
+    for b in range(B):
+        for first in range(0, Tq, group):
+            queries = [t for t in range(first, min(first + group, Tq)) if real[b, Tk - Tq + t]]
+            ahead = Tk - Tq + min(first + group, Tq)
+            begins = Tk - Tq + first
+            sinks = real[b].nonzero()[: max(sink, 1), 0].tolist()
+            ranked = {}
+            for s in starts:
+                keys = [i for i in range(s, min(s + key_block, Tk)) if real[b, i]]
+                if s >= ahead or not keys:
+                    continue
+                if s + key_block > begins - max(recent, 1) + 1:
+                    ranked[s] = (2, 0.0)
+                elif set(keys) & set(sinks):
+                    ranked[s] = (1, 0.0)
+                elif queries:
+                    rows = ki[b, keys].cpu()
+                    mean = rows.double().mean(0)
+                    high, low = (((mean + rows.double().amax(0)) / 2), ((mean + rows.double().amin(0)) / 2))
+                    high, low = high.to(ki.dtype).to(dtype), low.to(ki.dtype).to(dtype)
+                    score = torch.zeros(len(queries), dtype=dtype)
+                    for h in range(Hi):
+                        q = qi[b, h, queries].cpu().to(dtype)
+                        z = (torch.where(q > 0, high, low) * q).sum(-1).clamp(min=0)
+                        score += z if w is None else z * w[b, queries, h].cpu().to(dtype)
+                    ranked[s] = (0, float(score.max()))
+            best = sorted(ranked, key=lambda s: (-ranked[s][0], -ranked[s][1], s))[:most]
+            keys = torch.tensor([i for s in sorted(best) for i in range(s, min(s + key_block, ahead))])
+            seen = real.clone()
+            seen[b, [i for i in range(Tk) if i not in set(keys.tolist())]] = False
+            seen[b, begins:ahead] = real[b, begins:ahead]
+            part = naive_index_scores(
+                qi[b : b + 1, :, first : first + group], ki[b : b + 1, :ahead],
+                None if w is None else w[b : b + 1, first : first + group], block=block, reduce=reduce,
+                valid=seen[b : b + 1, :ahead].to(qi.device), dtype=dtype,
+            )  # fmt: skip
+            scored[b, first // block : first // block + part.shape[1], :ahead] = part[0].double().cpu()
+    return naive_select_tokens(
+        scored.to(qi.device), k=k, sink=sink, recent=recent, block=block, queries=Tq, valid=valid
+    )
 
 
 def naive_sparse_attention(

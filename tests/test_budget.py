@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_sparse import Budget
-from npu_sparse.budget import BLOCKS, REDUCTIONS
+from npu_sparse.budget import BLOCKS, KEY_BLOCKS, REDUCTIONS
 
 
 @st.composite
@@ -17,6 +17,8 @@ def budgets(draw):
         k=draw(st.one_of(ks, tiers)), block=block, reduce=draw(st.sampled_from(REDUCTIONS)), sink=sink, recent=recent,
         per_layer=draw(st.dictionaries(st.integers(0, 40), ks, max_size=3)), dense_below=draw(st.integers(0, 9999)),
         tail=draw(st.booleans()),
+        share_layers=draw(st.integers(1, 4)), candidates=draw(st.sampled_from([0, 5000, 8192])),
+        key_block=draw(st.sampled_from(KEY_BLOCKS)),
     )  # fmt: skip
 
 
@@ -86,6 +88,12 @@ def test_what_is_always_kept_must_fit_exactly():
         ({"dense_below": -5}, ValueError, "dense_below must be >= 0, got -5"),
         ({"per_layer": {-1: 8}}, ValueError, "per_layer: layer must be >= 0, got -1"),
         ({"per_layer": {0: 0}}, ValueError, "per_layer: k must be >= 1, got 0"),
+        ({"share_layers": 0}, ValueError, "share_layers must be >= 1, got 0"),
+        ({"candidates": -1}, ValueError, "candidates must be >= 0, got -1"),
+        ({"k": 64, "candidates": 63}, ValueError, r"candidates must be 0 or hold the k keys .* \(64\), got 63"),
+        ({"k": {0: 64, 9: 128}, "candidates": 64}, ValueError, r"candidates .* \(128\), got 64"),
+        ({"k": 64, "per_layer": {1: 96}, "candidates": 64}, ValueError, r"candidates .* \(96\), got 64"),
+        ({"key_block": 48}, ValueError, "key_block must be one of 16, 32, 64, 128, got 48"),
     ],
 )
 def test_a_broken_rule_is_named(fields, error, message):

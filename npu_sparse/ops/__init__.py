@@ -5,6 +5,7 @@ from .dispatch import KernelUnavailableError
 from .index_kl import index_kl
 from .index_scores import index_scores, select_by_index
 from .select_tokens import select_tokens
+from .select_two_level import select_two_level
 from .sparse_attention import sparse_attention
 from .sparse_attention_with_tail import sparse_attention_with_tail
 
@@ -15,6 +16,7 @@ __all__ = [
     "index_scores",
     "select_by_index",
     "select_tokens",
+    "select_two_level",
     "sparse_attention",
     "sparse_attention_with_tail",
 ]

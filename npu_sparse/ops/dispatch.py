@@ -101,7 +101,8 @@ def register_triton(device_type: str) -> None:
 
 
 def require_kernels(device_type: str) -> None:
-    """Raises KernelUnavailableError unless every operator has a kernel on this device."""
+    """Raises KernelUnavailableError unless every operator has a kernel on this device, but for those that others stand in for or
+    that are an option of the budget (`require_kernel`)."""
     for op in OPERATORS:
         elsewhere = device_type in KERNEL_KEYS and not has_kernels_for(op, device_type)
         if not elsewhere and _kernel(op, device_type) is None:

@@ -33,6 +33,11 @@ def select_arguments(at, block=8):
     return ragged_scores(2, 2, 21, 30, block=block).to(at.device), 20, 2, 1, block, 21, None
 
 
+def two_level_arguments(at, block=8):
+    qi, ki, w = index_inputs(2, 3, 21, 200, 64, dtype=at.dtype(), device=at.device)
+    return qi, ki, w, 20, 32, 16, block, "mean", 2, 1, padding(2, 200, "right", device=at.device)
+
+
 def sparse_arguments(at, block=8):
     q, k, v = attention_inputs(2, 4, 2, 21, 30, 16, at.dim(24), dtype=at.dtype(), device=at.device, strided=True)
     support = random_support(2, 2, 21, 30, k=7, block=block, device=at.device)
@@ -62,6 +67,7 @@ ARGUMENTS = {
     "index_scores": index_arguments,
     "select_by_index": selection_arguments,
     "select_tokens": select_arguments,
+    "select_two_level": two_level_arguments,
     "sparse_attention": sparse_arguments,
     "sparse_attention_with_tail": tail_arguments,
 }
@@ -91,6 +97,14 @@ def select_tokens(scores, k, sink, recent, block, queries, valid, impl):
     return support.indices, support.count
 
 
+def select_two_level(qi, ki, w, k, candidates, key_block, block, reduce, sink, recent, valid, impl):
+    support = ops.select_two_level(
+        qi, ki, w, k=k, candidates=candidates, key_block=key_block, block=block, reduce=reduce, sink=sink, recent=recent,
+        valid=valid, impl=impl,
+    )  # fmt: skip
+    return support.indices, support.count
+
+
 def sparse_attention(q, k, v, indices, count, block, scale, impl):
     return ops.sparse_attention(q, k, v, Support(indices, count, block), scale=scale, impl=impl)
 
@@ -109,8 +123,8 @@ def sparse_attention_with_tail(q, k, v, indices, count, block, scale, valid, imp
 
 
 FUNCTIONS = (
-    attention_mass, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, sparse_attention,
-    sparse_attention_with_tail,
+    attention_mass, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, select_two_level,
+    sparse_attention, sparse_attention_with_tail,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)
@@ -232,6 +246,13 @@ def test_a_missing_kernel_is_an_error_that_says_what_to_do(op, no_kernels):
 def test_a_kernel_for_another_device_is_said_to_be(no_kernels):
     with pytest.raises(KernelUnavailableError, match="index_kl has no kernel on 'npu': it has kernels for cuda only"):
         raise dispatch._unavailable("index_kl", "npu")
+
+
+def test_a_kernel_that_exists_for_another_device_only_is_said_to(no_kernels):
+    with pytest.raises(KernelUnavailableError, match="select_two_level has no kernel on 'npu': it has kernels for cuda only"):
+        dispatch.require_kernel("select_two_level", "npu", "or another")
+    with pytest.raises(KernelUnavailableError, match="select_two_level has no kernel on 'cuda': its kernels need triton"):
+        raise dispatch._unavailable("select_two_level", "cuda")
 
 
 @pytest.mark.parametrize("device", ["cuda", "npu", "cpu", "mps"])

@@ -37,14 +37,19 @@ KL = """
 qi, ki, w = (x.requires_grad_() for x in testing.index_inputs(1, 4, 8192, 8192, 64, dtype=torch.bfloat16))
 ops.index_kl(q, k, qi, ki, w, segments=[(0, 64), (4096, 8192)], scale=0.125).sum().backward()
 """
+TWO_LEVEL = """
+qi, ki, w = testing.index_inputs(1, 4, 8192, 8192, 64, dtype=torch.bfloat16)
+out = ops.select_two_level(qi, ki, w, k=256, candidates=1024, block=1)
+"""
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "call, most_gib",
-    [(MASS, 1.5), (SHARED, 0.75), (PER_QUERY, 0.75), (INDEX, 2.5), (KL, 1.0)],
+    [(MASS, 1.5), (SHARED, 0.75), (PER_QUERY, 0.75), (INDEX, 2.5), (KL, 1.0), (TWO_LEVEL, 0.75)],
     ids=[
-        "attention_mass", "sparse_attention shared", "sparse_attention per query", "select_by_index per query", "index_kl"
+        "attention_mass", "sparse_attention shared", "sparse_attention per query", "select_by_index per query", "index_kl",
+        "select_two_level per query",
     ],
 )
 def test_8192_tokens_stay_within_memory(call, most_gib):

@@ -32,7 +32,8 @@ def tail_of(
         n = slice(start, start + step)
         inside = (slots < count[:, :, n, None]) & (indices[:, :, n] <= first[n, None])
         outside[:, :, n] = (seen[:, None, n] - inside.sum(-1)).float()
-    outside = outside.masked_fill(count == 0, 0.0)  # a query without a support, such as padding, reads nothing
+    # a support that holds padding may hold more than was seen; a query without a support, such as padding, reads nothing
+    outside = outside.clamp(min=0).masked_fill(count == 0, 0.0)
     means = (_running_mean(x, int(first[0]), block, len(first), seen, valid) for x in (k, v))
     return Tail(*means, outside)
 

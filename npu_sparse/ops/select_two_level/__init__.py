@@ -1,0 +1,3 @@
+from .op import select_two_level
+
+__all__ = ["select_two_level"]
