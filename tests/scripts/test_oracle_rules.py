@@ -1,0 +1,61 @@
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from npu_sparse import Budget, SparsePrefill, selectors
+from npu_sparse.testing import tiny_model
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def script(monkeypatch):
+    spec = importlib.util.spec_from_file_location("oracle_rules", ROOT / "scripts" / "oracle_rules.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "oracle_rules", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tokens(length, seed=0):
+    return torch.randint(1, 90, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def loglikelihood(model, ids, after, budget=None):
+    with SparsePrefill.attach(model, selectors.Oracle(), budget) if budget else torch.no_grad():
+        first = model(ids).logits[:, -1:].float()
+    return float(torch.log_softmax(first[0], -1)[0, after[0, 0]])
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_rules_are_what_the_package_does(script, name):
+    model, ids, after = tiny_model(name), tokens(70), tokens(1, 1)
+    dense = loglikelihood(model, ids, after)
+    paper = loglikelihood(model, ids, after, Budget(k=12, block=1))
+    tail = loglikelihood(model, ids, after, Budget(k=12, block=1, tail=True))
+    script.ROWS = 16
+    lab = script.Lab(model)
+    rules = script.rules(12)
+    assert lab.follow(ids, after)[0] == pytest.approx(dense, abs=1e-4)
+    assert lab.follow(ids, after, rules["mean over heads, 12 (the paper)"])[0] == pytest.approx(paper, abs=1e-4)
+    assert lab.follow(ids, after, rules["12 + running mean (tail)"])[0] == pytest.approx(tail, abs=1e-4)
+    assert abs(paper - dense) > 1e-3 and abs(tail - paper) > 1e-3
+    for name, rule in rules.items():
+        assert torch.isfinite(torch.tensor(lab.follow(ids, after, rule)[0])), name
+
+
+def test_a_rule_of_every_key_is_dense_and_parts_are_parts(script):
+    model, ids, after = tiny_model("llama"), tokens(70), tokens(3, 1)
+    lab = script.Lab(model)
+    dense = lab.follow(ids, after)[0]
+    for name, rule in script.rules(512).items():
+        assert lab.follow(ids, after, rule)[0] == pytest.approx(dense, abs=1e-3), name
+    sparse = script.by_mean(4)
+    assert lab.follow(ids, after, sparse, layers=set())[0] == dense
+    assert lab.follow(ids, after, sparse, rows=lambda t, T: t < 0)[0] == pytest.approx(dense, abs=1e-3)
+    one, all_layers = lab.follow(ids, after, sparse, layers={1})[0], lab.follow(ids, after, sparse)[0]
+    assert len({round(x, 3) for x in (dense, one, all_layers)}) == 3
