@@ -69,7 +69,7 @@ def test_the_plan_trains_tries_chooses_and_scores(suite, tmp_path):
     assert by_name["choose"].after == ("try ends", "try wide", "try shipped")
     assert by_name["try wide"].after == ("train wide",)
     assert "choose" in by_name["score smollm2-135m 64"].after and "choose" not in by_name["score gemma3-270m 64"].after
-    assert "score gemma3-270m 64" in by_name["score gemma3-270m 16-tail"].after
+    assert not any(name.startswith("score") for job in plan.jobs for name in job.after)  # they run beside each other
     assert all(name in by_name for job in plan.jobs for name in job.after)
     assert not any(job.name.startswith(("train", "try", "choose")) for job in suite.Plan(tmp_path, 9, suite.MODELS, ()).jobs)
 
