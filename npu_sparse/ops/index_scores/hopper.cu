@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) NAME(const _
         return;
     }
 
-    more_registers<GROUPS == 2 ? 232 : 120>();
+    more_registers<GROUPS == 2 ? 232 : 112>();
     const int lane = t % 32, quad = lane % 4, row = group * 64 + t / 32 * 16 + lane / 4;
     float s[ACCUMULATORS];
 #if !ONE_PLAIN_HEAD
