@@ -429,7 +429,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--blocks", default="64,16", help="b_sel of the evaluations")
     parser.add_argument("--count", type=int, default=100, help="prompts a task")
     parser.add_argument("--seconds", type=float, default=560.0)
-    args = parser.parse_args(arguments)
+    args = parser.parse_intermixed_args(arguments)
     models = tuple(filter(None, args.models.split(",")))
     candidates = tuple(filter(None, args.candidates.split(",")))
     for name, found, known in (("models", models, MODELS), ("candidates", candidates, CANDIDATES)):
