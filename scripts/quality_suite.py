@@ -100,9 +100,10 @@ class Plan:
         for model in self.models:
             ready = ("tests", f"prepare {model}") + (("choose",) if model == "smollm2-135m" and trained else ())
             for block in self.blocks:
-                for tail in ("", "-tail"):
-                    name = f"score {model} {block}{tail}"
-                    directory = self.output / f"eval-{model}-4096-b{block}{tail}"
+                for tail in ("", "tail"):
+                    suffix = f"-{tail}" if tail else ""
+                    name = f"score {model} {block}{suffix}"
+                    directory = self.output / f"eval-{model}-4096-b{block}{suffix}"
                     self.jobs.append(Job(name, (*this, "score", model, str(block), tail), directory / "report.json", ready))
         if "gemma3-270m" in self.models:
             self.jobs.append(Job("rules", (*this, "rules"), self.output / "rules" / "report.json", ("prepare gemma3-270m",)))
@@ -212,7 +213,7 @@ def job_score(output: Path, count: int, model: str, block: str, tail: str) -> No
     chosen = output / "chosen"
     adapter = str(chosen) if model == "smollm2-135m" and (chosen / "config.json").exists() else model
     config = eval_config(model, output, adapter, int(block), bool(tail), 0, count)
-    evaluate(config, output / f"eval-{model}-4096-b{block}{tail}")
+    evaluate(config, output / f"eval-{model}-4096-b{block}{f'-{tail}' if tail else ''}")
 
 
 JOBS = {
