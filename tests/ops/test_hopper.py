@@ -51,7 +51,6 @@ SCORE = [
     COMMON | dict(
         STRIDE=selection._stride(block), DIM=dim, HEADS=heads, WEIGHTED=int(heads > 1), BSEL=block, SAMPLE=sample,
         COLUMNS=selection._columns(heads, dim, heads > 1, block), SLOTS=selection._slots(heads, dim, heads > 1, block),
-        GROUPS=selection._groups(heads, dim, heads > 1, block),
     )
     for heads, dim, block, sample in ((1, 128, 64, 0), (1, 128, 64, 1), (1, 128, 16, 0), (1, 256, 128, 0), (1, 64, 32, 0),
                                       (1, 128, 1, 0), (1, 128, 1, 1), (4, 128, 64, 0), (4, 128, 1, 0))

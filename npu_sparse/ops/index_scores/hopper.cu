@@ -6,7 +6,7 @@
 // maximum is within a thread. With BSEL = 1 queries are rows, and what a thread appends is counted before it is written.
 //
 // DIM: of queries and keys. HEADS: index heads. WEIGHTED: z = sum_h w_h ReLU(q_h k). COLUMNS: queries of a tile. SLOTS: tiles of keys
-// in flight. GROUPS: warpgroups that multiply. Scores are not scaled: no order depends on it.
+// in flight. Scores are not scaled: no order depends on it.
 #include "hopper.cuh"
 #include "ranking.cuh"
 
@@ -31,7 +31,7 @@ constexpr int ACCUMULATORS = (BSEL == 1 ? KEYS : COLUMNS) / 2;
 #define NAME filter_scores
 #endif
 
-extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) NAME(const __grid_constant__ Arguments a)
+extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant__ Arguments a)
 {
     extern __shared__ __align__(1024) unsigned char memory[];
     const u32 queries = shared_address(memory), slots = queries + QUERY_BYTES;
@@ -45,24 +45,24 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) NAME(const _
     const int total = SAMPLE ? (end + STRIDE - 1) / STRIDE : end, begin = blockIdx.x * a.segment, stop = min(total, begin + a.segment);
     if (begin >= stop) return;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 128), barrier_init(empty + 8 * i, 4 * GROUPS);
+        for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 128), barrier_init(empty + 8 * i, 8);
         barrier_init(loaded, 128);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     if (WEIGHTED)
-        for (int i = threadIdx.x; i < HEADS * COLUMNS; i += 128 * (GROUPS + 1)) {
+        for (int i = threadIdx.x; i < HEADS * COLUMNS; i += 384) {
             const int token = first_query + i % COLUMNS;
             weights[i] = token < a.queries ? number(a.w[b * a.w_b + token * a.w_t + i / COLUMNS * a.w_h]) : 0.0f;
         }
     if (BSEL == 1)
-        for (int i = threadIdx.x; i < COLUMNS; i += 128 * (GROUPS + 1)) counts[i] = 0;
+        for (int i = threadIdx.x; i < COLUMNS; i += 384) counts[i] = 0;
     __syncthreads();
     const int group = threadIdx.x / 128, t = threadIdx.x % 128;
     int slot = 0;
     u32 turn = 0;
 
-    if (group == GROUPS) {
-        fewer_registers<GROUPS == 2 ? 40 : 32>();
+    if (group == 2) {
+        fewer_registers<40>();
         const int first = t / 8, chunk = t % 8;
         const u32 column = (chunk ^ (first & 7)) * 16;
         for (int h = 0; h < HEADS; h++)
@@ -92,7 +92,7 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) NAME(const _
         return;
     }
 
-    more_registers<GROUPS == 2 ? 232 : 112>();
+    more_registers<232>();
     const int lane = t % 32, quad = lane % 4, row = group * 64 + t / 32 * 16 + lane / 4;
     float s[ACCUMULATORS];
 #if !ONE_PLAIN_HEAD
@@ -142,15 +142,13 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) NAME(const _
 
 #if BSEL == 1
     const int token[2] = {first_query + row, first_query + row + 8};
-    float bound[2], beyond[2];  // what a score must reach up to the key `last`, and after it
-    int last[2];
+    u64 least[2];
+    float bound[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const bool live = token[r] < a.queries;
-        const u64 least = !SAMPLE && live ? a.threshold[b * a.rows + token[r] - a.first_query] : ~0ull;
-        last[r] = key_of_rank(least);
-        beyond[r] = live ? above(score_of(least)) : NOT_A_NUMBER;
-        bound[r] = live ? fmaxf(score_of(least), LEAST) : NOT_A_NUMBER;
+        least[r] = !SAMPLE && live ? a.threshold[b * a.rows + token[r] - a.first_query] : ~0ull;
+        bound[r] = live ? score_of(least[r]) : NOT_A_NUMBER;
     }
     unsigned char* const candidates = reinterpret_cast<unsigned char*>(a.candidate + (b * a.rows + first_query - a.first_query) * a.capacity);
     // element i of one of a thread's two rows: its score and its place in the tile of keys
@@ -168,9 +166,9 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) NAME(const _
                     else if (key < a.sink || (a.recent && key > position - a.recent)) SCORE(i) = INFINITY_;
                 }
         }
-#if SAMPLE
 #pragma unroll
         for (int r = 0; r < 2; r++) {
+#if SAMPLE
             const long long line = b * a.rows + token[r] - a.first_query;
             if (token[r] >= a.queries) continue;
 #pragma unroll
@@ -179,56 +177,48 @@ extern "C" __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) NAME(const _
                 if (place + PLACE(i) < stop)
                     a.sample[line * a.samples + place + PLACE(i)] = ONE_PLAIN_HEAD && value > MINUS_INFINITY ? fmaxf(value, 0.0f) : value;
             }
-        }
 #else
-        u32 hits[2], to[2];
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
             // what equals the bound is kept up to a position: the tile lies before it, behind it, or holds it
-            const bool holds = place <= last[r] && last[r] < place + KEYS - 1;
-            const float reaches = place + KEYS - 1 <= last[r] || holds ? bound[r] : beyond[r];
+            const int last = key_of_rank(least[r]);
+            const bool holds = place <= last && last < place + KEYS - 1;
+            float reaches = place + KEYS - 1 <= last || holds ? bound[r] : above(bound[r]);
+            if (reaches == MINUS_INFINITY) reaches = LEAST;
+            if (token[r] >= a.queries) reaches = NOT_A_NUMBER;
             if (ONE_PLAIN_HEAD && reaches <= 0) {  // above zero, ReLU changes nothing that reaches the bound
 #pragma unroll
                 for (int i = 0; i < KEYS / 4; i++)
                     if (SCORE(i) > MINUS_INFINITY) SCORE(i) = fmaxf(SCORE(i), 0.0f);
             }
-            hits[r] = 0;
+            u32 hits = 0;
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++)
-                if (SCORE(i) >= reaches) hits[r] |= 1u << i;
+                if (SCORE(i) >= reaches) hits |= 1u << i;
             if (holds) {
 #pragma unroll
                 for (int i = 0; i < KEYS / 4; i++)
-                    if (SCORE(i) == bound[r] && place + PLACE(i) > last[r]) hits[r] &= ~(1u << i);
+                    if (SCORE(i) == bound[r] && place + PLACE(i) > last) hits &= ~(1u << i);
             }
-        }
-        if (!__any_sync(FULL, hits[0] | hits[1])) continue;
-        {  // both rows' counts in one word through the four lanes that share them
-            const u32 mine = __popc(hits[0]) | __popc(hits[1]) << 16;
-            u32 sum = mine, left = __shfl_up_sync(FULL, sum, 1, 4);
+            if (!__any_sync(FULL, hits)) continue;
+            const int mine = __popc(hits);
+            int sum = mine, left = __shfl_up_sync(FULL, sum, 1, 4);
             sum += quad >= 1 ? left : 0;
             left = __shfl_up_sync(FULL, sum, 2, 4);
             sum += quad >= 2 ? left : 0;
-            const u32 all = __shfl_sync(FULL, sum, 3, 4), before = sum - mine;
-            int at[2] = {0, 0};
-            if (quad == 0) at[0] = atomicAdd(counts + row, all & 0xffff), at[1] = atomicAdd(counts + row + 8, all >> 16);
+            const int all = __shfl_sync(FULL, sum, 3, 4);
+            int at = 0;
+            if (quad == 0 && all) at = atomicAdd(counts + row + 8 * r, all);
+            at = __shfl_sync(FULL, at, 0, 4);
+            if (at + all > a.capacity) continue;  // the row is done again
+            u32 to = 8 * ((row + 8 * r) * a.capacity + at + sum - mine);
+            const int first = place + 2 * quad;
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                at[r] = __shfl_sync(FULL, at[r], 0, 4);
-                if (at[r] + (int)(all >> 16 * r & 0xffff) > a.capacity) hits[r] = 0;  // the row is done again
-                to[r] = 8 * ((row + 8 * r) * a.capacity + at[r] + (before >> 16 * r & 0xffff));
-            }
-        }
-        const int first = place + 2 * quad;
-#pragma unroll
-        for (int i = 0; i < KEYS / 4; i++)
-#pragma unroll
-            for (int r = 0; r < 2; r++)
-                if (hits[r] & 1u << i) {
-                    *reinterpret_cast<u64*>(candidates + to[r]) = entry(SCORE(i), first + i / 2 * 8 + i % 2);
-                    to[r] += 8;
+            for (int i = 0; i < KEYS / 4; i++)
+                if (hits & 1u << i) {
+                    *reinterpret_cast<u64*>(candidates + to) = entry(SCORE(i), first + i / 2 * 8 + i % 2);
+                    to += 8;
                 }
 #endif
+        }
     }
     if (!SAMPLE) {
         asm volatile("bar.sync %0, 128;" ::"r"(1 + group) : "memory");  // the rows of a warpgroup are its own

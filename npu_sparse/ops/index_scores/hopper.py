@@ -163,18 +163,18 @@ def _score(queries: Queries, threshold: Tensor, candidate, held, sample, capacit
     """Fills `sample`, or where that is None, candidates and their number."""
     B, H, _, D = queries.qi.shape
     sampling, weighted, block = sample is not None, queries.w is not None, queries.block
-    columns, slots, groups = (choose(H, D, weighted, block) for choose in (_columns, _slots, _groups))
+    columns, slots = (choose(H, D, weighted, block) for choose in (_columns, _slots))
     shared = (KEYS * slots + H * columns) * D * 2 + (4 * H * columns if weighted else 0) + 4 * columns + 8 * (2 * slots + 1)
     macros = dict(
         BF16=int(queries.qi.dtype == torch.bfloat16), STRIDE=_stride(block), DIM=D, HEADS=H, WEIGHTED=int(weighted),
-        COLUMNS=columns, BSEL=block, SLOTS=slots, GROUPS=groups, SAMPLE=int(sampling),
+        COLUMNS=columns, BSEL=block, SLOTS=slots, SAMPLE=int(sampling),
     )  # fmt: skip
     name = "sample_scores" if sampling else "filter_scores"
     run = nvrtc.kernel("index_scores/hopper.cu", name, tuple(macros.items()), shared, queries.qi.device.index)
     tiles, total = -(-(queries.stop - queries.first) // columns), queries.samples if sampling else queries.end
     segment = total if block == 1 and not sampling else _segment(tiles * B, total, processors(queries.qi.device))
     pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (candidate, held, sample))
-    run((-(-total // segment), tiles, B), 128 * (groups + 1), Score(
+    run((-(-total // segment), tiles, B), 384, Score(
         *queries.inputs(), threshold.data_ptr(), *pointers, *queries.strides(), queries.stop, queries.offset, queries.rows,
         queries.first, segment, capacity, queries.samples, queries.sink, queries.recent,
     ))  # fmt: skip
@@ -211,14 +211,7 @@ def _capacity(k: int, sink: int, recent: int, block: int) -> int:
 
 def _columns(heads: int, dim: int, weighted: bool, block: int) -> int:
     """Queries of a tile: columns of the products, or with a block of one their rows."""
-    if block == 1:
-        return 64 * _groups(heads, dim, weighted, block)
-    return 256 if heads == 1 and not weighted and dim < 256 else 128
-
-
-def _groups(heads: int, dim: int, weighted: bool, block: int) -> int:
-    """Warpgroups that multiply: four where a query selects for itself, as what follows the products takes the longest there."""
-    return 4 if block == 1 and heads == 1 and not weighted and dim < 256 else 2
+    return 256 if heads == 1 and not weighted and dim < 256 and block > 1 else 128
 
 
 def _slots(heads: int, dim: int, weighted: bool, block: int) -> int:
