@@ -10,7 +10,8 @@ and sparse prefill (each budget in --sparse) run interleaved in one process, in 
 layers: --hybrid fast attaches FastHybrid to dense and sparse alike, stock leaves transformers' own, and both may be named.
 
 A length that is finished is in records/ and is not measured again: --budget-s stops after a length where the next one would not
-fit in that time, and the same command goes on. A variant that runs out of memory is named in the report and the others go on.
+fit in that time, with exit status 3, and the same command goes on. A variant that runs out of memory is named in the report and
+the others go on.
 --chunk 4096 feeds the prompt in pieces. --crossover adds to a file the lengths from which sparse is faster than the fastest
 dense, which is where Budget(dense_below="auto") looks.
 
@@ -45,6 +46,7 @@ from npu_sparse.bench.timing import (
 from npu_sparse.bench.ttft import time_to_first_token
 
 STARTED = time.monotonic()
+UNFINISHED = 3  # exit status where --budget-s left lengths out
 # on an NPU "flash_attention_2" is torch_npu's fused attention
 DENSE = {"npu": "flash_attention_2,sdpa", "cpu": "sdpa"}
 HYBRID = {"cuda": "fast"}
@@ -169,6 +171,7 @@ def first_token(args, model, indexer, variant: dict, ids, stage=None) -> tuple[f
     """`(seconds, peak bytes)` of one prefill. Where memory runs out it is tried again with the allocator's blocks returned."""
 
     def once():
+        gc.collect()  # caches of earlier prefills hold each other
         with attached(args, model, indexer, variant, stage):
             reset_peak_memory(model.device)
             return time_to_first_token(model, ids, args.chunk)[0], peak_memory_bytes(model.device)
@@ -448,7 +451,8 @@ def main(arguments=None) -> int:
     failed = [f"{name} ({reason})" for name, reason in result["refused"] if not reason.startswith("out of memory")]
     if failed:
         print(f"error: every variant must run, these did not: {'; '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+        return 1
+    return UNFINISHED if result["missing"] else 0
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def test_fast_and_stock_layers_are_compared_with_their_own_kind(script, tmp_path
 def test_a_time_budget_stops_after_a_length_and_the_same_command_goes_on(script, tmp_path, capsys):
     options = [*TINY, "--device", "cpu", "--lengths", "40,64,48", "--sparse", "16:8", "--output", str(tmp_path / "run")]
     crossover = tmp_path / "crossover.json"
-    assert script.main([*options, "--budget-s", "0"]) == 0
+    assert script.main([*options, "--budget-s", "0"]) == script.UNFINISHED
     assert "stopped for --budget-s before 64, 48 tokens" in capsys.readouterr().err
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["missing"] == [64, 48] and {row["length"] for row in report["rows"]} == {40}
