@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import report
+from ..ops import workspace
 from ..report import RunError
 from .quality import EVIDENCE_COLOURS, GAPS, MACRO, EvalConfig, adopt_records, machine_lines, points, run_eval
 from .stats import summary
@@ -61,6 +62,7 @@ class FrontierConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     impl: str = "auto"
+    workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
         for name in ("ks", "blocks"):

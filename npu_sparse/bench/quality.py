@@ -25,6 +25,7 @@ from pathlib import Path
 
 from .. import report
 from ..budget import Budget
+from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
 from ..report import RunError
 from ..tasks import TASKS, Example, encode, generate, score, task_names, texts
@@ -85,6 +86,7 @@ class EvalConfig:
         dtype: of weights and activations.
         device: "cpu", "cuda", "cuda:1", "npu", ...; its index is not part of the run's identity.
         impl: which operators run: "reference", "kernel" or "auto".
+        workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
     """
 
     model: str
@@ -113,6 +115,7 @@ class EvalConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     impl: str = "reference"
+    workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
         for name in ("tasks", "variants", "texts"):
@@ -138,6 +141,7 @@ class EvalConfig:
             raise ValueError(f"min_dense_score must lie in [0, 1], got {self.min_dense_score}")
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
+        workspace.check(self.workspace_mib)
         check_budgets(self.variants, self.length, self.budget)
 
     @property
@@ -319,7 +323,9 @@ def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, c
         from ..prefill import SparsePrefill
 
         selector = selector_of(name, subject.indexer, config.seed)
-        prefill = SparsePrefill.attach(subject.model, selector, budget, impl=config.impl)
+        prefill = SparsePrefill.attach(
+            subject.model, selector, budget, impl=config.impl, workspace_mib=config.workspace_mib
+        )
     started = time.perf_counter()
     with prefill:
         outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, config.batch)

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .. import report
 from ..budget import Budget
+from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
 from ..report import RunError
 from . import stats
@@ -74,6 +75,7 @@ class TtftConfig:
         dtype: of weights and activations.
         device: "cpu", "cuda", "cuda:1", "npu", ...; its index is not part of the run's identity.
         impl: which operators run: "auto", "reference" or "kernel".
+        workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
     """
 
     model: str
@@ -99,6 +101,7 @@ class TtftConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     impl: str = "auto"
+    workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
         for name in ("variants", "texts"):
@@ -123,6 +126,7 @@ class TtftConfig:
             raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}, got {self.prompt!r}")
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
+        workspace.check(self.workspace_mib)
         check_budgets(self.variants, min(lengths), self.budget)
 
     @property
@@ -238,12 +242,13 @@ def _prefill(config: TtftConfig, subject: Subject, name: str, length: int, stage
     """The model with one variant attached, or its attention timed where dense has a `stage`."""
     from ..prefill import SparsePrefill
 
+    options = dict(impl=config.impl, stage=stage, workspace_mib=config.workspace_mib)
     if name == ATTACHED:
         budget = config.budget.replace(dense_below=length + 1)
-        prefill = SparsePrefill.attach(subject.model, subject.indexer, budget, impl=config.impl, stage=stage)
+        prefill = SparsePrefill.attach(subject.model, subject.indexer, budget, **options)
     elif (budget := budget_of(name, config.budget)) is not None:
         selector = selector_of(name, subject.indexer, config.seed)
-        prefill = SparsePrefill.attach(subject.model, selector, budget, impl=config.impl, stage=stage)
+        prefill = SparsePrefill.attach(subject.model, selector, budget, **options)
     else:
         prefill = nullcontext() if stage is None else dense_attention_timed(subject.model, stage)
     with prefill:

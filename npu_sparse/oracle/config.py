@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from ..budget import BLOCKS, REDUCTIONS
+from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
 
 HEADS = ("all", "kv")
@@ -41,6 +42,7 @@ class OracleConfig:
             beside float32; "none" = no such row.
         dtype, device: of the model.
         impl: which operators run, "reference", "auto" or "kernel".
+        workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
         seed: of the choice of texts, of the tasks, of the random control and of the bootstrap.
     """
 
@@ -67,6 +69,7 @@ class OracleConfig:
     dtype: str = "float32"
     device: str = "cpu"
     impl: str = "reference"
+    workspace_mib: int = workspace.DEFAULT_MIB
     seed: int = 0
 
     def __post_init__(self):
@@ -99,6 +102,7 @@ class OracleConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("impl", self.impl, IMPLEMENTATIONS)
         _one_of("noise_dtype", self.noise_dtype, ["auto", "none", *(dtype for dtype in DTYPES if dtype != self.dtype)])
+        workspace.check(self.workspace_mib)
         if "local" in self.controls and self.sink >= min(self.budgets):
             raise ValueError(f"sink must be below every budget, got {self.sink} and a budget of {min(self.budgets)}")
         if self.layer_prompts > self.prompts:

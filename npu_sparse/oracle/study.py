@@ -212,7 +212,7 @@ def _end_to_end(study: Study, variant: Variant) -> dict:
     )  # fmt: skip
     prompts = quality.measure(
         study.model, study.ids, study.dense, study.model, selector=selector, budget=budget, impl=config.impl,
-        stride=config.position_stride,
+        stride=config.position_stride, workspace_mib=config.workspace_mib,
     )  # fmt: skip
     return {"prompts": prompts, "scores": _scores(study, study.model, selector, budget)}
 
@@ -238,7 +238,8 @@ def _noise_floor(study: Study) -> dict:
 def _scores(study: Study, model, selector: Selector | None = None, budget: Budget | None = None) -> dict:
     return {
         task: quality.task_scores(
-            model, study.tokenizer, examples, selector=selector, budget=budget, impl=study.config.impl
+            model, study.tokenizer, examples, selector=selector, budget=budget, impl=study.config.impl,
+            workspace_mib=study.config.workspace_mib,
         )
         for task, examples in study.examples.items()
     }
@@ -248,7 +249,7 @@ def _layers(study: Study, n: int) -> dict:
     config = study.config
     return measure_layers(
         study.model, study.ids[n], study.dense[n], granularities(config, study.architecture.kv_heads), config.budgets,
-        impl=config.impl, stride=config.position_stride, tail=config.tail,
+        impl=config.impl, stride=config.position_stride, tail=config.tail, workspace_mib=config.workspace_mib,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_sparse import Support, ops
-from npu_sparse.ops import KernelUnavailableError, dispatch
+from npu_sparse.ops import KernelUnavailableError, dispatch, workspace
 from npu_sparse.ops.select_two_level.blocks import block_bounds, blocks_scored, sink_blocks
 from npu_sparse.testing import (
     DTYPES,
@@ -18,7 +18,6 @@ from npu_sparse.testing import (
     whole_index_inputs,
 )
 
-levels = import_module("npu_sparse.ops.select_two_level.levels")
 reference = import_module("npu_sparse.ops.select_two_level.reference")
 
 
@@ -290,7 +289,7 @@ def test_the_last_chunk_of_a_prompt_selects_what_the_whole_prompt_does(two_level
 def test_slices_of_queries_do_not_change_the_support(two_level, monkeypatch):
     case = two_level.fit(Case(Tq=130, Tk=200, B=2, block=32, Hi=2, weighted=True, side="right"))
     whole = run(case, two_level.impl, two_level.device)
-    monkeypatch.setattr(levels, "SCORE_ELEMENTS", 1)  # one group at a time
+    monkeypatch.setattr(workspace, "SIZE", 4)  # one group at a time
     assert_same(run(case, two_level.impl, two_level.device), whole)
 
 

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...support import Support, concatenate
+from .. import workspace
 from ..select_tokens.op import select_tokens
 from .blocks import block_bounds, blocks_scored, group_size, sink_blocks
-
-SCORE_ELEMENTS = 1 << 26  # fp32 scores alive at once: 256 MiB
 
 
 def two_levels(
@@ -21,7 +20,7 @@ def two_levels(
     group = group_size(block)
     Nc, W = -(-Tk // key_block), blocks_scored(Tk, candidates, key_block, block, sink, recent)
     bounds, sinks = block_bounds(ki, key_block, valid), sink_blocks(B, Tk, key_block, sink, valid, ki.device)
-    step = max(1, SCORE_ELEMENTS // (B * max(Nc, group // block * W * key_block))) * group
+    step = max(1, workspace.elements() // (B * max(Nc, group // block * W * key_block))) * group
     parts = []
     for start in range(0, Tq, step):
         stop = min(start + step, Tq)
