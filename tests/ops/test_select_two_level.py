@@ -1,3 +1,7 @@
+import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -378,3 +382,43 @@ def test_the_operator_is_one_stage():
     assert names == ["scoring"]
     ops.select_two_level(qi, ki, k=8, candidates=300, key_block=16, stage=stage)
     assert names == ["scoring", "scoring", "top-k"]  # one level
+
+
+COMPILE = """
+import inspect
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from npu_sparse.ops.select_two_level import triton as kernels
+
+POINTERS = dict(qi="*bf16", ki="*bf16", w="*bf16", bounds="*bf16", kinds="*u8", valid="*u8", chosen="*i32", held="*i32",
+                ends="*i32", norm="*fp32", out="*fp32", slots="*i32", count="*i32")
+
+def compile(kernel, **constants):
+    names = list(inspect.signature(kernel.fn).parameters)
+    pointers = dict(POINTERS, out="*i32") if kernel is kernels._place else POINTERS
+    types = {n: "constexpr" if n in constants else pointers.get(n, "fp32" if n == "scale" else "i32") for n in names}
+    places = {(names.index(n),): value for n, value in constants.items()}
+    made = triton.compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+    print(kernel.fn.__name__, len(made.asm["cubin"]), made.metadata.shared)
+
+for HI, PADDED, MEAN in ((1, False, False), (4, True, True)):
+    common = dict(HI=HI, D=128, DP=128, WEIGHTED=HI > 1, PADDED=PADDED, PRECISION="tf32", q_d=1, w_h=1, v_t=1)
+    compile(kernels._rank, ROWS=64, COLS=64, **common)
+    common.update(ROWS=64, C=64, k_d=1)
+    compile(kernels._score, SPLIT=16, MEAN=MEAN, SINK=4, RECENT=64, **common)
+    if MEAN:
+        compile(kernels._normalise, **common)
+compile(kernels._place, BN=2048)
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed: run `make test-triton`")
+def test_interpreted_kernels_compile_for_a_gpu_too():
+    """In bf16, which the interpreter cannot multiply; a compiler for it comes with Triton, and no GPU is needed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in found] == ["_rank", "_score", "_rank", "_score", "_normalise", "_place"]
+    assert all(int(size) > 0 and int(shared) <= 232448 for _, size, shared in found)
