@@ -25,6 +25,9 @@ class Budget:
         share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer selects.
         dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit. "auto" = the length from
             which this budget was measured to be faster on the model's device (`crossover.dense_below`), decided when attaching.
+        candidates: an indexer's scores in two levels: whole blocks of keys are ranked first, and only the keys of the best
+            blocks, at least this many, are scored one by one; 0 = every key is scored (one level).
+        key_block: keys of such a block, a power of two from 16 to 128.
     """
 
     k: int | Mapping[int, int] = 512

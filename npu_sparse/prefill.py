@@ -16,6 +16,7 @@ from .architectures import attention_modules, attention_selection, describe, tex
 from .budget import Budget
 from .index_cache import IndexKeyCache
 from .indexer import Indexer as IndexerModule
+from .ops import workspace
 from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
 from .selectors import Indexer, LayerInputs, Selector
 from .support import Support
@@ -35,10 +36,12 @@ class SparsePrefill:
         architecture: the model's Architecture.
     """
 
-    def __init__(self, model, selector: Selector, budget: Budget, impl: str, stage: Callable, observe: Callable | None):
+    def __init__(
+        self, model, selector: Selector, budget: Budget, impl: str, stage: Callable, observe: Callable | None, workspace_mib: int
+    ):  # fmt: skip
         self.model, self.selector, self.budget = model, selector, budget
         self.architecture = describe(model.config)
-        self.impl, self.stage, self.observe = impl, stage, observe
+        self.impl, self.stage, self.observe, self.workspace_mib = impl, stage, observe, workspace.check(workspace_mib)
         self.native = text_config(model)._attn_implementation
         self.indexer: IndexerModule | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
@@ -57,6 +60,7 @@ class SparsePrefill:
         impl: str = "auto",
         stage: Callable | None = None,
         observe: Callable | None = None,
+        workspace_mib: int = workspace.DEFAULT_MIB,
     ) -> "SparsePrefill":
         """Makes the prefill of `model` sparse until `detach()` (or the end of a with block).
 
@@ -67,6 +71,8 @@ class SparsePrefill:
             impl: which operators run, "auto", "reference" or "kernel"; limits are checked here, before the first token.
             stage: `stage(name)` gives a context manager around projection, scoring, top-k and attention, for timing.
             observe: called as `observe(inputs: LayerInputs, support: Support, out)` after every sparse layer.
+            workspace_mib: MiB of a slice of scores; an operator holds up to five times as much. Smaller is slower, and no result
+                depends on it. A prefill that is out of memory says which to choose (torch.OutOfMemoryError).
 
         Raises UnsupportedArchitectureError, AdapterError, KernelUnavailableError or ValueError.
         """
@@ -79,7 +85,7 @@ class SparsePrefill:
             raise TypeError(f"budget must be a Budget, got {type(budget).__name__}")
         if budget.dense_below == "auto":
             budget = budget.replace(dense_below=crossover.dense_below(model, budget))
-        attached = cls(model, selector, budget, impl, stage or (lambda name: nullcontext()), observe)
+        attached = cls(model, selector, budget, impl, stage or (lambda name: nullcontext()), observe, workspace_mib)
         attached._check()
         attached._patch()
         return attached
@@ -272,16 +278,29 @@ def _sparse_attention(ctx, q, k, v, mask, scale):
         raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
     k, v = k[:, :, :length], v[:, :, :length]  # a static cache hands over its whole buffer
     inputs = LayerInputs(layer, q, k, v, scale, mask, index, attached.impl, attached.stage)
-    if attached._selects[layer] == layer:
+    workspace.use(attached.workspace_mib)
+    try:
+        support, out = _select_and_attend(attached, inputs)
+        if attached.observe is not None:
+            attached.observe(inputs, support, out)
+        return out.transpose(1, 2).contiguous()
+    except (RuntimeError, MemoryError) as error:
+        if not workspace.is_exhausted(error):
+            raise
+        raise workspace.out_of_memory(layer, length, rows=k.shape[0] * length) from error
+
+
+def _select_and_attend(attached: SparsePrefill, inputs: LayerInputs) -> tuple[Support, torch.Tensor]:
+    """The support of a layer, its own or the one it reads, and the attention over it."""
+    if attached._selects[inputs.layer] == inputs.layer:
         support = attached.selector.select(inputs, attached.budget)
         attached._support = support if attached.budget.share_layers > 1 else None
     else:
         support = attached._support
+    options = dict(scale=inputs.scale, impl=attached.impl)
     with attached.stage("attention"):
         if attached.budget.tail:
-            out = ops.sparse_attention_with_tail(q, k, v, support, scale=scale, valid=mask, impl=attached.impl)
-        else:
-            out = ops.sparse_attention(q, k, v, support, scale=scale, impl=attached.impl)
-    if attached.observe is not None:
-        attached.observe(inputs, support, out)
-    return out.transpose(1, 2).contiguous()
+            return support, ops.sparse_attention_with_tail(
+                inputs.q, inputs.k, inputs.v, support, valid=inputs.valid, **options
+            )
+        return support, ops.sparse_attention(inputs.q, inputs.k, inputs.v, support, **options)

@@ -11,10 +11,9 @@ from torch import Tensor
 from . import ops
 from .budget import Budget
 from .indexer import Indexer as IndexerModule
+from .ops import workspace
 from .ops.masks import visible_to_block
 from .support import Support, concatenate
-
-MASS_ELEMENTS = 1 << 26  # fp32 mass entries alive at once while an oracle streams: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,7 @@ def _blocks(queries: int, budget: Budget) -> int:
 def _select(inputs: LayerInputs, budget: Budget, score, heads: int = 1) -> Support:
     """The Support of `score(start, stop, end, valid)` -> `[B, heads, Nq, end]`, by slices of queries."""
     B, Tq, Tk = inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2]
-    rows = max(1, MASS_ELEMENTS // (B * heads * Tk)) * budget.block
+    rows = max(1, workspace.elements() // (B * heads * Tk)) * budget.block
     parts = []
     for start in range(0, Tq, rows):
         stop = min(start + rows, Tq)

@@ -41,7 +41,9 @@ def parse(arguments) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="qwen3.5-0.8b")
     parser.add_argument("--lengths", default="32768,65536,131072", type=numbers, help="tokens")
-    parser.add_argument("--sparse", default="2048:64,2048:16,4096:16,2048:1", type=pairs, help="k:b_sel, several by commas")
+    sparse = "2048:64,2048:16,4096:16,2048:1"
+    parser.add_argument("--sparse", default=sparse, type=budgets, help="k:b_sel or k:b_sel:candidates, several by commas")
+    parser.add_argument("--key-block", default=64, type=int, help="keys of a block, where there are candidates")
     parser.add_argument("--sink", default=4, type=int, help="keys always kept at the start")
     parser.add_argument("--recent", default=64, type=int, help="latest keys always kept")
     parser.add_argument("--heads", default=1, type=int, help="index heads, without --adapter")
@@ -65,8 +67,12 @@ def numbers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def pairs(text: str) -> list[tuple[int, int]]:
-    return [tuple(int(number) for number in part.split(":", 1)) for part in text.split(",")]
+def budgets(text: str) -> list[tuple[int, int, int]]:
+    """`(k, b_sel, candidates)`; without candidates, 0, every key is scored."""
+    found = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
+    if any(len(budget) not in (2, 3) for budget in found):
+        raise ValueError(f"budgets must be k:b_sel or k:b_sel:candidates, got {text}")
+    return [(*budget, 0)[:3] for budget in found]
 
 
 class Layer:
@@ -97,12 +103,15 @@ class Layer:
         made = self.head(self.hidden, self.cos, self.sin)
         return self.index or made  # a distilled indexer's projection costs as much and is already done
 
-    def select(self, k: int, block: int, index) -> Support:
-        qi, ki, w = index
-        return ops.select_by_index(qi, ki, w, k=k, block=block, sink=self.args.sink, recent=self.args.recent)
+    def select(self, budget: tuple[int, int, int], index) -> Support:
+        (k, block, candidates), (qi, ki, w) = budget, index
+        options = dict(k=k, block=block, sink=self.args.sink, recent=self.args.recent)
+        if candidates:
+            return ops.select_two_level(qi, ki, w, candidates=candidates, key_block=self.args.key_block, **options)
+        return ops.select_by_index(qi, ki, w, **options)
 
-    def sparse(self, k: int, block: int):
-        return self.attend(self.select(k, block, self.project()))
+    def sparse(self, budget: tuple[int, int, int]):
+        return self.attend(self.select(budget, self.project()))
 
     def oracle(self, k: int, block: int) -> Support:
         return Oracle().select(LayerInputs(0, self.q, self.k, self.v, self.scale), Budget(k=k, block=block))
@@ -163,22 +172,22 @@ def ways(args, layer: Layer) -> dict:
     found = {}
     for name in args.dense.split(","):
         if name == "flex":
-            for k in sorted({k for k, _ in args.sparse}):
+            for k in sorted({k for k, *_ in args.sparse}):
                 found[f"flex_attention, blocks of 128, k {k}"] = flex(layer, k)
         elif name in available():
             attend = DENSE[name]()
             found[f"dense {name}"] = lambda attend=attend: attend(layer.q, layer.k, layer.v, layer.scale)
-    for k, block in args.sparse:
-        if k <= layer.q.shape[2]:
-            found[sparse_name(k, block)] = lambda k=k, block=block: layer.sparse(k, block)
+    for budget in args.sparse:
+        if budget[0] <= layer.q.shape[2]:
+            found[sparse_name(*budget)] = lambda budget=budget: layer.sparse(budget)
     if args.oracle:
-        k, block = args.sparse[0]
+        k, block, _ = args.sparse[0]
         found[f"oracle supports k {k}, b_sel {block}"] = lambda: layer.oracle(k, block)
     return found
 
 
-def sparse_name(k: int, block: int) -> str:
-    return f"sparse k {k}, b_sel {block}"
+def sparse_name(k: int, block: int, candidates: int) -> str:
+    return f"sparse k {k}, b_sel {block}" + (f", candidates {candidates}" if candidates else "")
 
 
 def milliseconds(run, calls: int = 1) -> float:
@@ -233,44 +242,50 @@ def measure(args, length: int) -> dict:
         for name in order.sample(list(todo), len(todo)):
             times[name].append(milliseconds(todo[name], calls[name]))
     parts = {}
-    for k, block in args.sparse:
-        if (name := sparse_name(k, block)) in todo:
-            parts[name] = breakdown(args, layer, k, block)
+    for budget in args.sparse:
+        if (name := sparse_name(*budget)) in todo:
+            parts[name] = breakdown(args, layer, budget)
     return {
         "length": length, "milliseconds": times, "refused": refused, "parts": parts, "rates": rates(args),
         "peaks": peaks, "machine": report.machine(args.device), "evidence": "distilled" if args.adapter else "untrained",
     }  # fmt: skip
 
 
-def breakdown(args, layer: Layer, k: int, block: int) -> dict:
+def breakdown(args, layer: Layer, budget: tuple[int, int, int]) -> dict:
     """Stages of one budget in milliseconds, its kernels with FLOPs and bytes, and how alike the supports of neighbours are."""
     index = layer.project()
-    support = layer.select(k, block, index)
+    support = layer.select(budget, index)
     stages = {
         "projection": lambda: layer.project(),
-        "scoring and top-k": lambda: layer.select(k, block, index),
+        "scoring and top-k": lambda: layer.select(budget, index),
         "attention": lambda: layer.attend(support),
     }
     medians = {}
     for name, run in stages.items():
         calls = calls_for(run)
         medians[name] = stats.summary([milliseconds(run, calls) for _ in range(args.runs)])["median"]
-    found = kernels(lambda: layer.attend(layer.select(k, block, index)))
-    return {
-        "stages": medians, "kernels": found, "work": work(layer, index, support), "overlap": overlap(support),
-    }  # fmt: skip
+    found = kernels(lambda: layer.attend(layer.select(budget, index)))
+    needed = work(layer, index, support, budget[2], args.key_block)
+    return {"stages": medians, "kernels": found, "work": needed, "overlap": overlap(support)}
 
 
-def work(layer: Layer, index, support: Support) -> dict:
-    """FLOPs of the products that are needed, and the least bytes: each input read once, each output written once."""
+def work(layer: Layer, index, support: Support, candidates: int = 0, key_block: int = 64) -> dict:
+    """FLOPs of the products that are needed, and the least bytes: each input read once, each output written once.
+
+    With candidates, of two products with every key block in front of a query and one with every key that may be scored: the
+    candidates, and three blocks that always belong.
+    """
     Hq, T, D = layer.q.shape[1:]
     Hi, Di = index[0].shape[1], index[0].shape[3]
     last = torch.arange(T, device=layer.q.device)
     held = support.count[0, 0].double().repeat_interleave(support.block)[:T]
     pairs = float(torch.minimum(held, last + 1.0).sum())
     bits = layer.q.element_size()
+    scores = T * (T + 1) / 2
+    if candidates:
+        scores = 2 * scores / key_block + float(torch.minimum(last + 1.0, last * 0.0 + candidates + 3 * key_block).sum())
     return {
-        "scoring": {"flops": T * (T + 1) * Hi * Di, "bytes": (index[0].numel() + index[1].numel()) * bits},
+        "scoring": {"flops": 2 * scores * Hi * Di, "bytes": (index[0].numel() + index[1].numel()) * bits},
         "attention": {
             "flops": 4 * pairs * Hq * D,
             "bytes": bits * (2 * layer.q.numel() + layer.k.numel() + layer.v.numel()) + 4 * support.indices.numel(),
@@ -299,10 +314,10 @@ def rates(args) -> dict:
 
 
 KERNELS = {  # operator -> kernels that are its floating-point work
-    "scoring": ("filter_scores", "_reduce"),
+    "scoring": ("filter_scores", "_reduce", "_rank", "_score"),
     "attention": ("attend_supports", "_attend"),
 }
-TOP_K = ("sample_scores", "estimate_thresholds", "select_candidates", "rescue_rows", "_select")
+TOP_K = ("sample_scores", "estimate_thresholds", "select_candidates", "rescue_rows", "_select", "_place")
 
 
 def tabulate(record: dict, seed: int) -> tuple[list[dict], list[dict]]:

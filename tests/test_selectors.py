@@ -1,9 +1,8 @@
-from importlib import import_module
-
 import pytest
 import torch
 
 from npu_sparse import Budget, selectors
+from npu_sparse.ops import workspace
 from npu_sparse.selectors import LayerInputs
 from npu_sparse.testing import attention_inputs, index_inputs, naive_index_scores, naive_select_tokens, padding
 
@@ -49,8 +48,7 @@ def test_the_budget_is_spent_and_not_exceeded(selector, block):
 def test_slicing_the_queries_does_not_change_the_choice(selector, monkeypatch):
     inputs, budget = layer_inputs(side="left"), Budget(k=12, block=4, sink=1, recent=2)
     whole = selector.select(inputs, budget)
-    monkeypatch.setattr(selectors, "MASS_ELEMENTS", 1)
-    monkeypatch.setattr(import_module("npu_sparse.ops.index_scores.op"), "SCORE_ELEMENTS", 1)
+    monkeypatch.setattr(workspace, "SIZE", 4)
     sliced = selector.select(inputs, budget).check(37, 50)
     if selector.name == "random":
         assert torch.equal(sliced.count, whole.count)

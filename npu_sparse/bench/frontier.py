@@ -14,13 +14,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from .. import report
+from ..ops import workspace
 from ..report import RunError
 from .quality import EVIDENCE_COLOURS, GAPS, MACRO, EvalConfig, adopt_records, machine_lines, points, run_eval
 from .stats import summary
 from .ttft import TtftConfig, run_ttft
-from .variants import VARIANTS, Subject, load_subject, tail_note, with_tokenizer
+from .variants import VARIANTS, Subject, budget_words, load_subject, tail_note, with_tokenizer
 
-RUNTIME = ("reduce", "sink", "recent", "share_layers", "tail", "seed", "dtype", "device", "impl")
+RUNTIME = (
+    "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail", "seed", "dtype", "device", "impl"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class FrontierConfig:
     recent: int = 0
     share_layers: int = 1
     tail: bool = False
+    candidates: int = 0
+    key_block: int = 64
     batch: int = 10
     max_new_tokens: int | None = None
     chat: bool = False
@@ -57,6 +62,7 @@ class FrontierConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     impl: str = "auto"
+    workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
         for name in ("ks", "blocks"):
@@ -273,7 +279,7 @@ def _markdown(result: dict) -> str:
         f"{tail_note(config)} "
         "Gaps: paired differences in points, negative = lost; at b_sel = 1 nothing is shared and there is no "
         "realization gap. Every point is timed interleaved with dense: speed-ups compare the two, whatever the machine "
-        "did since.\n\n"
+        f"did since.{budget_words(config)}\n\n"
         f"{report.markdown_table(lines, columns)}\n"
     )
     if any(row["evidence"] == "untrained" for row in result["rows"]):

@@ -14,6 +14,7 @@ in the config.
 """
 
 import hashlib
+import itertools
 import json
 import time
 from collections import Counter
@@ -24,6 +25,7 @@ from pathlib import Path
 
 from .. import report
 from ..budget import Budget
+from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
 from ..report import RunError
 from ..tasks import TASKS, Example, encode, generate, score, task_names, texts
@@ -35,14 +37,17 @@ from .variants import (
     adapter_fingerprint,
     attachable,
     budget_of,
+    budget_words,
     check_budgets,
     check_context,
     check_names,
     evidence_of,
+    in_order,
     load_subject,
     needs_indexer,
     selector_of,
     tail_note,
+    variant_named,
     with_tokenizer,
 )
 
@@ -66,9 +71,10 @@ class EvalConfig:
         length: tokens of prompt and answer together.
         count: prompts per task.
         seed: of prompts and bootstrap.
-        k, block, reduce, sink, recent, share_layers, tail: the Budget of all sparse variants; per-query variants run at block
-            1.
-        variants: names of `VARIANTS`; "dense" must be among them.
+        k, block, reduce, sink, recent, share_layers, candidates, key_block, tail: the Budget of all sparse variants; per-query
+            variants run at block 1, and only indexers have candidates.
+        variants: names of `VARIANTS`; "dense" must be among them. Options after a name change its Budget:
+            indexer-shared+candidates=2048+key_block=32, indexer-shared+share_layers=2.
         batch: prompts generated together.
         max_new_tokens: for all tasks in place of RULER's, or None.
         chat: whether questions go through the tokenizer's chat template.
@@ -80,6 +86,7 @@ class EvalConfig:
         dtype: of weights and activations.
         device: "cpu", "cuda", "cuda:1", "npu", ...; its index is not part of the run's identity.
         impl: which operators run: "reference", "kernel" or "auto".
+        workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
     """
 
     model: str
@@ -95,6 +102,8 @@ class EvalConfig:
     recent: int = 0
     share_layers: int = 1
     tail: bool = False
+    candidates: int = 0
+    key_block: int = 64
     variants: tuple[str, ...] = ("dense", "oracle", "oracle-shared", "indexer", "indexer-shared", "local")
     batch: int = 10
     max_new_tokens: int | None = None
@@ -106,6 +115,7 @@ class EvalConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     impl: str = "reference"
+    workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
         for name in ("tasks", "variants", "texts"):
@@ -131,12 +141,13 @@ class EvalConfig:
             raise ValueError(f"min_dense_score must lie in [0, 1], got {self.min_dense_score}")
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
+        workspace.check(self.workspace_mib)
         check_budgets(self.variants, self.length, self.budget)
 
     @property
     def budget(self) -> Budget:
         """The Budget of the variants that share supports."""
-        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "tail")
+        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")
         return Budget(**{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict:
@@ -312,7 +323,9 @@ def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, c
         from ..prefill import SparsePrefill
 
         selector = selector_of(name, subject.indexer, config.seed)
-        prefill = SparsePrefill.attach(subject.model, selector, budget, impl=config.impl)
+        prefill = SparsePrefill.attach(
+            subject.model, selector, budget, impl=config.impl, workspace_mib=config.workspace_mib
+        )
     started = time.perf_counter()
     with prefill:
         outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, config.batch)
@@ -478,7 +491,7 @@ def _scores(record: dict) -> list[float]:
 
 
 def _tabulate(config: EvalConfig, records: dict) -> dict:
-    names = [name for name in VARIANTS if name in config.variants]
+    names = in_order(config.variants)
     dense = {task: _mean_score(records[task, "dense"]) for task in config.tasks}
     solved = [task for task in config.tasks if dense[task] >= config.min_dense_score]
     rows = []
@@ -491,20 +504,28 @@ def _tabulate(config: EvalConfig, records: dict) -> dict:
                 continue
             estimate = stats.macro_mean([_scores(records[task, name]) for task in tasks], seed=config.seed)
             rows.append({
-                "task": task, "variant": name, "label": VARIANTS[name].label, "evidence": evidence[0],
-                "k": budget and budget.k, "block": budget and budget.block, "prompts": config.count * len(tasks),
-                "score": estimate.to_dict(),
+                "task": task, "variant": name, "label": variant_named(name).label, "evidence": evidence[0],
+                "options": dict(variant_named(name).options), "k": budget and budget.k,
+                "block": budget and budget.block, "prompts": config.count * len(tasks), "score": estimate.to_dict(),
             })  # fmt: skip
-    gaps = []
-    for gap, (before, after) in {**GAPS, **TOTAL}.items():
+
+    def changes(before: str, after: str) -> list[dict]:
+        """The paired difference of two variants on every task, and on those that dense attention solves."""
+        found = []
         for task in (MACRO, *config.tasks):
             tasks = solved if task == MACRO else [task]
-            pairs = [((task, before), (task, after)) for task in tasks]
-            if not pairs or any(cell not in records for pair in pairs for cell in pair):
+            if not tasks or any((task, name) not in records for task in tasks for name in (before, after)):
                 continue
-            first, second = ([_scores(records[pair[side]]) for pair in pairs] for side in (0, 1))
+            first, second = ([_scores(records[task, name]) for task in tasks] for name in (before, after))
             estimate = stats.macro_difference(first, second, seed=config.seed)
-            gaps.append({"gap": gap, "from": before, "to": after, "task": task, "change": estimate.to_dict()})
+            found.append({"from": before, "to": after, "task": task, "change": estimate.to_dict()})
+        return found
+
+    gaps = [{"gap": gap, **change} for gap, pair in {**GAPS, **TOTAL}.items() for change in changes(*pair)]
+    options = [
+        change for name in names if variant_named(name).options
+        for before in ("dense", variant_named(name).base) if before in names for change in changes(before, name)
+    ]  # fmt: skip
     any_record = next(iter(records.values()))
     adapters = {record["adapter"] for record in records.values()} - {None}
     return {
@@ -520,6 +541,7 @@ def _tabulate(config: EvalConfig, records: dict) -> dict:
         },
         "rows": rows,
         "gaps": gaps,
+        "options": options,
     }
 
 
@@ -573,13 +595,25 @@ def _markdown(result: dict) -> str:
     text = (
         f"# How much quality does sparse prefill lose?\n\n{config['model']}, {config['length']} tokens, "
         f"{config['count']} prompts per task, greedy, {config['dtype']}; scores of 100 with 95% bootstrap intervals "
-        f"over prompts, all variants on the same prompts.{tail_note(config)}\n\n## Scores\n\n"
+        f"over prompts, all variants on the same prompts.{tail_note(config)}{budget_words(config)}\n\n## Scores\n\n"
         f"{report.markdown_table(list(by_variant.values()), columns)}\n{unsolved}"
     )
     if gap_columns:
         text += (
             "## Gaps\n\nPaired differences on the same prompts, in points; negative = lost.\n\n"
             f"{report.markdown_table(list(by_task.values()), {'task': 'task', **gap_columns})}\n"
+        )
+    if result["options"]:
+        lines: dict[tuple, dict] = {}
+        for entry in result["options"]:
+            line = lines.setdefault((entry["from"], entry["to"]), {
+                "to": by_variant[entry["to"]]["label"], "from": by_variant[entry["from"]]["label"]
+            })  # fmt: skip
+            line[entry["task"]] = points(entry["change"])
+        columns = {"to": "prefill", "from": "measured against", **{task: heading[task] for task in shown}}
+        text += (
+            "## Options\n\nPaired differences on the same prompts, in points; negative = lost.\n\n"
+            f"{report.markdown_table(list(lines.values()), columns)}\n"
         )
     if any(row["evidence"] == "untrained" for row in result["rows"]):
         text += "The indexer is untrained: its scores say nothing about quality.\n\n"
@@ -629,11 +663,13 @@ def _figure(result: dict):
         ax.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.55 / height - 0.06), ncols=2)
 
     markers = dict(zip(VARIANTS, "DososXx"))
+    with_options = [name for name in columns if "+" in name]
+    markers.update(zip(with_options, itertools.cycle("^v<>Pph*")))
     styles = {
         name: {
             "label": row["label"] if name == "dense" else f"{row['label']} ({row['evidence']})",
             "marker": markers[name],
-            "color": EVIDENCE_COLOURS[row["evidence"]], "markerfacecolor": "white" if VARIANTS[name].shared else None,
+            "color": EVIDENCE_COLOURS[row["evidence"]], "markerfacecolor": "white" if variant_named(name).shared else None,
         }
         for name, row in columns.items()
     }  # fmt: skip

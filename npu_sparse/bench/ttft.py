@@ -20,6 +20,7 @@ from pathlib import Path
 
 from .. import report
 from ..budget import Budget
+from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
 from ..report import RunError
 from . import stats
@@ -32,11 +33,11 @@ from .timing import (
     synchronize,
 )
 from .variants import (
-    VARIANTS,
     Subject,
     adapter_fingerprint,
     attachable,
     budget_of,
+    budget_words,
     check_budgets,
     check_context,
     check_names,
@@ -45,6 +46,7 @@ from .variants import (
     needs_indexer,
     selector_of,
     tail_note,
+    variant_named,
     with_tokenizer,
 )
 
@@ -61,9 +63,10 @@ class TtftConfig:
         model: hub id, directory, GGUF file or demo name.
         adapter: directory of the indexer; None = an untrained one (evidence: untrained, runtime only).
         lengths: prompt lengths in tokens.
-        k, block, reduce, sink, recent, share_layers, tail: the Budget of all sparse variants; per-query variants run at block
-            1.
-        variants: names of `VARIANTS`; "dense" must be among them.
+        k, block, reduce, sink, recent, share_layers, candidates, key_block, tail: the Budget of all sparse variants; per-query
+            variants run at block 1, and only indexers have candidates.
+        variants: names of `VARIANTS`; "dense" must be among them. Options after a name change its Budget:
+            indexer-shared+candidates=2048+key_block=32, indexer-shared+share_layers=2.
         runs: timed rounds; warmup: rounds before them; stage_runs: rounds with stage clocks, after them.
         prompt: "text" (real text from `texts`) or "random" (uniform token ids).
         texts: sources of the text, see `tasks.texts.documents`.
@@ -72,6 +75,7 @@ class TtftConfig:
         dtype: of weights and activations.
         device: "cpu", "cuda", "cuda:1", "npu", ...; its index is not part of the run's identity.
         impl: which operators run: "auto", "reference" or "kernel".
+        workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
     """
 
     model: str
@@ -84,6 +88,8 @@ class TtftConfig:
     recent: int = 0
     share_layers: int = 1
     tail: bool = False
+    candidates: int = 0
+    key_block: int = 64
     variants: tuple[str, ...] = ("dense", "indexer", "indexer-shared")
     runs: int = 10
     warmup: int = 2
@@ -95,6 +101,7 @@ class TtftConfig:
     dtype: str = "bfloat16"
     device: str = "cpu"
     impl: str = "auto"
+    workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
         for name in ("variants", "texts"):
@@ -119,12 +126,13 @@ class TtftConfig:
             raise ValueError(f"prompt must be one of {', '.join(PROMPTS)}, got {self.prompt!r}")
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
+        workspace.check(self.workspace_mib)
         check_budgets(self.variants, min(lengths), self.budget)
 
     @property
     def budget(self) -> Budget:
         """The Budget of the variants that share supports."""
-        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "tail")
+        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")
         return Budget(**{name: getattr(self, name) for name in names})
 
     def to_dict(self) -> dict:
@@ -234,12 +242,13 @@ def _prefill(config: TtftConfig, subject: Subject, name: str, length: int, stage
     """The model with one variant attached, or its attention timed where dense has a `stage`."""
     from ..prefill import SparsePrefill
 
+    options = dict(impl=config.impl, stage=stage, workspace_mib=config.workspace_mib)
     if name == ATTACHED:
         budget = config.budget.replace(dense_below=length + 1)
-        prefill = SparsePrefill.attach(subject.model, subject.indexer, budget, impl=config.impl, stage=stage)
+        prefill = SparsePrefill.attach(subject.model, subject.indexer, budget, **options)
     elif (budget := budget_of(name, config.budget)) is not None:
         selector = selector_of(name, subject.indexer, config.seed)
-        prefill = SparsePrefill.attach(subject.model, selector, budget, impl=config.impl, stage=stage)
+        prefill = SparsePrefill.attach(subject.model, selector, budget, **options)
     else:
         prefill = nullcontext() if stage is None else dense_attention_timed(subject.model, stage)
     with prefill:
@@ -341,7 +350,7 @@ def _tabulate(config: TtftConfig, records: list[dict]) -> dict:
 
 
 def _label(name: str) -> str:
-    return "attached, runs dense" if name == ATTACHED else VARIANTS[name].label
+    return "attached, runs dense" if name == ATTACHED else variant_named(name).label
 
 
 def _breakdown(runs: list[dict]) -> dict:
@@ -382,7 +391,7 @@ def _markdown(result: dict) -> str:
         f"# How long until the first token, dense against sparse?\n\n{config['model']}, batch 1, {config['prompt']} "
         f"prompts, dense attention `{first['dense_attention']}`, operators `{config['impl']}`; {config['runs']} "
         f"interleaved rounds after {config['warmup']} of warm-up; speed-up over dense with 95% paired bootstrap "
-        f"intervals.{tail_note(config)}\n\n"
+        f"intervals.{tail_note(config)}{budget_words(config)}\n\n"
         "## Time to first token\n\n"
         + report.markdown_table(table, {
             **names, "median": "TTFT median (s)", "quartiles": "quartiles (s)", "p95": "p95 (s)",
@@ -414,6 +423,7 @@ COLOURS = {
     "dense": "#222222", ATTACHED: "#8a8a8a", "oracle": "#56b4e9", "oracle-shared": "#0072b2", "indexer": "#e69f00",
     "indexer-shared": "#d55e00", "local": "#009e73", "random": "#cc79a7",
 }  # fmt: skip
+LINES = {False: "-", True: "--"}  # with options of its own
 STAGE_COLOURS = dict(zip(STAGES, ("#f0e442", "#e69f00", "#d55e00", "#0072b2", "#cccccc")))
 
 
@@ -436,7 +446,7 @@ def _figure(result: dict):
         ]
         left.errorbar(
             [row["length"] * spread for row in rows], median, yerr=errors, marker="o", markersize=4, capsize=2,
-            linewidth=1.2, color=COLOURS[name],
+            linewidth=1.2, color=COLOURS[name.partition("+")[0]], linestyle=LINES["+" in name],
             label=rows[0]["label"] if rows[0]["evidence"] == "dense" else f"{rows[0]['label']} ({rows[0]['evidence']})",
         )  # fmt: skip
     if len(lengths) > 1:

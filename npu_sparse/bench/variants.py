@@ -1,21 +1,36 @@
-"""What is compared: dense attention, oracle and indexer at two granularities, and controls, all at one budget."""
+"""What is compared: dense attention, oracle and indexer at two granularities, and controls, all at one budget.
+
+A variant may differ from the common budget: `indexer-shared+candidates=2048+key_block=32` is `indexer-shared` with these fields
+of the Budget changed.
+"""
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 
 from ..budget import Budget
 
 LOCAL_SINK = 4
+OPTIONS = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # of variants
+INDEX_OPTIONS = ("candidates", "key_block")  # these say how an indexer works
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to run a prefill: `chooser` picks the keys, `shared` says whether a block of queries shares them."""
+    """One way to run a prefill: `chooser` picks the keys, `shared` says whether a block of queries shares them, `options` are the
+    fields of the common Budget that it changes."""
 
     name: str
     label: str
     chooser: str  # "dense", "oracle", "indexer", "local" or "random"
     shared: bool = False
+    options: Mapping = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def base(self) -> str:
+        """The name of the variant without options."""
+        return self.name.partition("+")[0]
 
 
 VARIANTS: dict[str, Variant] = {
@@ -48,13 +63,51 @@ class Subject:
         return identity(self.model)
 
 
+def variant_named(name: str) -> Variant:
+    """The Variant of a name such as "oracle" or "indexer-shared+candidates=2048"; ValueError where there is none."""
+    base, *changes = name.split("+")
+    if base not in VARIANTS:
+        raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {name!r}")
+    known = VARIANTS[base]
+    options = {}
+    for change in changes:
+        option, _, value = change.partition("=")
+        allowed = [
+            o for o in OPTIONS
+            if (known.shared or o not in ("block", "reduce")) and (known.chooser == "indexer" or o not in INDEX_OPTIONS)
+        ] if known.chooser != "dense" else []  # fmt: skip
+        if option not in allowed or option in options:
+            raise ValueError(f"options of {base} must be among {', '.join(allowed) or 'none'}, each once, got {change!r}")
+        options[option] = _value(option, value, change)
+    label = ", ".join([known.label, *(f"{option} {value}" for option, value in options.items())])
+    return replace(known, name=name, label=label, options=MappingProxyType(options))
+
+
+def _value(option: str, value: str, change: str) -> int | str | bool:
+    if option == "reduce":
+        return value
+    if option == "tail":
+        if value not in ("", "true", "false"):
+            raise ValueError(f"tail must be alone, or tail=true or tail=false, got {change!r}")
+        return value != "false"
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{option} of a variant must be a whole number, such as {option}=2048, got {change!r}") from None
+
+
+def in_order(names) -> list[str]:
+    """Names in the order of VARIANTS, those with options after their base."""
+    order = list(VARIANTS)
+    return sorted(names, key=lambda name: (order.index(variant_named(name).base), "+" in name))
+
+
 def check_names(names: tuple[str, ...]) -> None:
     """Raises ValueError unless `names` are known variants, none twice."""
     if not names:
         raise ValueError(f"variants must name at least one of {', '.join(VARIANTS)}, got none")
     for name in names:
-        if name not in VARIANTS:
-            raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {name!r}")
+        variant_named(name)
     if len(set(names)) != len(names):
         raise ValueError(f"variants must not be named twice, got {', '.join(names)}")
 
@@ -64,28 +117,44 @@ def check_budgets(names: tuple[str, ...], length: int, budget: Budget) -> None:
     for name in names:
         if (own := budget_of(name, budget)) is not None:
             own.check_length(length)
-        if VARIANTS[name].chooser == "local":
+        if variant_named(name).chooser == "local":
             own.replace(sink=LOCAL_SINK, recent=0)
+
+
+def budget_words(config: Mapping) -> str:
+    """What a table of this config must say of its common budget beside k, b_sel and the tail: a sentence that names every other
+    field that is not the Budget's default, or nothing."""
+    default = {f.name: f.default for f in fields(Budget) if f.name in OPTIONS[2:-1]}
+    told = {name: config[name] for name in default if config.get(name, default[name]) != default[name]}
+    if not config.get("candidates"):
+        told.pop("key_block", None)
+    return f" All sparse rows: {', '.join(f'{name} {value}' for name, value in told.items())}." if told else ""
 
 
 def needs_indexer(names) -> bool:
     """Whether any of these variants selects by an indexer."""
-    return any(VARIANTS[name].chooser == "indexer" for name in names)
+    return any(variant_named(name).chooser == "indexer" for name in names)
 
 
 def budget_of(name: str, budget: Budget) -> Budget | None:
-    """The Budget one variant runs at, of the common `budget`: block 1 where every query selects; None for dense."""
-    variant = VARIANTS[name]
+    """The Budget one variant runs at, of the common `budget`: with its own options, block 1 where every query selects, and no
+    candidates without an indexer; None for dense."""
+    variant = variant_named(name)
     if variant.chooser == "dense":
         return None
-    return budget if variant.shared else budget.replace(block=1)
+    changes = dict(variant.options)
+    if not variant.shared:
+        changes["block"] = 1
+    if variant.chooser != "indexer":
+        changes["candidates"] = 0
+    return budget.replace(**changes)
 
 
 def selector_of(name: str, indexer=None, seed: int = 0):
     """The Selector of a sparse variant."""
     from .. import selectors
 
-    chooser = VARIANTS[name].chooser
+    chooser = variant_named(name).chooser
     if chooser == "indexer":
         return selectors.Indexer(indexer)
     if chooser == "local":
@@ -95,7 +164,7 @@ def selector_of(name: str, indexer=None, seed: int = 0):
 
 def evidence_of(name: str, indexer=None) -> str:
     """The evidence type of a variant's figures: "dense", "oracle", "distilled", "untrained" or "control"."""
-    return "dense" if VARIANTS[name].chooser == "dense" else selector_of(name, indexer).evidence
+    return "dense" if variant_named(name).chooser == "dense" else selector_of(name, indexer).evidence
 
 
 def tail_note(config: dict) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
 from ..budget import BLOCKS, REDUCTIONS
+from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
 
 HEADS = ("all", "kv")
@@ -26,6 +27,8 @@ class OracleConfig:
         blocks: queries that share a support (b_sel), 1 = every query has its own.
         reduces: how a block's queries become one row, "max" or "mean"; without meaning for block 1.
         tail: as in Budget: keys outside a support are read as one, or dropped.
+        share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer has its own.
+            End to end only: layer by layer, every layer is measured on its own.
         controls: "local" (`sink` first keys and the most recent) and "random", per query and at the same budgets.
         sink: sinks of the "local" control.
         tasks: RULER-style tasks to score, by name; may be empty.
@@ -39,6 +42,7 @@ class OracleConfig:
             beside float32; "none" = no such row.
         dtype, device: of the model.
         impl: which operators run, "reference", "auto" or "kernel".
+        workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
         seed: of the choice of texts, of the tasks, of the random control and of the bootstrap.
     """
 
@@ -51,6 +55,7 @@ class OracleConfig:
     blocks: tuple[int, ...] = (1, 16, 64)
     reduces: tuple[str, ...] = REDUCTIONS
     tail: bool = False
+    share_layers: tuple[int, ...] = (1,)
     controls: tuple[str, ...] = CONTROLS
     sink: int = 4
     tasks: tuple[str, ...] = ()
@@ -64,17 +69,18 @@ class OracleConfig:
     dtype: str = "float32"
     device: str = "cpu"
     impl: str = "reference"
+    workspace_mib: int = workspace.DEFAULT_MIB
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("budgets", "texts", "heads", "blocks", "reduces", "controls", "tasks"):
+        for name in ("budgets", "texts", "heads", "blocks", "reduces", "share_layers", "controls", "tasks"):
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):
                 raise TypeError(f"{name} must be a list, got {value!r}")
             if len(set(value)) < len(tuple(value)):
                 raise ValueError(f"{name} must name each value once, got {list(value)}")
             object.__setattr__(self, name, tuple(value))
-        for name in ("budgets", "texts", "heads", "blocks", "reduces"):
+        for name in ("budgets", "texts", "heads", "blocks", "reduces", "share_layers"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must name at least one value, got none")
         for name, least in (
@@ -85,6 +91,8 @@ class OracleConfig:
         for k in self.budgets:
             if _whole("budgets", k, 1) >= self.length:
                 raise ValueError(f"budgets must be below the length of {self.length} tokens, got {k}")
+        for layers in self.share_layers:
+            _whole("share_layers", layers, 1)
         for name, allowed in (("heads", HEADS), ("blocks", BLOCKS), ("reduces", REDUCTIONS), ("controls", CONTROLS)):
             for value in getattr(self, name):
                 _one_of(name, value, allowed)
@@ -94,6 +102,7 @@ class OracleConfig:
         _one_of("dtype", self.dtype, DTYPES)
         _one_of("impl", self.impl, IMPLEMENTATIONS)
         _one_of("noise_dtype", self.noise_dtype, ["auto", "none", *(dtype for dtype in DTYPES if dtype != self.dtype)])
+        workspace.check(self.workspace_mib)
         if "local" in self.controls and self.sink >= min(self.budgets):
             raise ValueError(f"sink must be below every budget, got {self.sink} and a budget of {min(self.budgets)}")
         if self.layer_prompts > self.prompts:
@@ -123,8 +132,8 @@ class OracleConfig:
 class Variant:
     """One way of choosing supports at one budget.
 
-    `evidence` is "oracle" or "control"; `heads`, `block` and `reduce` are as in OracleConfig (`reduce` is None for
-    block 1).
+    `evidence` is "oracle" or "control"; `heads`, `block`, `reduce` and `share_layers` are as in OracleConfig (`reduce` is
+    None for block 1).
     """
 
     evidence: str
@@ -134,6 +143,7 @@ class Variant:
     block: int = 1
     reduce: str | None = None
     sink: int = 0
+    share_layers: int = 1
 
     @property
     def cell(self) -> str:
@@ -141,7 +151,8 @@ class Variant:
         if self.evidence == "control":
             return f"{self.selector}-k{self.k}"
         shared = "" if self.block == 1 else f"-{self.reduce}"
-        return f"oracle-{self.heads}-b{self.block}{shared}-k{self.k}"
+        layers = "" if self.share_layers == 1 else f"-l{self.share_layers}"
+        return f"oracle-{self.heads}-b{self.block}{shared}{layers}-k{self.k}"
 
     @property
     def label(self) -> str:
@@ -151,15 +162,17 @@ class Variant:
         if self.selector == "random":
             return "random keys"
         granularity = "per query" if self.block == 1 else f"{self.block} queries share, {self.reduce}"
-        return granularity + (", per KV group" if self.heads == "kv" else "")
+        layers = "" if self.share_layers == 1 else f", {self.share_layers} layers share"
+        return granularity + (", per KV group" if self.heads == "kv" else "") + layers
 
 
 def variants(config: OracleConfig, kv_heads: int) -> list[Variant]:
     """Every variant of a study, budgets in the outer loop. With one KV head, "kv" is "all" and is left out."""
     found = []
     for k in config.budgets:
-        for heads, block, reduce in granularities(config, kv_heads):
-            found.append(Variant("oracle", "oracle", k, heads, block, reduce))
+        for layers in config.share_layers:
+            for heads, block, reduce in granularities(config, kv_heads):
+                found.append(Variant("oracle", "oracle", k, heads, block, reduce, share_layers=layers))
         for control in config.controls:
             found.append(Variant("control", control, k, sink=config.sink if control == "local" else 0))
     return found

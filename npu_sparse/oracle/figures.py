@@ -9,6 +9,7 @@ BLOCK_COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00
 CONTROL_STYLES = {"local": ("#555555", "X"), "random": ("#999999", "P")}
 MARKERS = {None: "o", "max": "^", "mean": "s"}
 HEAD_LINES = {"all": "-", "kv": ":"}
+LAYER_LINES = ("--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))  # of two, three, ... layers that share
 MOST_ANNOTATED_LAYERS = 40
 
 
@@ -178,11 +179,11 @@ def _style(found: dict, row: dict) -> dict:
     if row["evidence"] == "control":
         colour, marker = CONTROL_STYLES[row["selector"]]
         return {"color": colour, "marker": marker, "linestyle": "--", "label": f"control: {row['label']}"}
-    blocks = found["config"]["blocks"]
+    blocks, layers = found["config"]["blocks"], row["share_layers"]
     return {
         "color": BLOCK_COLOURS[blocks.index(row["block"]) % len(BLOCK_COLOURS)],
         "marker": MARKERS[row["reduce"]],
-        "linestyle": HEAD_LINES[row["heads"]],
+        "linestyle": HEAD_LINES[row["heads"]] if layers == 1 else LAYER_LINES[(layers - 2) % len(LAYER_LINES)],
         "label": f"oracle: {row['label']}",
     }
 

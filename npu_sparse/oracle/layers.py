@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops
 from ..budget import Budget
+from ..ops import workspace
 from ..ops.masks import padded_to_blocks, visible_to_block
 from ..prefill import SparsePrefill
 from ..selectors import Dense, LayerInputs
@@ -24,7 +25,7 @@ Granularity = tuple[str, int, str | None]  # heads, block, reduce
 
 def measure_layers(
     model, ids: Tensor, dense: Tensor, granularities: Sequence[Granularity], budgets: Sequence[int], *,
-    impl: str = "reference", stride: int = 1, tail: bool = False,
+    impl: str = "reference", stride: int = 1, tail: bool = False, workspace_mib: int = workspace.DEFAULT_MIB,
 ) -> dict:  # fmt: skip
     """`{"layers": rows, "overlap": rows, "path": {...}}` of one prompt, int64 `[T]`, on the dense trajectory.
 
@@ -38,7 +39,9 @@ def measure_layers(
         rows.extend({"layer": inputs.layer, **row} for row in found)
         overlaps.extend({"layer": inputs.layer, **row} for row in overlap)
 
-    with SparsePrefill.attach(model, Dense(), Budget(block=DENSE_BLOCK), impl=impl, observe=observe):
+    with SparsePrefill.attach(
+        model, Dense(), Budget(block=DENSE_BLOCK), impl=impl, observe=observe, workspace_mib=workspace_mib
+    ):
         hidden = hidden_states(model, ids, stride)
     return {"layers": rows, "overlap": overlaps, "path": compare(model, dense, model, hidden)}
 

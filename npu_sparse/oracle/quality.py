@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops, tasks
 from ..budget import Budget
+from ..ops import workspace
 from ..prefill import SparsePrefill
 from ..selectors import LayerInputs, Selector
 from ..support import Support
@@ -28,6 +29,7 @@ def measure(
     budget: Budget | None = None,
     impl: str = "reference",
     stride: int = 1,
+    workspace_mib: int = workspace.DEFAULT_MIB,
 ) -> list[dict]:
     """Per prompt: KL and agreement against dense, and the attention mass that the supports keep.
 
@@ -50,7 +52,9 @@ def measure(
 
         attached = nullcontext()
         if selector is not None:
-            attached = SparsePrefill.attach(model, selector, budget, impl=impl, observe=observe)
+            attached = SparsePrefill.attach(
+                model, selector, budget, impl=impl, observe=observe, workspace_mib=workspace_mib
+            )
         with attached:
             hidden = hidden_states(model, ids, stride)
         found.append({
@@ -137,11 +141,13 @@ def retained_mass(inputs: LayerInputs, support: Support, start: int, stop: int) 
 @torch.no_grad()
 def task_scores(
     model, tokenizer, examples: Sequence[tasks.Example], *, selector: Selector | None = None,
-    budget: Budget | None = None, impl: str = "reference",
+    budget: Budget | None = None, impl: str = "reference", workspace_mib: int = workspace.DEFAULT_MIB,
 ) -> list[float]:  # fmt: skip
     """The score of each example in [0, 1]: prefill as attached (dense without a selector), greedy and dense decode."""
     scores = []
-    attached = nullcontext() if selector is None else SparsePrefill.attach(model, selector, budget, impl=impl)
+    attached = nullcontext()
+    if selector is not None:
+        attached = SparsePrefill.attach(model, selector, budget, impl=impl, workspace_mib=workspace_mib)
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     with attached:
         for example in examples:

@@ -207,10 +207,12 @@ def _first_figures(cell: dict) -> str:
 def _end_to_end(study: Study, variant: Variant) -> dict:
     config = study.config
     selector = _selector(variant, config)
-    budget = Budget(k=variant.k, block=variant.block, reduce=variant.reduce or "max", tail=config.tail)
+    budget = Budget(
+        variant.k, variant.block, variant.reduce or "max", share_layers=variant.share_layers, tail=config.tail
+    )  # fmt: skip
     prompts = quality.measure(
         study.model, study.ids, study.dense, study.model, selector=selector, budget=budget, impl=config.impl,
-        stride=config.position_stride,
+        stride=config.position_stride, workspace_mib=config.workspace_mib,
     )  # fmt: skip
     return {"prompts": prompts, "scores": _scores(study, study.model, selector, budget)}
 
@@ -236,7 +238,8 @@ def _noise_floor(study: Study) -> dict:
 def _scores(study: Study, model, selector: Selector | None = None, budget: Budget | None = None) -> dict:
     return {
         task: quality.task_scores(
-            model, study.tokenizer, examples, selector=selector, budget=budget, impl=study.config.impl
+            model, study.tokenizer, examples, selector=selector, budget=budget, impl=study.config.impl,
+            workspace_mib=study.config.workspace_mib,
         )
         for task, examples in study.examples.items()
     }
@@ -246,7 +249,7 @@ def _layers(study: Study, n: int) -> dict:
     config = study.config
     return measure_layers(
         study.model, study.ids[n], study.dense[n], granularities(config, study.architecture.kv_heads), config.budgets,
-        impl=config.impl, stride=config.position_stride, tail=config.tail,
+        impl=config.impl, stride=config.position_stride, tail=config.tail, workspace_mib=config.workspace_mib,
     )  # fmt: skip
 
 

@@ -47,6 +47,7 @@ def _columns(variant: Variant, config: OracleConfig) -> dict:
         "heads": variant.heads,
         "block": variant.block,
         "reduce": variant.reduce,
+        "share_layers": variant.share_layers,
         "k": variant.k,
         "skipped_pairs": sparsity(variant.k, config.length),
     }

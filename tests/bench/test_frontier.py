@@ -43,6 +43,15 @@ def test_one_row_per_budget_beside_dense_and_the_oracles(grid):
         assert (row["ttft_s"] is None) == (row["evidence"] == "oracle")
 
 
+def test_candidates_and_shared_layers_are_those_of_both_halves_of_a_point():
+    config = replace(CONFIG, candidates=128, key_block=16, share_layers=2)
+    for point in config.points():
+        for half in (config.quality_at(*point), config.ttft_at(*point)):
+            assert (half.budget.candidates, half.budget.key_block, half.budget.share_layers) == (128, 16, 2)
+    with pytest.raises(ValueError, match="candidates must be 0 or hold the k keys"):
+        replace(CONFIG, candidates=32)  # the grid has k = 64
+
+
 def test_points_have_the_three_gaps_and_unshared_ones_no_realization_gap(grid):
     for row in grid[1]["rows"][3:]:
         assert set(row["gaps"]) == set(GAPS) - ({"realization gap"} if row["block"] == 1 else set())

@@ -160,6 +160,53 @@ def test_macro_average_and_gaps_take_only_tasks_that_dense_solves():
     assert [gap["gap"] for gap in result["gaps"]] == ["oracle gap"] * 4
 
 
+def test_variants_with_options_run_at_their_own_budget_and_are_compared_with_their_base(evaluate, tmp_path, counted):
+    variants = (
+        "dense", "indexer-shared+candidates=64+key_block=16", "indexer-shared", "indexer-shared+share_layers=2", "oracle",
+        "oracle+k=64", "local",
+    )  # fmt: skip
+    config = replace(CONFIG, tasks=("vt",), variants=variants, candidates=128)
+    result = evaluate(config, tmp_path)
+    budgets = {record["variant"]: record["budget"] for record in records(tmp_path).values()}
+    assert budgets.pop("dense") is None
+    names = ("k", "block", "candidates", "key_block", "share_layers")
+    assert {name: tuple(budget[field] for field in names) for name, budget in budgets.items()} == {
+        "indexer-shared": (32, 16, 128, 64, 1),
+        "indexer-shared+candidates=64+key_block=16": (32, 16, 64, 16, 1),
+        "indexer-shared+share_layers=2": (32, 16, 128, 64, 2),
+        "oracle": (32, 1, 0, 64, 1),
+        "oracle+k=64": (64, 1, 0, 64, 1),
+        "local": (32, 1, 0, 64, 1),
+    }
+    pairs = {(change["from"], change["to"]) for change in result["options"]}
+    assert pairs == {
+        (before, after) for after in variants if "+" in after for before in ("dense", after.partition("+")[0])
+    }
+    text = (tmp_path / "report.md").read_text()
+    assert "## Options" in text and "| indexer, shared, candidates 64, key_block 16 | indexer, shared |" in text
+    assert "All sparse rows: candidates 128, key_block 64." not in text and "All sparse rows: candidates 128." in text
+    counted.clear()
+    assert evaluate(config, tmp_path) == result and not counted
+
+
+def test_an_options_change_is_paired_by_prompt():
+    def record(variant, scores):
+        samples = [{"index": n, "length": 9, "score": s, "output": ""} for n, s in enumerate(scores)]
+        common = {"prompts": "vt", "base": {}, "adapter": None, "machine": {}, "budget": None}
+        return {"task": "vt", "variant": variant, "evidence": "oracle", "samples": samples, **common}
+
+    scores = {"dense": [1, 1, 0, 1], "oracle": [1, 0, 0, 1], "oracle+k=64": [0, 1, 1, 1]}
+    config = replace(CONFIG, tasks=("vt",), count=4, variants=tuple(scores))
+    result = quality._tabulate(config, {("vt", name): record(name, found) for name, found in scores.items()})
+    changes = {(entry["from"], entry["task"]): entry["change"] for entry in result["options"]}
+    assert changes["oracle", "vt"]["value"] == pytest.approx(1 / 4)
+    assert changes["dense", "vt"]["value"] == pytest.approx(0)
+    assert changes["oracle", quality.MACRO] == changes["oracle", "vt"]
+    paired = quality.stats.macro_difference([scores["oracle"]], [scores["oracle+k=64"]], seed=config.seed)
+    assert (changes["oracle", "vt"]["low"], changes["oracle", "vt"]["high"]) == (paired.low, paired.high)
+    assert paired.low < 0 < paired.high
+
+
 def test_batches_and_early_stops_do_not_change_what_is_found(model, tokenizer, monkeypatch):
     examples = generate("vt", tokenizer, length=900, count=5, seed=1, max_new_tokens=12)
     ids = [encode(tokenizer, example) for example in examples]
@@ -216,6 +263,8 @@ def test_cells_of_another_indexer_are_never_mixed_in(evaluate, model, tmp_path, 
         ({"tasks": ()}, "tasks must name at least one"),
         ({"tasks": ("qa_1",)}, "qa_1 needs a question file"),
         ({"variants": ("dense", "orakel")}, "variants must be among .* got 'orakel'"),
+        ({"variants": ("dense", "indexer+k=0")}, "k must be >= 1, got 0"),
+        ({"variants": ("dense", "indexer-shared+candidates=8")}, "candidates must be 0 or hold the k keys"),
         ({"variants": ("oracle",)}, "must include 'dense'"),
         ({"variants": ("dense", "dense")}, "named twice"),
         ({"count": 0}, "count must be a positive integer, got 0"),

@@ -39,6 +39,20 @@ def test_every_round_runs_every_variant_once_in_changing_order(finished):
     assert all(len(times) == 3 and min(times) > 0 for times in found["seconds"].values())
 
 
+def test_a_variant_with_options_is_timed_beside_the_others(model, indexer, tmp_path):
+    config = replace(
+        CONFIG, lengths=(300,), variants=("dense", "indexer-shared", "indexer-shared+candidates=64+key_block=16"), runs=1,
+        warmup=0, stage_runs=1, overhead=False,
+    )  # fmt: skip
+    result = run_ttft(config, tmp_path, model=model, indexer=indexer)
+    assert [row["label"] for row in result["rows"]] == [
+        "dense", "indexer, shared", "indexer, shared, candidates 64, key_block 16"
+    ]  # fmt: skip
+    one_level, two_levels = (row["stages_s"]["top-k"] for row in result["rows"][1:])
+    assert one_level > 0 == two_levels  # which are one operator
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_warm_up_rounds_are_run_and_not_reported(model, indexer, tmp_path, monkeypatch):
     config = replace(CONFIG, lengths=(96,), variants=("dense",), overhead=False, runs=2, warmup=3, stage_runs=1)
     clock = iter(range(100))

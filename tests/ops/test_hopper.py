@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from npu_sparse import ops
-from npu_sparse.ops import nvrtc
+from npu_sparse.ops import nvrtc, workspace
 from npu_sparse.ops.dispatch import KernelUnavailableError
 from npu_sparse.ops.hopper import is_hopper
 from npu_sparse.testing import (
@@ -188,7 +188,7 @@ def test_attention_writes_every_output_and_is_deterministic(hopper, block, monke
 def test_unions_in_several_launches_give_the_same(hopper, monkeypatch):
     q, k, v, support = Attention(block=1, Tq=1000, Tk=1000, k=200, B=2).inputs(hopper)
     whole = ops.sparse_attention(q, k, v, support, scale=0.1, impl="kernel")
-    monkeypatch.setattr(attention, "UNION_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(workspace, "SIZE", 1 << 17)
     assert torch.equal(ops.sparse_attention(q, k, v, support, scale=0.1, impl="kernel"), whole)
 
 
@@ -298,8 +298,7 @@ def test_selection_by_pieces_gives_the_same(hopper, monkeypatch, block):
     case = Selection(block=block, Tq=3000, Tk=5000)
     qi, ki, w = case.inputs(hopper)
     whole = ops.select_by_index(qi, ki, w, **case.options(), impl="kernel")
-    monkeypatch.setattr(selection, "WORKSPACE_BYTES", 1 << 21)
-    monkeypatch.setattr(selection, "SAMPLE_BYTES", 1 << 18)
+    monkeypatch.setattr(workspace, "SIZE", 1 << 18)
     pieces = ops.select_by_index(qi, ki, w, **case.options(), impl="kernel")
     assert torch.equal(pieces.indices, whole.indices) and torch.equal(pieces.count, whole.count)
 

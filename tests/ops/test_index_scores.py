@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_sparse import ops
+from npu_sparse.ops import workspace
 from npu_sparse.testing import DTYPES, assert_accurate, index_inputs, naive_index_scores, padding
 
-op = import_module("npu_sparse.ops.index_scores.op")
 reference = import_module("npu_sparse.ops.index_scores.reference")
 
 
@@ -130,7 +130,7 @@ def test_tiling_does_not_change_the_reference(case, monkeypatch):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_select_by_index_selects_what_the_two_operators_select(backend, case, monkeypatch):
-    monkeypatch.setattr(op, "SCORE_ELEMENTS", 2 * case.B * case.Tk)  # two blocks of queries at a time
+    monkeypatch.setattr(workspace, "SIZE", 4 * 2 * case.B * case.Tk)  # two blocks of queries at a time
     qi, ki, w, options = backend.fit(case).inputs(backend.device)
     scores = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
     kept = dict(k=case.block + 6, sink=2, recent=3, block=case.block)

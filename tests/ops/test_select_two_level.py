@@ -1,3 +1,7 @@
+import importlib.util
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, replace
 from importlib import import_module
 
@@ -7,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_sparse import Support, ops
-from npu_sparse.ops import KernelUnavailableError, dispatch
+from npu_sparse.ops import KernelUnavailableError, dispatch, workspace
 from npu_sparse.ops.select_two_level.blocks import block_bounds, blocks_scored, sink_blocks
 from npu_sparse.testing import (
     DTYPES,
@@ -18,7 +22,6 @@ from npu_sparse.testing import (
     whole_index_inputs,
 )
 
-levels = import_module("npu_sparse.ops.select_two_level.levels")
 reference = import_module("npu_sparse.ops.select_two_level.reference")
 
 
@@ -170,19 +173,24 @@ def naive_block_scores(case, device, dtype):
     return out
 
 
-@pytest.mark.parametrize("valid", [None, torch.arange(53).remainder(7) > 2])
-def test_bounds_are_of_the_valid_keys_of_a_block(valid):
-    ki = index_inputs(1, 1, 1, 53, 4)[1]
-    real = torch.ones(53, dtype=torch.bool) if valid is None else valid & (torch.arange(53) // 16 != 1)
-    bounds = block_bounds(ki.masked_fill(~real[:, None], float("nan")), 16, None if valid is None else real[None])
-    assert bounds.shape == (1, 4, 2, 4)
-    for n in range(4):
-        keys = ki[0, 16 * n : 16 * n + 16][real[16 * n : 16 * n + 16]]
-        if not len(keys):
-            assert not bool(bounds[0, n].any())
-            continue
-        high, low = (keys.mean(0) + keys.amax(0)) / 2, (keys.mean(0) + keys.amin(0)) / 2
-        torch.testing.assert_close(bounds[0, n], torch.stack([high, low]))
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bounds_are_of_the_valid_keys_of_a_block(two_level, dtype, padded):
+    ki = index_inputs(2, 1, 1, 53, 24, dtype=two_level.dtype(dtype), device=two_level.device, strided=True)[1]
+    position = torch.arange(53, device=ki.device)
+    valid = ((position % 7 > 2) & (position // 16 != 1)).expand(2, -1) if padded else None
+    hidden = torch.zeros_like(position, dtype=torch.bool) if valid is None else ~valid[0]
+    ki.masked_fill_(hidden[:, None], float("nan"))
+    bounds = scores_of(two_level).block_bounds(ki, 16, valid)
+    exact, naive = torch.zeros(2, 2, 4, 2, 24, dtype=torch.float64, device=ki.device)
+    for into, precision in ((exact, torch.float64), (naive, torch.float32)):
+        for n in range(4):
+            keys = ki[:, 16 * n : 16 * n + 16][:, ~hidden[16 * n : 16 * n + 16]].to(precision)
+            if keys.shape[1]:
+                mean = keys.mean(1)
+                into[:, n] = torch.stack([(mean + keys.amax(1)) / 2, (mean + keys.amin(1)) / 2], 1).to(precision)
+    assert bounds.dtype == ki.dtype
+    assert_accurate(bounds, exact, naive.to(ki.dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -290,7 +298,7 @@ def test_the_last_chunk_of_a_prompt_selects_what_the_whole_prompt_does(two_level
 def test_slices_of_queries_do_not_change_the_support(two_level, monkeypatch):
     case = two_level.fit(Case(Tq=130, Tk=200, B=2, block=32, Hi=2, weighted=True, side="right"))
     whole = run(case, two_level.impl, two_level.device)
-    monkeypatch.setattr(levels, "SCORE_ELEMENTS", 1)  # one group at a time
+    monkeypatch.setattr(workspace, "SIZE", 4)  # one group at a time
     assert_same(run(case, two_level.impl, two_level.device), whole)
 
 
@@ -379,3 +387,46 @@ def test_the_operator_is_one_stage():
     assert names == ["scoring"]
     ops.select_two_level(qi, ki, k=8, candidates=300, key_block=16, stage=stage)
     assert names == ["scoring", "scoring", "top-k"]  # one level
+
+
+COMPILE = """
+import inspect
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from npu_sparse.ops.select_two_level import triton as kernels
+
+POINTERS = dict(qi="*bf16", ki="*bf16", w="*bf16", bounds="*bf16", kinds="*u8", valid="*u8", chosen="*i32", held="*i32",
+                ends="*i32", norm="*fp32", out="*fp32", slots="*i32", count="*i32")
+
+def compile(kernel, **constants):
+    names = list(inspect.signature(kernel.fn).parameters)
+    pointers = dict(POINTERS, out={kernels._place: "*i32", kernels._bound: "*bf16"}.get(kernel, "*fp32"))
+    types = {n: "constexpr" if n in constants else pointers.get(n, "fp32" if n == "scale" else "i32") for n in names}
+    places = {(names.index(n),): value for n, value in constants.items()}
+    made = triton.compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+    print(kernel.fn.__name__, len(made.asm["cubin"]), made.metadata.shared)
+
+for HI, PADDED, MEAN in ((1, False, False), (4, True, True)):
+    common = dict(HI=HI, D=128, DP=128, WEIGHTED=HI > 1, PADDED=PADDED, PRECISION="tf32", q_d=1, w_h=1, v_t=1)
+    compile(kernels._bound, C=64, D=128, DP=128, PADDED=PADDED, k_d=1, v_t=1)
+    compile(kernels._rank, ROWS=64, COLS=64, **common)
+    common.update(ROWS=64, C=64, k_d=1)
+    compile(kernels._score, SPLIT=16, MEAN=MEAN, SINK=4, RECENT=64, **common)
+    if MEAN:
+        compile(kernels._normalise, **common)
+compile(kernels._place, BN=2048)
+"""
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed: run `make test-triton`")
+def test_interpreted_kernels_compile_for_a_gpu_too():
+    """In bf16, which the interpreter cannot multiply; a compiler for it comes with Triton, and no GPU is needed."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in found] == [
+        "_bound", "_rank", "_score", "_bound", "_rank", "_score", "_normalise", "_place"
+    ]  # fmt: skip
+    assert all(int(size) > 0 and int(shared) <= 232448 for _, size, shared in found)

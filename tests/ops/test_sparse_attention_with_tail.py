@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_sparse import Support, ops
-from npu_sparse.ops import dispatch
+from npu_sparse.ops import dispatch, workspace
 from npu_sparse.testing import (
     DTYPES,
     assert_accurate,
@@ -199,7 +199,7 @@ def test_a_query_without_a_support_gets_zeros(at):
 def test_slices_do_not_change_the_reference(case, monkeypatch):
     inputs = case.inputs()
     whole = attend(inputs, case, "reference")
-    monkeypatch.setattr(tails, "COUNT_ELEMENTS", 1)
+    monkeypatch.setattr(workspace, "SIZE", 4)
     monkeypatch.setattr(reference, "TILE_ELEMENTS", 1)
     monkeypatch.setattr(reference, "UNION_ROWS", 1)
     torch.testing.assert_close(attend(inputs, case, "reference"), whole)

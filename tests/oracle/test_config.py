@@ -39,6 +39,8 @@ def test_unknown_fields_are_refused():
         ({"blocks": (3,)}, "blocks must be one of 1, 2, 4"),
         ({"heads": ("some",)}, "heads must be one of all, kv, got 'some'"),
         ({"reduces": ("sum",)}, "reduces must be one of max, mean"),
+        ({"share_layers": (0,)}, "share_layers must be >= 1, got 0"),
+        ({"share_layers": ()}, "share_layers must name at least one value"),
         ({"controls": ("best",)}, "controls must be one of local, random"),
         ({"texts": ()}, "texts must name at least one value"),
         ({"texts": ("",)}, "texts must name files"),
@@ -85,5 +87,5 @@ def test_one_kv_head_leaves_out_kv_groups():
 
 
 def test_cells_have_distinct_names():
-    cells = [v.cell for v in variants(OracleConfig("m", blocks=(1, 16, 64)), kv_heads=4)]
+    cells = [v.cell for v in variants(OracleConfig("m", blocks=(1, 16, 64), share_layers=(1, 2, 3)), kv_heads=4)]
     assert len(set(cells)) == len(cells)

@@ -81,7 +81,7 @@ def test_means_are_over_prompts(run, tmp_path):
 
 
 def test_cells_measure_what_their_names_say(run, config, model, tokenizer, tmp_path):
-    run()
+    run(share_layers=(1, 2))
     prompts = [ids for _, ids in text_prompts(tokenizer, tasks.documents(config.texts), length=100, count=3, seed=0)]
     dense = [quality.hidden_states(model, ids) for ids in prompts]
     for name, selector, budget in (
@@ -89,11 +89,25 @@ def test_cells_measure_what_their_names_say(run, config, model, tokenizer, tmp_p
         ("oracle-kv-b1-k8", Oracle(per_kv=True), Budget(k=8, block=1)),
         ("oracle-kv-b16-max-k40", Oracle(per_kv=True), Budget(k=40, block=16, reduce="max")),
         ("oracle-all-b16-mean-k40", Oracle(), Budget(k=40, block=16, reduce="mean")),
+        ("oracle-all-b16-max-l2-k8", Oracle(), Budget(k=8, block=16, share_layers=2)),
         ("local-k40", Local(4), Budget(k=40, block=1)),
         ("random-k8", Random(0), Budget(k=8, block=1)),
     ):
         cell = json.loads((tmp_path / f"run/cells/{name}.json").read_text())
         assert cell["prompts"] == quality.measure(model, prompts, dense, model, selector=selector, budget=budget)
+
+
+def test_layers_that_share_have_their_own_rows_and_lines(config, model, tokenizer, tmp_path):
+    config = replace(config, share_layers=(1, 2), heads=("all",), controls=(), reduces=("max",), budgets=(8,))
+    found = run_oracle(config, tmp_path / "run", model=model, tokenizer=tokenizer)
+    rows = {row["label"]: row for row in found["end_to_end"] if row["evidence"] == "oracle"}
+    assert list(rows) == [
+        "per query", "16 queries share, max", "per query, 2 layers share", "16 queries share, max, 2 layers share"
+    ]  # fmt: skip
+    alone, follows = (rows[label]["retained_by_layer"] for label in ("per query", "per query, 2 layers share"))
+    assert alone[0] == follows[0] and follows[1] < alone[1]
+    assert {row["share_layers"] for row in found["layers"]} == {1}
+    assert "per query, 2 layers share" in (tmp_path / "run/report.md").read_text()
 
 
 def test_layer_means_are_over_the_layer_prompts(run, tmp_path):

@@ -67,6 +67,25 @@ def test_work_counts_causal_pairs_only(bench):
     assert found["scoring"]["flops"] == 2 * (1 + 2 + 3 + 4) * 16
 
 
+def test_work_in_two_levels_counts_ranked_blocks_and_scored_keys(bench):
+    class Layer:
+        q, k, v = torch.zeros(1, 2, 400, 8), torch.zeros(1, 1, 400, 8), torch.zeros(1, 1, 400, 8)
+
+    support = Support(torch.zeros(1, 1, 7, 3, dtype=torch.int32), torch.full((1, 1, 7), 3, dtype=torch.int32), 64)
+    index = torch.zeros(1, 1, 400, 16), torch.zeros(1, 400, 16), None
+    scored = sum(min(t + 1, 32 + 3 * 16) for t in range(400))
+    found = bench.work(Layer, index, support, candidates=32, key_block=16)
+    assert found["scoring"]["flops"] == pytest.approx(2 * 16 * (2 * 400 * 401 / 2 / 16 + scored))
+
+
+def test_a_budget_may_have_candidates(bench):
+    assert bench.budgets("2048:64,2048:64:8192") == [(2048, 64, 0), (2048, 64, 8192)]
+    assert bench.sparse_name(2048, 64, 0) == "sparse k 2048, b_sel 64"
+    assert bench.sparse_name(2048, 64, 8192) == "sparse k 2048, b_sel 64, candidates 8192"
+    with pytest.raises(ValueError, match="budgets must be k:b_sel or k:b_sel:candidates, got 2048"):
+        bench.budgets("2048")
+
+
 def test_report_is_made_of_finished_lengths_without_a_gpu(bench, record, tmp_path, capsys):
     output = tmp_path / "run"
     options = ["--lengths", "4096", "--sparse", "2048:64", "--output", str(output)]

@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from .. import workspace
 from ..masks import padded_to_blocks, visible_to_query
-
-TILE_ELEMENTS = 1 << 26  # fp32 scores alive at once: 256 MiB
 
 
 def attention_mass(q: Tensor, k: Tensor, scale: float, block: int, reduce: str, per_kv: bool, valid: Tensor | None) -> Tensor:
@@ -14,7 +13,7 @@ def attention_mass(q: Tensor, k: Tensor, scale: float, block: int, reduce: str, 
     Hs, offset = (Hkv if per_kv else 1), Tk - Tq
     mass = torch.zeros(B, Hs, -(-Tq // block), Tk, dtype=torch.float32, device=q.device)
     keys = k.float().transpose(-1, -2)[:, :, None]  # [B, Hkv, 1, D, Tk]
-    tile = max(block, TILE_ELEMENTS // (B * Hq * Tk) // block * block)
+    tile = max(block, workspace.elements() // (B * Hq * Tk) // block * block)
     for start in range(0, Tq, tile):
         stop = min(start + tile, Tq)
         end = offset + stop  # no query of the tile sees further

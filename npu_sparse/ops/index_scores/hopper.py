@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .. import nvrtc
+from .. import nvrtc, workspace
 from ..hopper import is_hopper, is_readable, processors
 
 BLOCKS = (1, 16, 32, 64, 128)
@@ -23,7 +23,6 @@ DEVIATIONS = 5.0
 ANY = 0x007FFFFF << 32  # the threshold that every visible key reaches
 THREADS = 256
 RESCUERS = 32
-WORKSPACE_BYTES, SAMPLE_BYTES = 1 << 30, 1 << 28  # candidates, and sampled scores, alive at once
 
 Score = nvrtc.structure(
     "Score",
@@ -66,7 +65,7 @@ def select_by_index(qi, ki, w, k: int, block: int, reduce: str, sink: int, recen
     indices = torch.empty((B, 1, rows, min(k, Tk)), dtype=torch.int32, device=qi.device)
     count = torch.empty((B, 1, rows), dtype=torch.int32, device=qi.device)
     columns = _columns(Hi, Di, w is not None, block)
-    at_once = _pieces(WORKSPACE_BYTES, 8 * B * capacity, block, columns)
+    at_once = _pieces(4 * workspace.SIZE, 8 * B * capacity, block, columns)
     if block == 1:  # every tile of queries is one block of threads: as many as there are processors, all of one length
         at_once = min(at_once, processors(qi.device) * columns)
     for first in range(0, Tq, at_once):
@@ -146,7 +145,7 @@ def _thresholds(queries: Queries, k: int, capacity: int) -> Tensor:
     """int64 `[B, rows]`: the rank that each row's candidates reach, from samples that are made a piece at a time."""
     B, H, _, D = queries.qi.shape
     columns, parts = _columns(H, D, queries.w is not None, queries.block), []
-    at_once = _pieces(SAMPLE_BYTES, 4 * B * queries.samples, queries.block, columns)
+    at_once = _pieces(workspace.SIZE, 4 * B * queries.samples, queries.block, columns)
     for first in range(queries.first, queries.stop, at_once):
         piece = replace(queries, first=first, stop=min(queries.stop, first + at_once))
         parts.append(threshold := _full(piece))

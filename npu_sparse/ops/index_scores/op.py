@@ -8,12 +8,10 @@ from torch import Tensor
 
 from ...budget import REDUCTIONS
 from ...support import Support, concatenate
-from .. import dispatch
+from .. import dispatch, workspace
 from ..attention_mass.op import FLOATS, check_lengths, check_valid
 from ..select_tokens.op import check_counts, select_tokens
 from .reference import index_scores as reference
-
-SCORE_ELEMENTS = 1 << 26  # reduced fp32 scores alive at once in select_by_index: 256 MiB
 
 
 def _fake(qi, ki, w, block, reduce, valid):
@@ -114,7 +112,7 @@ def select_by_slices(
 ) -> Support:
     B, _, Tq, _ = qi.shape
     Tk = ki.shape[1]
-    rows = max(1, SCORE_ELEMENTS // (B * Tk)) * block
+    rows = max(1, workspace.elements() // (B * Tk)) * block
     parts = []
     for start in range(0, Tq, rows):
         stop = min(start + rows, Tq)

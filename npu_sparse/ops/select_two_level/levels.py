@@ -5,15 +5,15 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...support import Support, concatenate
+from .. import workspace
 from ..select_tokens.op import select_tokens
-from .blocks import block_bounds, blocks_scored, group_size, sink_blocks
-
-SCORE_ELEMENTS = 1 << 26  # fp32 scores alive at once: 256 MiB
+from .blocks import blocks_scored, group_size, sink_blocks
 
 
 def two_levels(
     qi: Tensor, ki: Tensor, w: Tensor | None, k: int, candidates: int, key_block: int, block: int, reduce: str, sink: int,
-    recent: int, valid: Tensor | None, *, impl: str, block_scores: Callable, candidate_scores: Callable, keys_of_slots: Callable,
+    recent: int, valid: Tensor | None, *, impl: str, block_bounds: Callable, block_scores: Callable, candidate_scores: Callable,
+    keys_of_slots: Callable,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(indices [B, 1, Nq, K], count [B, 1, Nq])` of the operator, its scores by these functions and its choices by `impl`."""
     B, _, Tq, _ = qi.shape
@@ -21,7 +21,7 @@ def two_levels(
     group = group_size(block)
     Nc, W = -(-Tk // key_block), blocks_scored(Tk, candidates, key_block, block, sink, recent)
     bounds, sinks = block_bounds(ki, key_block, valid), sink_blocks(B, Tk, key_block, sink, valid, ki.device)
-    step = max(1, SCORE_ELEMENTS // (B * max(Nc, group // block * W * key_block))) * group
+    step = max(1, workspace.elements() // (B * max(Nc, group // block * W * key_block))) * group
     parts = []
     for start in range(0, Tq, step):
         stop = min(start + step, Tq)

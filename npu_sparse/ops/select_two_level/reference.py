@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..index_scores.reference import _mean_of_weights
+from .blocks import block_bounds
 from .levels import two_levels
 
 TILE_ELEMENTS = 1 << 22  # scores of single keys alive at once
@@ -106,5 +107,6 @@ def keys_of_slots(slots: Tensor, count: Tensor, chosen: Tensor, key_block: int, 
 
 
 select_two_level = partial(
-    two_levels, impl="reference", block_scores=block_scores, candidate_scores=candidate_scores, keys_of_slots=keys_of_slots
-)
+    two_levels, impl="reference", block_bounds=block_bounds, block_scores=block_scores, candidate_scores=candidate_scores,
+    keys_of_slots=keys_of_slots,
+)  # fmt: skip

@@ -15,6 +15,25 @@ ROW_ELEMENTS = 2048  # slots that one program of `_place` turns into keys
 
 
 @triton.jit
+def _bound(ki, valid, out, Tk, k_b, k_t, k_d, v_b, v_t, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr):
+    """What stands for one key block: half way from the mean of its valid keys to their maxima, and to their minima."""
+    c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    key, d = c * C + tl.arange(0, C), tl.arange(0, DP)
+    real = key < Tk
+    if PADDED:
+        real = real & (tl.load(valid + b * v_b + key * v_t, mask=real, other=0) != 0)
+    inside = real[:, None] & (d < D)[None, :]
+    keys = tl.load(ki + b * k_b + key[:, None].to(tl.int64) * k_t + d[None, :] * k_d, mask=inside, other=0.0).to(tl.float32)
+    held = tl.sum(real.to(tl.int32), 0)
+    mean = tl.sum(keys, 0) / tl.maximum(held, 1)
+    high = tl.max(tl.where(real[:, None], keys, float("-inf")), 0)
+    low = tl.min(tl.where(real[:, None], keys, float("inf")), 0)
+    place = out + (b * tl.num_programs(0) + c) * 2 * D + d
+    tl.store(place, tl.where(held > 0, (mean + high) * 0.5, 0.0).to(out.dtype.element_ty), mask=d < D)
+    tl.store(place + D, tl.where(held > 0, (mean + low) * 0.5, 0.0).to(out.dtype.element_ty), mask=d < D)
+
+
+@triton.jit
 def _rank(qi, bounds, w, kinds, valid, out, R, Nc, Ng, position, key_block, reach, q_b, q_h, q_t, q_d, w_b, w_t, w_h, v_b, v_t,
           HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr,
           PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
@@ -211,6 +230,18 @@ def _inputs(qi: Tensor, w: Tensor | None, valid: Tensor | None) -> tuple[dict, T
     return constants, qi if w is None else w, qi if valid is None else valid.view(torch.uint8), qi.stride(), rest
 
 
+def block_bounds(ki: Tensor, key_block: int, valid: Tensor | None) -> Tensor:
+    """As in blocks.py, in one pass."""
+    B, Tk, Di = ki.shape
+    out = torch.empty((B, triton.cdiv(Tk, key_block), 2, Di), dtype=ki.dtype, device=ki.device)
+    real, strides = (ki, (0, 0)) if valid is None else (valid.view(torch.uint8), valid.stride())
+    _bound[(out.shape[1], B)](
+        ki, real, out, Tk, *ki.stride(), *strides, D=Di, DP=max(16, triton.next_power_of_2(Di)), C=key_block,
+        PADDED=valid is not None, num_warps=8 if Di > 128 else 4,
+    )  # fmt: skip
+    return out
+
+
 def block_scores(
     qi: Tensor, bounds: Tensor, w: Tensor | None, sinks: Tensor, position: int, key_block: int, group: int, recent: int,
     valid: Tensor | None,
@@ -272,5 +303,6 @@ def keys_of_slots(slots: Tensor, count: Tensor, chosen: Tensor, key_block: int, 
 
 
 select_two_level = partial(
-    two_levels, impl="kernel", block_scores=block_scores, candidate_scores=candidate_scores, keys_of_slots=keys_of_slots
-)
+    two_levels, impl="kernel", block_bounds=block_bounds, block_scores=block_scores, candidate_scores=candidate_scores,
+    keys_of_slots=keys_of_slots,
+)  # fmt: skip

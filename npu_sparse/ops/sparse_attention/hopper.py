@@ -4,12 +4,11 @@ overlapped."""
 import torch
 from torch import Tensor
 
-from .. import nvrtc
+from .. import nvrtc, workspace
 from ..hopper import is_hopper, is_readable, processors
 
 ROWS = 128  # query tokens x query heads of a tile; two tiles of half as many where supports are finer
 UNION_BITS = 32  # supports that one membership word can hold
-UNION_ELEMENTS = 1 << 27  # int32 words of workspace for unions: 512 MiB
 CHUNK, UNITERS = 16384, 512  # keys that a union is made of at once, and the threads that make it
 SHAPES = {64: (128, 10), 128: (128, 5), 256: (64, 5)}  # dimension -> keys of a step, steps in flight
 
@@ -76,7 +75,7 @@ def _attend_unions(q, k, v, indices, count, tail, out, block, scale, TQ):
     Hs, K = indices.shape[1], indices.shape[-1]
     tiles = -(-Tq // TQ)
     most = ((TQ - 1) // block + 2) * K  # keys of a tile, if none of its supports share any
-    step = max(1, UNION_ELEMENTS // (2 * B * Hs * min(most, Tk)))
+    step = max(1, workspace.elements() // (B * Hs * min(most, Tk)))
     for first in range(0, tiles, step):
         n = min(step, tiles - first)
         width = min(most, Tk - Tq + min(Tq, (first + n) * TQ))

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import workspace
 from . import hopper
 
 TILE_ROWS = 128  # query tokens x query heads of a tile
 UNION_BITS = 32  # supports that one membership word can hold
-UNION_ELEMENTS = 1 << 26  # int32 words of workspace for unions: 256 MiB
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def attend(q, k, v, indices, count, block, scale, tail: tuple[Tensor, Tensor, Te
 def _serve_unions(q, k, v, indices, count, tail, out, block, scale, TQ):
     B, Tq, Tk = q.shape[0], q.shape[2], k.shape[2]
     Hs, tiles = indices.shape[1], -(-Tq // TQ)
-    step = max(1, UNION_ELEMENTS // (B * Hs * Tk))
+    step = max(1, workspace.elements() // (B * Hs * Tk))
     for first in range(0, tiles, step):
         n = min(step, tiles - first)
         end = min(Tk, Tk - Tq + (first + n) * TQ)  # no support of these tiles holds a key beyond

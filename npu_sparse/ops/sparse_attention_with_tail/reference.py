@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
+from .. import workspace
 from ..sparse_attention.reference import SMALLEST_GATHERED_BLOCK, Tail, gather_blocks, gather_unions
-
-COUNT_ELEMENTS = 1 << 26  # entries of a support looked at together
 
 
 def sparse_attention_with_tail(
@@ -26,7 +25,7 @@ def tail_of(
     first = torch.arange(0, queries, block, device=k.device) + Tk - queries  # [Nq]
     seen = (first + 1).expand(B, -1) if valid is None else valid.cumsum(-1)[:, first]  # [B, Nq]
     outside = torch.zeros(count.shape, dtype=torch.float32, device=k.device)
-    step = max(1, COUNT_ELEMENTS // (B * indices.shape[1] * indices.shape[3]))
+    step = max(1, workspace.elements() // (B * indices.shape[1] * indices.shape[3]))
     slots = torch.arange(indices.shape[3], device=k.device)
     for start in range(0, len(first), step):
         n = slice(start, start + step)

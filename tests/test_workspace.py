@@ -1,0 +1,165 @@
+"""Out of memory in a long prefill: one sentence that names the workspace to choose, and never another path."""
+
+import re
+
+import pytest
+import torch
+
+from npu_sparse import Budget, Indexer, SparsePrefill, cli, selectors
+from npu_sparse.bench.quality import EvalConfig
+from npu_sparse.ops import workspace
+from npu_sparse.testing import tiny_model, tiny_tokenizer
+
+T = 1500
+BUDGET = Budget(k=24, block=1)
+LITTLE = 8 << 20  # bytes of the largest tensor that a small device has room for
+
+
+@pytest.fixture(autouse=True)
+def setting():
+    """The workspace as it was: it is the process's."""
+    before = workspace.SIZE
+    yield
+    workspace.SIZE = before
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(1, 90, (1, T), generator=torch.Generator().manual_seed(0))
+
+
+def plant(monkeypatch, error=None, most_bytes=LITTLE):
+    """Makes products fail whose result is larger than `most_bytes`, as on a device without room for it."""
+    product = torch.matmul
+
+    def limited(a, b):
+        out = product(a, b)
+        if out.numel() * out.element_size() > most_bytes:
+            raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34.33 MiB. GPU 0 has 8.00 MiB.\nmore")
+        return out
+
+    monkeypatch.setattr(torch, "matmul", limited)
+
+
+def prefill(model, ids, **options):
+    with SparsePrefill.attach(model, selectors.Oracle(), BUDGET, **options), torch.inference_mode():
+        return model(ids).logits
+
+
+def test_following_the_advice_leads_to_the_same_result(model, ids, monkeypatch):
+    expected = prefill(model, ids)
+    plant(monkeypatch)
+    mib, tried = workspace.DEFAULT_MIB, []
+    while True:
+        try:
+            found = prefill(model, ids, workspace_mib=mib)
+            break
+        except torch.OutOfMemoryError as error:
+            tried.append(mib)
+            sentence = str(error)
+            assert re.fullmatch(
+                rf"out of memory in the sparse attention of layer 0 at {T} tokens with workspace_mib={mib}: attach with "
+                r"workspace_mib=(\d+) \(--workspace-mib \1\), or prefill fewer tokens at a time", sentence,
+            ), sentence  # fmt: skip
+            mib = int(re.search(r"attach with workspace_mib=(\d+)", sentence)[1])
+    assert tried == [256, 64, 16]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:117] data. DefaultCPUAllocator: can't allocate memory"),
+        RuntimeError("NPU out of memory. Tried to allocate 2.00 GiB"),
+    ],
+)
+def test_every_back_ends_own_error_becomes_the_same_sentence(model, ids, monkeypatch, error):
+    plant(monkeypatch, error)
+    with pytest.raises(torch.OutOfMemoryError, match=r"attach with workspace_mib=64 \(--workspace-mib 64\)") as raised:
+        prefill(model, ids)
+    assert raised.value.__cause__ is error
+
+
+def test_a_real_allocation_that_fails_is_recognised():
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    assert workspace.is_exhausted(raised.value)
+
+
+def test_another_error_stays_what_it_is(model, ids, monkeypatch):
+    plant(monkeypatch, RuntimeError("device lost"))
+    with pytest.raises(RuntimeError, match="^device lost$"):
+        prefill(model, ids)
+
+
+def test_where_a_smaller_workspace_would_not_help_none_is_named(model, ids, monkeypatch):
+    plant(monkeypatch, most_bytes=0)
+    with pytest.raises(torch.OutOfMemoryError, match="no smaller workspace would help, prefill fewer tokens at a time"):
+        prefill(model, ids[:, :600], workspace_mib=1)
+    workspace.use(64)
+    assert "workspace_mib=16" in str(workspace.out_of_memory(layer=3, tokens=1 << 22, rows=(1 << 24) - 1))
+    assert "no smaller" in str(workspace.out_of_memory(layer=3, tokens=1 << 22, rows=1 << 24))  # a slice is one row
+
+
+def test_the_model_is_left_attached_and_as_it_was(model, ids, monkeypatch):
+    dense = model(ids[:, :50]).logits
+    attached = SparsePrefill.attach(model, selectors.Oracle(), BUDGET)
+    with monkeypatch.context() as patch:
+        plant(patch)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(ids)
+    sparse = model(ids[:, :50]).logits
+    assert not torch.equal(sparse, dense)
+    attached.detach()
+    assert torch.equal(model(ids[:, :50]).logits, dense)
+
+
+def test_every_model_has_its_own_workspace(model, ids, monkeypatch):
+    other, sizes = tiny_model("llama"), []
+    observe = lambda *_: sizes.append(workspace.SIZE >> 20)  # noqa: E731
+    with (
+        SparsePrefill.attach(model, selectors.Oracle(), BUDGET, observe=observe, workspace_mib=8),
+        SparsePrefill.attach(other, Indexer.for_model(other, dim=64), BUDGET, observe=observe),
+        torch.inference_mode(),
+    ):
+        for runs in (model, other, model):
+            runs(ids[:, :40])
+    assert sizes == [8] * 3 + [256] * 3 + [8] * 3
+
+
+@pytest.mark.parametrize(
+    "mib, error, message",
+    [
+        (0, ValueError, "workspace_mib must be >= 1, got 0"),
+        (1.5, TypeError, "workspace_mib must be an integer, got 1.5"),
+        (True, TypeError, "workspace_mib must be an integer, got True"),
+    ],
+)
+def test_what_is_no_size_is_refused(model, mib, error, message):
+    with pytest.raises(error, match=message):
+        SparsePrefill.attach(model, selectors.Oracle(), BUDGET, workspace_mib=mib)
+    with pytest.raises(error, match=message):
+        EvalConfig("m", workspace_mib=mib)
+
+
+def test_the_command_line_ends_with_the_sentence_and_status_1(model, monkeypatch, tmp_path, capsys):
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer(["some words"], size=300).save_pretrained(tmp_path / "model")
+    plant(monkeypatch)
+    command = [
+        "ttft", str(tmp_path / "model"), "--lengths", str(T), "--k", "24", "--variants", "dense,oracle", "--prompt", "random",
+        "--runs", "1", "--warmup", "0", "--stage-runs", "1", "--dtype", "float32",
+    ]  # fmt: skip
+    assert cli.main([*command, "--output", str(tmp_path / "large")]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: out of memory in the sparse attention of layer 0 at 1500 tokens with workspace_mib=256: ")
+    assert "--workspace-mib 64" in last
+    assert not (tmp_path / "large/report.md").exists()
+    assert cli.main([*command, "--workspace-mib", "4", "--output", str(tmp_path / "small")]) == 0
+    assert "--workspace-mib" not in capsys.readouterr().err and (tmp_path / "small/report.md").exists()
