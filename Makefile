@@ -27,11 +27,8 @@ test-npu: $(NPU_VENV)/.installed
 
 # The CUDA kernels without a GPU: Triton's interpreter, and NVRTC for what is written in CUDA C++
 test-triton: $(TRITON_VENV)/.installed
-<<<<<<< HEAD
-	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops -k "interpreted or test_hopper"
-=======
-	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops tests/hybrid -k interpreted
->>>>>>> hybrid
+	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops tests/hybrid \
+	  -k "interpreted or test_hopper"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
