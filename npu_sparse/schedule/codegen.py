@@ -427,7 +427,7 @@ def _names(scop: Scop, reserved: Iterable[str]) -> _Names:
         used |= identifiers(array.ctype) | identifiers(" ".join(array.shape))
 
     def free(stem: str, numbered: bool = False) -> str:
-        pattern = re.compile(re.escape(stem) + (r"\d+$" if numbered else "$"))
+        pattern = re.compile(re.escape(stem) + (r"\d+m?$" if numbered else "$"))
         return stem if not any(pattern.match(name) for name in used) else free(stem + "_", numbered)
 
     names = _Names(free("t", True), free("min"), free("max"), free("floord"), free("nest", True))
@@ -571,13 +571,16 @@ class _Printer:
         if parallel:
             scalars = [name for name in parallel.private if not self.scop.arrays[name].shape]
             arrays = [self.scop.arrays[name] for name in parallel.private if self.scop.arrays[name].shape]
-            guard = self._guard(node)
+            middles, guard = self._guard(node)
+            if middles:
+                before += [pad + "{", *(pad + line for line in middles)]
+                after += [pad + "}"]
             simd = " simd" if vector else ""
             private = f" private({', '.join(scalars)})" if scalars else ""
             if arrays:
                 before += [f"{pad}#pragma omp parallel{guard}", pad + "{", *(pad + _allocate(a) for a in arrays)]
                 before += [f"{pad}#pragma omp for{simd}{private}"]
-                after += [*(pad + f"free({a.name});" for a in arrays), pad + "}"]
+                after = [*(pad + f"free({a.name});" for a in arrays), pad + "}", *after]
             else:
                 before += [f"{pad}#pragma omp parallel for{simd}{guard}{private}"]
         elif vector:
@@ -587,30 +590,37 @@ class _Printer:
             before += [f"{pad}#pragma GCC unroll {unroll.factor or 4}"]
         return before, after
 
-    def _guard(self, node) -> str:
-        """An `if` clause that keeps the threads asleep for a small loop inside a sequential one."""
+    def _guard(self, node) -> tuple[list[str], str]:
+        """`(declarations, if clause)` that keep the threads asleep for a small loop inside a sequential one."""
         if not self.sequential:
-            return ""
-        work = self._work(node)
-        return f" if({work} >= {PARALLEL_WORK})" if work and len(work) < 400 else ""
+            return [], ""
+        middles, factors = self._work(node)
+        used, declarations = identifiers(" ".join(factors)), []
+        for name, value in reversed(middles.items()):
+            if name in used:
+                used |= identifiers(value)
+                declarations.insert(0, f"const long {name} = {value};")
+        return declarations, f" if({' * '.join(factors)} >= {PARALLEL_WORK})"
 
-    def _work(self, node) -> str:
-        """C text of the instances below a loop, inner extents taken at the middle of the outer ranges; "" where unknown."""
-        factors, outside = [], dict(self.substituted)
+    def _work(self, node) -> tuple[dict[str, str], list[str]]:
+        """C text of the extents of a loop and those in it, and of the middle of each range: inner extents are taken there."""
+        middles, factors, outside = {}, [], dict(self.substituted)
         while node is not None:
             if node.get_type() == isl.ast_node_type.for_:
                 iterator, condition = node.for_get_iterator().get_id().get_name(), node.for_get_cond()
                 first, last = self.text(node.for_get_init(), 6), self.text(condition.get_op_arg(1), 5)
+                middle = f"{iterator}m"
                 if node.for_is_degenerate():
-                    self.substituted[iterator] = first
+                    middles[middle] = first
                 else:
                     more = "" if condition.get_op_type() == isl.ast_expr_op_type.lt else " + 1"
                     step = node.for_get_inc().get_val().to_python()
                     factors.append(f"({last} - {first}{more})" + (f" / {step}" if step > 1 else ""))
-                    self.substituted[iterator] = f"({last} + {first}) / 2"
+                    middles[middle] = f"({last} + {first}) / 2"
+                self.substituted[iterator] = middle
             node = _deepest(node)
         self.substituted = outside
-        return " * ".join(factors)
+        return middles, factors
 
     def text(self, expr, outer: int = 0) -> str:
         """C of an expression; `outer` is the precedence around it."""

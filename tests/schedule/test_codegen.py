@@ -181,6 +181,25 @@ def test_small_parallel_loop_inside_a_sequential_one_keeps_its_threads_asleep():
     assert "#pragma omp parallel for\n" in generate(parse_c(PRODUCT), marked(parse_c(PRODUCT), "parallel"))
 
 
+def test_work_of_a_triangle_is_taken_at_the_middle_of_its_rows():
+    text = """
+void f(int n, int m, double A[n][n], double B[n][n]) {
+#pragma scop
+  for (int k = 0; k < m; k++) {
+    for (int i = 0; i < n; i++) for (int j = 0; j <= i; j++) A[i][j] *= 1.5;
+    for (int i = 0; i < n; i++) for (int j = 0; j <= i; j++) B[i][j] += 2 * A[j][i];
+  }
+#pragma endscop
+}
+"""
+    scop = parse_c(text)
+    tree = mark_parallel(scop, original(scop).tree())
+    code = generate(scop, tree, reserved={"t7m"})
+    assert code.count(f"if((n - 0) * (t_1m - 0 + 1) >= {codegen.PARALLEL_WORK})") == 2
+    assert code.count("const long t_1m = (n + 0) / 2;") == 2
+    same(text, {"parallel": generate_file(scop, text, tree)})
+
+
 def test_mark_of_a_loop_that_isl_leaves_out_does_not_reach_the_loop_below():
     """With one tile of i, the sequential loop over tiles of k would otherwise inherit the pragma."""
     scop = parse_c(TRIANGLE)
