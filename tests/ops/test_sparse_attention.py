@@ -185,7 +185,7 @@ def test_tiling_does_not_change_the_reference(case, monkeypatch):
 def test_gathered_blocks_and_unions_agree(case):
     q, k, v, support = case.inputs()
     arguments = (q, k, v, support.indices, support.count, support.block, 0.25)
-    torch.testing.assert_close(reference._gather_blocks(*arguments), reference._gather_unions(*arguments))
+    torch.testing.assert_close(reference.gather_blocks(*arguments), reference.gather_unions(*arguments))
 
 
 @pytest.mark.parametrize(

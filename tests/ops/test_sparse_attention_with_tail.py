@@ -208,7 +208,7 @@ def test_slices_do_not_change_the_reference(case, monkeypatch):
 @pytest.mark.parametrize(
     "change, error, message",
     [
-        ({"k": torch.zeros(1, 2, 36, 16)}, ValueError, "the last Tq of Tk keys"),
+        ({"k": torch.zeros(1, 2, 36, 16)}, ValueError, r"v must have shape \(1, 2, 36, \*\), got \(1, 2, 37, 16\)"),
         ({"valid": torch.ones(1, 36).bool()}, ValueError, r"valid must have shape \(1, 37\), got \(1, 36\)"),
         ({"support": None}, TypeError, "support must be a Support, got NoneType"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, reference, kernel, got 'fast'"),
