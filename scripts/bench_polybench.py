@@ -215,8 +215,8 @@ def _report(directory: Path, settings: dict, records: list[dict], schedulers: tu
     machine, columns = report.machine(), (*schedulers, "tuned")
     means = {}
     for scheduler in columns:
-        found = {"geomean": [r["speedup"].get(scheduler) for r in records], "cpu_geomean": [_of_cpu(r, scheduler) for r in records]}
-        values = {key: [value for value in each if value] for key, each in found.items()}
+        wall, cpu = [r["speedup"].get(scheduler) for r in records], [_of_cpu(r, scheduler) for r in records]
+        values = {"geomean": list(filter(None, wall)), "cpu_geomean": list(filter(None, cpu))}
         means[scheduler] = {key: geometric_mean(each) if each else None for key, each in values.items()}
         means[scheduler]["kernels"] = len(values["geomean"])
     over_isl = [r["speedup"]["tuned"] / r["speedup"][ISL] for r in records if r["speedup"].get("tuned") and r["speedup"].get(ISL)]
@@ -235,8 +235,8 @@ def _report(directory: Path, settings: dict, records: list[dict], schedulers: tu
         f"Tuned over isl's scheduler: {means['tuned over isl']['geomean'] or math.nan:.3g}x in {len(over_isl)} kernels. "
         f"Least tuned speedup: {least[0]:.3g}x, {least[1]}.",
         f"Scheduling and generation: {sum(fmean(r['generation_s'].values()) for r in generated):.3g} s for all kernels, mean of "
-        f"the candidates; the slowest candidate takes at most 1 s in {sum(s <= 1 for s, _ in slowest)} of {len(slowest)} kernels, "
-        f"and {slowest[0][0]:.3g} s in {slowest[0][1]}.", "",
+        f"the candidates; the slowest candidate takes at most 1 s in {sum(s <= 1 for s, _ in slowest)} of {len(slowest)} "
+        f"kernels, and {slowest[0][0]:.3g} s in {slowest[0][1]}.", "",
         f"Failures: {len(failures)}", *(f"- {failure}" for failure in failures), "",
         "Settings: " + ", ".join(f"{key} = {value}" for key, value in settings.items()), "", report.machine_line(machine), "",
     ]  # fmt: skip
