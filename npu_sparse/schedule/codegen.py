@@ -17,7 +17,7 @@ import islpy as isl
 from npu_sparse.schedule.scop import Scop
 
 SEPARATION, UNROLLING, OPERATIONS = 1_000_000, 3_000_000, 30_000_000  # isl operations per attempt: about a second a million
-PARALLEL_WORK = 20_000  # statement instances below which waking the threads costs more than they save
+PARALLEL_WORK = 60_000  # statement instances below which waking the threads costs more than they save
 UNROLLED = 64  # longest loop that is written out
 NODE = isl.schedule_node_type
 MARK = re.compile(r"(?:(parallel|vector)|unroll(?:\((\d+)\))?)$")
