@@ -122,9 +122,11 @@ def _version(nvrtc) -> tuple[int, int]:
 def _nvrtc():
     """libnvrtc: beside torch's own CUDA libraries as a rule, else a toolkit's."""
     found = [path for folder in sys.path for path in sorted(Path(folder or ".").glob("nvidia/*/lib/libnvrtc.so.1[0-9]*"))]
-    for place in (*map(str, found), "libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"):
+    for place in (*found, *map(Path, ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"))):
         try:
-            return ctypes.CDLL(place)
+            for builtins in place.parent.glob("libnvrtc-builtins.so.*") if place in found else ():
+                ctypes.CDLL(str(builtins))  # NVRTC asks for it by name, and does not look beside itself
+            return ctypes.CDLL(str(place))
         except OSError:
             continue
     raise KernelUnavailableError("CUDA C++ kernels need NVRTC: run `pip install nvidia-cuda-nvrtc`, or pass impl='reference'")
