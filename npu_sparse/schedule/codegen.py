@@ -363,7 +363,7 @@ def isolate_unrolled(tree: isl.Schedule) -> isl.Schedule:
     return _node_map(tree, isolate)
 
 
-def _sets(domain: isl.UnionSet) -> list[isl.Set]:
+def sets(domain: isl.UnionSet) -> list[isl.Set]:
     """The sets of a union, one per statement."""
     found = []
     domain.foreach_set(found.append)
@@ -388,7 +388,7 @@ def _isolate(band, points):
         outer = band.get_prefix_schedule_union_map().gist_domain(band.get_domain()).flat_range_product(outer)
     inner = isl.UnionMap.from_multi_union_pw_aff(points.band_get_partial_schedule())
     visited, broken = None, None
-    for domain in _sets(band.get_domain()):
+    for domain in sets(band.get_domain()):
         everywhere = isl.UnionSet.from_set(isl.Set.universe(domain.get_space()))
         box = isl.Map.from_union_map(outer.intersect_domain(everywhere).reverse().apply_range(inner))
         filled = isl.Map.from_union_map(outer.intersect_domain(isl.UnionSet.from_set(domain)).reverse().apply_range(inner))

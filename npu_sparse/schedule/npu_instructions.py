@@ -1,12 +1,13 @@
 """Vector instructions, and scalar ones where there is none, for the statements of a nest whose arrays lie in UB."""
 
 import math
+from dataclasses import replace
 
 from pycparser import c_ast
 
 from npu_sparse.schedule.npu_events import Block, Instruction, Item
 from npu_sparse.schedule.npu_memory import Layout, round_up
-from npu_sparse.schedule.npu_nest import Affine, Branch, Instance, Loop, Node, assignment, references, subscript
+from npu_sparse.schedule.npu_nest import BLOCK, Affine, Branch, Instance, Loop, Node, assignment, references, subscript
 from npu_sparse.schedule.scop import Scop, ScopError
 
 BINARY = {"+": "Add", "-": "Sub", "*": "Mul", "/": "Div"}
@@ -54,7 +55,7 @@ class Lowering:
         if isinstance(node, Loop):
             known = dict(self.known)
             try:
-                return self._vectors(node)
+                return self._vectors(self._merged(node))
             except NotAVectorError:
                 self.known = known
         self.known = {}
@@ -65,6 +66,25 @@ class Lowering:
         t, end = node.iterator, node.count.times(node.step) + node.start if node.step == 1 else None
         bound = f"{t} < {end}" if end else f"{t} < {node.start + Affine(0, {f'({node.count})': node.step})}"
         return [Block(f"for (int32_t {t} = {node.start}; {bound}; {t} += {node.step})", body)]
+
+    def _merged(self, loop: Loop) -> Loop:
+        """One loop in the place of two whose rows follow each other in UB without a gap, or `loop`."""
+        inner = loop.body[0]
+        if len(loop.body) > 1 or not isinstance(inner, Loop) or not (loop.parallel and inner.parallel):
+            return loop
+        inner = self._merged(inner)
+        length = inner.count.constant
+        simple = loop.step == inner.step == 1 and not inner.start.terms and not inner.count.terms and not loop.count.terms
+        if not simple or length % BLOCK or not all(isinstance(item, Instance) for item in inner.body):
+            return loop
+        for item in inner.body:
+            for node in _array_nodes(assignment(item.statement)):
+                _, place = self.place(node, item.iterators)
+                if place.terms.get(loop.iterator, 0) != length * place.terms.get(inner.iterator, 0) or place.hides(loop.iterator):
+                    return loop
+        body = [Instance(item.statement, {name: value.at(loop.iterator, loop.start) for name, value in item.iterators.items()})
+                for item in inner.body]  # fmt: skip
+        return replace(inner, count=loop.count.times(length), body=body)
 
     def _vectors(self, loop: Loop) -> list[Item]:
         """Each statement of an innermost loop over all of its iterations, one statement after the other."""
@@ -222,7 +242,8 @@ class _Vector(_Statement):
             if step:
                 starts.append(place.at(self.loop.iterator, self.loop.start))
                 kept = self.lowering.layout.slices[array].kept()
-                self.lowering.width = max(self.lowering.width, round_up(kept[-1]) + 8)
+                length = kept[-1] if self.loop.count.terms else self.loop.count.constant
+                self.lowering.width = max(self.lowering.width, round_up(length) + BLOCK)
         if not starts or not all((start - starts[0]).aligned() for start in starts):
             raise NotAVectorError
         return starts[0]

@@ -31,6 +31,7 @@ class Slice:
     Attributes:
         shape: extents of the whole array.
         low, count: the rectangle's first index and extent along each dimension, in the iterators of the core loop.
+        low_written, count_written: of what the turn writes.
         extent: the largest count along each dimension.
         folded: dimensions that keep one index at a time, because every element dies before the next index begins.
         loaded, stored: whether GM holds the values before, or needs them afterwards.
@@ -41,6 +42,8 @@ class Slice:
     shape: tuple[int, ...]
     low: tuple[Affine, ...]
     count: tuple[Affine, ...]
+    low_written: tuple[Affine, ...]
+    count_written: tuple[Affine, ...]
     extent: tuple[int, ...]
     folded: frozenset[int]
     loaded: bool
@@ -173,7 +176,8 @@ class _Footprints:
         touched = self._elements(accessed)
         intervals = [_interval(touched, axis) for axis in range(len(array.shape))]
         own = self._elements(written) if written else None
-        gaps = reduce(isl.Map.flat_range_product, intervals).subtract(own) if own else None
+        results = [_interval(own, axis) for axis in range(len(array.shape))] if own else intervals
+        gaps = reduce(isl.Map.flat_range_product, results).subtract(own) if own else None
         loaded = not own or self._needs(name)
         stored = own is not None and (array.live_out or self._wanted(name))
         if stored and not gaps.is_empty():
@@ -185,7 +189,8 @@ class _Footprints:
         folded = frozenset() if loaded or stored else _folded(name, body, self.sizes)
         shape = tuple(subscript(expression(extent), {}, self.sizes).constant for extent in array.shape)
         low, count, extent = (tuple(column) for column in zip(*bounds))
-        return Slice(name, shape, low, count, extent, folded, loaded, stored, fixed)
+        low_written, count_written, _ = (tuple(column) for column in zip(*map(self._bounds, results)))
+        return Slice(name, shape, low, count, low_written, count_written, extent, folded, loaded, stored, fixed)
 
     def _statements(self) -> list[Statement]:
         return [s for s in self.scop.statements if not self.phase.domain.intersect(isl.UnionSet.from_set(s.domain)).is_empty()]

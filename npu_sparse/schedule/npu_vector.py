@@ -9,8 +9,10 @@ else runs on the scalar unit, so that any legal schedule gives a correct program
 Nests that the schedule keeps apart run one after the other, and pass values through GM.
 """
 
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 
 import islpy as isl
 
@@ -18,8 +20,8 @@ from npu_sparse.schedule import npu_events, npu_memory, npu_nest
 from npu_sparse.schedule.npu_events import Instruction
 from npu_sparse.schedule.npu_instructions import Lowering
 from npu_sparse.schedule.npu_memory import Layout, Slice
-from npu_sparse.schedule.npu_nest import Affine
-from npu_sparse.schedule.plan import Plan
+from npu_sparse.schedule.npu_nest import BLOCK, Affine
+from npu_sparse.schedule.plan import Band, Plan
 from npu_sparse.schedule.scop import Scop, ScopError
 
 RESERVED = re.compile(r"(t|value|register)\d+|lanes|work|result|pipe|turn|turns|index|buffer|first|step|part|Run|Lanes|Order")
@@ -100,6 +102,28 @@ def generate(plan: Plan, sizes: dict[str, int]) -> str:
     return compile_tree(plan.scop, plan.tree(), sizes, plan.strategy).text
 
 
+def compile_plan(plan: Plan, sizes: dict[str, int], cores: int) -> Kernel:
+    """The kernel of a plan; a turn takes as many iterations of the outermost loop as fit and leave every core one turn."""
+    kernel = compile_tree(plan.scop, plan.tree(), sizes, plan.strategy)
+    rows = -(-kernel.turns[0] // cores) if len(kernel.turns) == 1 else 1
+    while rows > 1:
+        try:
+            return compile_tree(plan.scop, _in_chunks(plan, rows).tree(), sizes, plan.strategy)
+        except ScopError:
+            rows = (rows + 1) // 2
+    return kernel
+
+
+def _in_chunks(plan: Plan, rows: int) -> Plan:
+    """The plan with its outermost loop, if that is parallel, in chunks of iterations that the cores share."""
+    root = plan.root
+    if not isinstance(root, Band) or root.tiled or not root.loops[0].parallel:
+        return plan
+    loop = root.loops[0]
+    chunks = replace(loop, exprs={name: f"floor(({text})/{rows})" for name, text in loop.exprs.items()})
+    return plan.with_root(replace(root, loops=(chunks, replace(loop, parallel=False), *root.loops[1:])))
+
+
 def compile_tree(
     scop: Scop, tree: isl.Schedule, sizes: dict[str, int], strategy: str, per_loop: bool = False
 ) -> Kernel:
@@ -139,10 +163,7 @@ def _arguments(scop: Scop, nests: list["_Nest"]) -> tuple[Argument, ...]:
         if moved:
             written, live = any(s.stored for s in moved), array.live_out
             use = ("readwrite" if moved[0].loaded else "write" if live else "workspace") if written else "read"
-            floats = 1
-            for extent in moved[0].shape:
-                floats *= extent
-            found.append(Argument(array.name, use, floats))
+            found.append(Argument(array.name, use, math.prod(moved[0].shape)))
     return tuple(found)
 
 
@@ -170,10 +191,10 @@ class _Nest:
             out += [f"    TBuf<TPosition::VECCALC> {name}Ub;", f"    pipe.InitBuffer({name}Ub, {floats} * sizeof(float));"]
         out += [f"    LocalTensor<float> {name} = {name}Ub.Get<float>();" for name in self._still()]
         fixed = [s for s in moved if s.fixed]
-        out += [line for s in fixed for line in _copy(s, True, 4)]
-        out += ["    Order<HardEvent::MTE2_V>();"] if fixed else []
         out += ["    const int32_t first = GetBlockIdx(), step = GetBlockNum();"]
         out += [f"    const int32_t turns = first < {total} ? ({total} - first + step - 1) / step : 0;"]
+        if fixed:  # the flag of the first turn's load stands for these, too
+            out += ["    if (turns > 0) {", *(line for s in fixed for line in _copy(s, True, 8)), "    }"]
         out += [f"    SetFlag<HardEvent::MTE3_MTE2>({n});" for n in range(buffers)]
         out += ["    for (int32_t turn = 0; turn <= turns; turn++) {", "        if (turn < turns) {", *self._turn("turn", 12)]
         out += ["            WaitFlag<HardEvent::MTE3_MTE2>(buffer);", *self._tensors(12)]
@@ -225,38 +246,28 @@ class _Nest:
 
 
 def _copy(s: Slice, load: bool, indent: int) -> list[str]:
-    """A rectangle from GM to UB, or back."""
-    pad, axes = " " * indent, len(s.shape)
-    strides = [1]
-    for extent in reversed(s.shape[1:]):
-        strides.insert(0, strides[0] * extent)
-    gm = Affine()
-    for axis in range(axes):
-        gm += s.low[axis].times(strides[axis])
-    local, out, loops = Affine(), [], max(0, axes - 2)
-    rows, columns = (s.count[-2] if axes > 1 else Affine(1)), s.count[-1]
-    whole = axes > 1 and not columns.terms and s.pitches[-2] == columns.constant == s.shape[-1]
-    if whole:  # rows without gaps are one piece
-        rows, columns = Affine(1), (Affine(rows.constant * columns.constant) if not rows.terms else
-                                    Affine(0, {f"({rows})": columns.constant}))  # fmt: skip
-    for axis in range(loops):
-        name = f"n{axis}"
-        if str(s.count[axis]) == "1":
-            continue
-        out.append(f"{pad}for (int32_t {name} = 0; {name} < {s.count[axis]}; {name}++) {{")
-        pad += "    "
-        gm += Affine(0, {name: strides[axis]})
-        local += Affine(0, {name: s.pitches[axis]})
-    gap = 0 if whole or axes < 2 else Affine(s.shape[-1]) - columns
-    skip = f"{s.pitches[-2] // 8} - ({columns} + 7) / 8" if axes > 1 and not whole else "0"
-    parameters = f"DataCopyExtParams({rows}, ({columns}) * sizeof(float), ({gap}) * sizeof(float), {skip}, 0)"
+    """A rectangle from GM to UB, or what a turn has written of it back."""
+    low, count = (s.low, s.count) if load else (s.low_written, s.count_written)
+    axes, pad = len(s.shape), " " * indent
+    strides = [math.prod(s.shape[axis + 1 :]) for axis in range(axes)]
+    gm = reduce(Affine.__add__, (first.times(stride) for first, stride in zip(low, strides)))
+    local, out = s.place(list(low)), []
+    for axis in range(axes - 2):
+        if str(count[axis]) != "1":
+            out.append(f"{pad}for (int32_t n{axis} = 0; n{axis} < {count[axis]}; n{axis}++) {{")
+            pad += "    "
+            gm += Affine(0, {f"n{axis}": strides[axis]})
+            local += Affine(0, {f"n{axis}": s.pitches[axis]})
+    rows, columns = Affine(1) if axes == 1 else count[-2], count[-1]
+    gap, skip = f"({s.shape[-1]} - ({columns})) * sizeof(float)", f"{s.pitches[max(0, axes - 2)] // BLOCK} - ({columns} + 7) / 8"
+    if axes == 1 or (not columns.terms and columns.constant == s.shape[-1] == s.pitches[-2]):
+        gap = skip = "0"  # rows follow each other without a gap: one piece
+        rows, columns = Affine(1), (Affine(0, {f"({rows})": columns.constant}) if rows.terms else columns.times(rows.constant))
     there, here = f"{s.array}Gm[{gm}]", f"{s.array}[{local}]"
     if load:
+        parameters = f"DataCopyExtParams({rows}, ({columns}) * sizeof(float), {gap}, {skip}, 0)"
         out.append(f"{pad}DataCopyPad({here}, {there}, {parameters}, DataCopyPadExtParams<float>(false, 0, 0, 0.0f));")
     else:
-        parameters = f"DataCopyExtParams({rows}, ({columns}) * sizeof(float), {skip}, ({gap}) * sizeof(float), 0)"
+        parameters = f"DataCopyExtParams({rows}, ({columns}) * sizeof(float), {skip}, {gap}, 0)"
         out.append(f"{pad}DataCopyPad({there}, {here}, {parameters});")
-    while len(pad) > indent:
-        pad = pad[4:]
-        out.append(pad + "}")
-    return out
+    return [*out, *(" " * n + "}" for n in range(len(pad) - 4, indent - 1, -4))]
