@@ -3,10 +3,11 @@
 from dataclasses import dataclass, field
 
 SYNC = {
-    ("V", "V"): "PipeBarrier<PIPE_V>();",
-    ("V", "S"): "Order<HardEvent::V_S>();",
     ("S", "V"): "Order<HardEvent::S_V>();",
+    ("V", "S"): "Order<HardEvent::V_S>();",
+    ("V", "V"): "PipeBarrier<PIPE_V>();",
 }
+THROUGH = ("V", "S", "V")  # vector instructions that the scalar unit has waited for: waiting for it covers them
 
 
 @dataclass(frozen=True)
@@ -34,15 +35,38 @@ Item = Instruction | Block
 class _Pending:
     """Per pair of units: tensors that the first has read and written since the second last waited for it."""
 
-    read: dict[tuple[str, str], frozenset[str]] = field(default_factory=lambda: dict.fromkeys(SYNC, frozenset()))
-    written: dict[tuple[str, str], frozenset[str]] = field(default_factory=lambda: dict.fromkeys(SYNC, frozenset()))
+    read: dict[tuple, frozenset[str]] = field(default_factory=lambda: dict.fromkeys((*SYNC, THROUGH), frozenset()))
+    written: dict[tuple, frozenset[str]] = field(default_factory=lambda: dict.fromkeys((*SYNC, THROUGH), frozenset()))
 
     def copy(self) -> "_Pending":
         return _Pending(dict(self.read), dict(self.written))
 
     def joined(self, other: "_Pending") -> "_Pending":
-        read = {pair: self.read[pair] | other.read[pair] for pair in SYNC}
-        return _Pending(read, {pair: self.written[pair] | other.written[pair] for pair in SYNC})
+        read = {pair: self.read[pair] | other.read[pair] for pair in self.read}
+        return _Pending(read, {pair: self.written[pair] | other.written[pair] for pair in self.written})
+
+    def hold_up(self, item: Instruction, pair: tuple[str, str]) -> bool:
+        """Whether an instruction touches what the first unit of a pair has to be done with."""
+        pairs = (pair, THROUGH) if pair == ("V", "V") else (pair,)
+        return item.unit == pair[1] and any(
+            self.written[p] & (item.reads | item.writes) or self.read[p] & item.writes for p in pairs
+        )
+
+    def waited(self, pair: tuple[str, str]) -> None:
+        """Notes that the second unit of a pair has waited for the first."""
+        for tensors in (self.read, self.written):
+            if pair == ("V", "S"):
+                tensors[THROUGH] |= tensors["V", "V"]
+                tensors["V", "V"] = frozenset()
+            else:
+                tensors[THROUGH] = frozenset()
+            tensors[pair] = frozenset()
+
+    def ran(self, item: Instruction) -> None:
+        for pair in SYNC:
+            if pair[0] == item.unit:
+                self.read[pair] |= item.reads
+                self.written[pair] |= item.writes
 
 
 def ordered(items: list[Item], indent: int) -> list[str]:
@@ -62,23 +86,23 @@ def _repeated(items: list[Item], pending: _Pending, pad: str) -> tuple[list[str]
 
 def _lines(items: list[Item], pending: _Pending, pad: str) -> tuple[list[str], _Pending]:
     lines = []
-    for item in items:
+    for item in _loads_first(items, pending):
         if isinstance(item, Block):
-            lines += _before(item, pending, pad)
+            lines += _wait(list(_instructions(item)), pending, pad)  # once for all iterations
             body, pending = _repeated(item.body, pending, pad + "    ")
             lines += [f"{pad}{item.head} {{", *body, pad + "}"]
         else:
-            lines += [pad + SYNC[pair] for pair in SYNC if _conflict(item, pending, pair)]
-            lines.append(pad + item.text)
+            lines += [*_wait([item], pending, pad), pad + item.text]
+            pending.ran(item)
     return lines, pending
 
 
-def _before(block: Block, pending: _Pending, pad: str) -> list[str]:
-    """What a block would wait for in every iteration though it happened before the block, waited for once."""
+def _wait(items: list[Instruction], pending: _Pending, pad: str) -> list[str]:
+    """What some instruction must wait for."""
     lines = []
     for pair in SYNC:
-        if any(_waits(item, pending, pair) for item in _instructions(block)):
-            pending.read[pair] = pending.written[pair] = frozenset()
+        if any(pending.hold_up(item, pair) for item in items):
+            pending.waited(pair)
             lines.append(pad + SYNC[pair])
     return lines
 
@@ -91,18 +115,14 @@ def _instructions(block: Block):
             yield item
 
 
-def _waits(item: Instruction, pending: _Pending, pair: tuple[str, str]) -> bool:
-    """Whether an instruction touches what the first unit of a pair has to be done with."""
-    touched = pending.written[pair] & (item.reads | item.writes) or pending.read[pair] & item.writes
-    return item.unit == pair[1] and bool(touched)
-
-
-def _conflict(item: Instruction, pending: _Pending, pair: tuple[str, str]) -> bool:
-    """Whether an instruction must wait for the first unit of a pair; notes that it has, and what it does itself."""
-    waits = _waits(item, pending, pair)
-    if waits:
-        pending.read[pair] = pending.written[pair] = frozenset()
-    if pair[0] == item.unit:
-        pending.read[pair] |= item.reads
-        pending.written[pair] |= item.writes
-    return waits
+def _loads_first(items: list[Item], pending: _Pending):
+    """The items; of neighbouring scalar loads those come first that have nothing to wait for."""
+    place = 0
+    while place < len(items):
+        end = place
+        while end < len(items) and isinstance(items[end], Instruction) and items[end].unit == "S" and not items[end].writes:
+            end += 1
+        yield from sorted(items[place:end], key=lambda item: pending.hold_up(item, ("V", "S")))
+        if end < len(items):
+            yield items[end]
+        place = end + 1
