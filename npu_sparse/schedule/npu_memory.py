@@ -124,17 +124,17 @@ def place(scop: Scop, phase: Phase, sizes: dict[str, int], scratch) -> Layout:
     """The layout with the fewest loops shared by the cores whose slices, and the bytes of `scratch(layout)`, fit in UB."""
     needed = []
     for depth in range(min(1, len(phase.outer) - 1), len(phase.outer)):
-        layout = _layout(scop, phase, sizes, depth)
-        if layout is not None:
-            needed.append(layout.bytes + scratch(layout))
+        found = layout(scop, phase, sizes, depth)
+        if found is not None:
+            needed.append(found.bytes + scratch(found))
             if needed[-1] <= UB_BYTES:
-                return layout
+                return found
     if not needed:
         raise ScopError(f"{scop.name}: cores must share loops of constant bounds and write apart, got a plan where they do not")
     raise ScopError(f"{scop.name}: what one turn of a core uses must fit in {UB_BYTES} bytes of UB, got {min(needed)}")
 
 
-def _layout(scop: Scop, phase: Phase, sizes: dict[str, int], depth: int) -> Layout | None:
+def layout(scop: Scop, phase: Phase, sizes: dict[str, int], depth: int) -> Layout | None:
     """With the `depth` outermost loops shared by the cores; None where their bounds are not constant."""
     body, turns = phase.body, []
     while len(body) == 1 and isinstance(body[0], Loop) and int(body[0].iterator[1:]) < depth:
@@ -146,7 +146,7 @@ def _layout(scop: Scop, phase: Phase, sizes: dict[str, int], depth: int) -> Layo
     if any(isinstance(item, Loop) and int(item.iterator[1:]) < depth for item in body):
         return None
     reader = _Footprints(scop, phase, sizes, depth)
-    used = dict.fromkeys(a.array for s in _statements(body) for a in (*s.reads, *s.writes) if scop.arrays[a.array].shape)
+    used = dict.fromkeys(a.array for s in statements(body) for a in (*s.reads, *s.writes) if scop.arrays[a.array].shape)
     written = {a.array for s in scop.statements for a in s.writes}
     scalars = [name for name in written if not scop.arrays[name].shape]
     if scalars:
@@ -155,8 +155,9 @@ def _layout(scop: Scop, phase: Phase, sizes: dict[str, int], depth: int) -> Layo
     return Layout(slices, tuple(turns), body) if all(slices.values()) else None
 
 
-def _statements(body: list[Node]):
-    return [s for item in body for s in ([item.statement] if isinstance(item, Instance) else _statements(item.body))]
+def statements(body: list[Node]) -> list[Statement]:
+    """The statements of a nest, in the order of the text."""
+    return [s for item in body for s in ([item.statement] if isinstance(item, Instance) else statements(item.body))]
 
 
 class _Footprints:
