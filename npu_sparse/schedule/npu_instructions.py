@@ -7,10 +7,22 @@ from pycparser import c_ast
 
 from npu_sparse.schedule.npu_events import Block, Instruction, Item
 from npu_sparse.schedule.npu_memory import Layout, round_up
-from npu_sparse.schedule.npu_nest import BLOCK, Affine, Branch, Instance, Loop, Node, assignment, references, subscript
+from npu_sparse.schedule.npu_nest import (
+    BINARY,
+    BLOCK,
+    Affine,
+    Branch,
+    Instance,
+    Loop,
+    Node,
+    assignment,
+    operands,
+    references,
+    subscript,
+)  # fmt: skip
+from npu_sparse.schedule.npu_products import Spread, outer_product
 from npu_sparse.schedule.scop import Scop, ScopError
 
-BINARY = {"+": "Add", "-": "Sub", "*": "Mul", "/": "Div"}
 WITH_SCALAR = {"Add": "Adds", "Mul": "Muls", "Max": "Maxs"}
 CALLS = {"expf": "Exp", "sqrtf": "Sqrt", "fabsf": "Abs", "logf": "Ln"}
 REDUCTIONS = {"+": "ReduceSum", "max": "ReduceMax"}
@@ -27,6 +39,7 @@ class Lowering:
         width: floats of a register, the longest row that an instruction takes.
         registers: how many rows of intermediate values are alive at once.
         reduces: whether sums or maxima of rows need scratch memory.
+        spreads: matrices whose values multiply rows, by array and sign.
         per_loop: take a loop for parallel when the statements that are left in it are, whatever shared it in the schedule.
     """
 
@@ -35,12 +48,16 @@ class Lowering:
         self.width = self.registers = self.values = 0
         self.reduces = False
         self.known: dict[tuple[str, str], str] = {}  # place in UB -> C variable with its value
-        self.items = self._nodes(layout.body)
+        self.spreads: dict[tuple[str, bool], Spread] = {}
+        body = self._nodes(layout.body)
+        self.items = [*(item for spread in self.spreads.values() for item in spread.items()), *body]
 
     @property
     def scratch_floats(self) -> dict[str, int]:
         """Floats of the buffers besides arrays: registers, and what reductions and scalar functions need."""
         found = {f"register{n}": self.width for n in range(self.registers)}
+        for spread in self.spreads.values():
+            found.update(spread.buffers)
         work = {"work": round_up(2 * math.ceil(self.width / 64))} if self.reduces else {}
         return {**found, **work, "result": 8}
 
@@ -53,6 +70,10 @@ class Lowering:
         if isinstance(node, Instance):
             return _Scalar(self, node).items
         if isinstance(node, Loop):
+            product = outer_product(node, self.layout, self.place, self.spreads)
+            if product:
+                self.known = {}
+                return product
             known = dict(self.known)
             try:
                 return self._vectors(self._merged(node))
@@ -191,7 +212,7 @@ class _Statement:
             return self.load(*self.lowering.place(node, self.iterators))
         if isinstance(node, c_ast.UnaryOp) and node.op in "+-":
             return f"({node.op}{self.scalar_value(node.expr)})"
-        split = _operands(node)
+        split = operands(node)
         if split:
             op, left, right = split
             return self.combined(op, self.scalar_value(left), self.scalar_value(right))
@@ -262,8 +283,8 @@ class _Vector(_Statement):
 
     def _multiply_add(self, value, out: str) -> bool:
         """x + s * row and x - s * row, into x, in one instruction."""
-        split = _operands(value)
-        product = _operands(split[2]) if split and split[0] in "+-" else None
+        split = operands(value)
+        product = operands(split[2]) if split and split[0] in "+-" else None
         if not product or product[0] != "*" or self._expression_of(split[1]) != out:
             return False
         sides = [(self._is_row(side), side) for side in product[1:]]
@@ -277,7 +298,7 @@ class _Vector(_Statement):
 
     def _reduce(self, tree, array: str, place: Affine) -> None:
         reduction = self.statement.reduction
-        op, left, value = _operands(self.value(tree)) or ("", None, None)
+        op, left, value = operands(self.value(tree)) or ("", None, None)
         if reduction not in REDUCTIONS or op != reduction or not self.aligned:
             raise NotAVectorError
         if self._is(value, array, place):
@@ -335,7 +356,7 @@ class _Vector(_Statement):
         if isinstance(node, c_ast.UnaryOp) and node.op in "+-":
             _, text = self._expression(node.expr, into)
             return "row", self._compute("Muls", into, [text], "-1.0f") if node.op == "-" else text
-        split = _operands(node)
+        split = operands(node)
         if split:
             return "row", self._binary(*split, into)
         if isinstance(node, c_ast.FuncCall) and node.name.name in CALLS:
@@ -386,15 +407,6 @@ class _Vector(_Statement):
             lanes = f"for (Lanes lanes({self.start}, {self.loop.count}); lanes.count > 0; lanes.Next()) "
             text = f"{lanes}{operation}({operands}, lanes.mask, 1, {parameters});"
         self.vector(text, {_tensor(row) for row in (*rows, *more)}, {_tensor(out)})
-
-
-def _operands(node):
-    """`(operator, left, right)` of a sum, product ... or maximum; None for anything else."""
-    if isinstance(node, c_ast.BinaryOp) and node.op in BINARY:
-        return node.op, node.left, node.right
-    if isinstance(node, c_ast.FuncCall) and node.name.name == "fmaxf":
-        return "max", *node.args.exprs
-    return None
 
 
 def _array_nodes(node) -> list:

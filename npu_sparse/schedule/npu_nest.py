@@ -11,6 +11,7 @@ from npu_sparse.schedule import codegen
 from npu_sparse.schedule.scop import Scop, ScopError, Statement
 
 NODE = isl.schedule_node_type
+BINARY = {"+": "Add", "-": "Sub", "*": "Mul", "/": "Div"}
 BLOCK = 8  # floats of 32 bytes, what addresses of vector operands are multiples of
 
 
@@ -149,6 +150,15 @@ def references(node):
     else:
         for _, child in node.children():
             yield from references(child)
+
+
+def operands(node):
+    """`(operator, left, right)` of a sum, product ... or maximum; None for anything else."""
+    if isinstance(node, c_ast.BinaryOp) and node.op in BINARY:
+        return node.op, node.left, node.right
+    if isinstance(node, c_ast.FuncCall) and node.name.name == "fmaxf":
+        return "max", *node.args.exprs
+    return None
 
 
 def subscript(node, iterators: dict[str, Affine], sizes: dict[str, int]) -> Affine:

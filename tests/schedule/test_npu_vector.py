@@ -123,6 +123,12 @@ def test_the_innermost_loops_of_every_operator_are_vector_instructions():
         assert "turn < turns" in text and text.count("void Nest") == 1, operator
 
 
+@pytest.mark.parametrize("operator", ["trsmL_off_diag", "trsmL"])
+def test_a_column_of_updates_is_one_instruction_whose_repeats_are_rows(operator):
+    text = generated(operator)
+    assert text.count("MulAddDst(") == text.count("Brcb(") == 1 and "Axpy(" not in text
+
+
 def test_isl_leaves_no_parallel_innermost_loop_in_small_solvers():
     for operator in ("lu_decomp", "trsmL_off_diag", "trsmL", "trsmU_T"):
         scop = builder.OPERATORS[operator]()
