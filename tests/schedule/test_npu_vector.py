@@ -57,6 +57,29 @@ def untiled_pluto(scop):
     return schedule(scop, replace(config.load("pluto"), tiling=config.Tiling())).tree()
 
 
+def directed(kind, iterator):
+    """A tree of npu-vector with one directive, as an annotated operator has it."""
+
+    def tree(scop):
+        directives = (config.Directive(kind, (0,), iterator),)
+        return schedule(scop, replace(config.load("npu-vector"), directives=directives)).tree()
+
+    return tree
+
+
+def row_sum_scop():
+    b = builder.ScopBuilder("row_sum", "R C", "R >= 1 and C >= 1")
+    b.array("x", "R", "C")
+    b.array("y", "R", live_out=True)
+    with b.loop("i", 0, "R"), b.loop("j", 0, "C"):
+        b.statement("y[i] += x[i][j]")
+    return b.build()
+
+
+def row_sum(x, y):
+    return {"y": y + x.sum(1)}
+
+
 CASES = {
     "softmax": case(builder.softmax(), {"R": 5, "C": 100}),
     "softmax, one short row": case(builder.softmax(), {"R": 1, "C": 8}),
@@ -80,6 +103,10 @@ CASES = {
     "trsmU_T": case(builder.trsmU_T(48)),
     "trsmU_T, pluto": case(builder.trsmU_T(16), tree=untiled_pluto),
     "add": case(builder.add(40, 32)),
+    "add, along the rows": case(builder.add(12, 16), tree=directed("vectorize", 0)),
+    "add, columns shared": case(builder.add(12, 16), tree=directed("parallel", 1)),
+    "add, rows in sequence": case(builder.add(12, 16), tree=directed("sequential", 0)),
+    "row_sum": case(row_sum_scop(), {"R": 5, "C": 70}, reference=row_sum),
     "gate": case(gate_scop(), {"R": 4, "C": 37}, (0.25,), reference=gate),
     "shifted": case(shifted_scop(), {"R": 3, "C": 21}, reference=shifted),
 }
