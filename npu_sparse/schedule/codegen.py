@@ -11,6 +11,7 @@ with CodegenError; one that only reuses the storage of a temporary gets the temp
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import reduce
 
 import islpy as isl
 
@@ -81,7 +82,7 @@ def _generate(scop: Scop, tree: isl.Schedule, separate: bool, reserved: Iterable
     names = _names(scop, reserved)
     for n, (prepare, budget, note) in enumerate(attempts):
         try:
-            ast = _within_budget(budget, lambda prepare=prepare: _build(scop, prepare(tree), names))
+            ast = _within_budget(budget, lambda prepare=prepare: build_ast(scop.context, prepare(tree), names.iterator))
         except isl.Error as error:
             if n + 1 == len(attempts):
                 raise CodegenError(f"{scop.name}: generation must take at most {OPERATIONS} isl operations ({error})") from error
@@ -155,7 +156,7 @@ def tile_bands(tree: isl.Schedule, sizes: int | tuple[int, ...]) -> isl.Schedule
 
 def mark_parallel(scop: Scop, tree: isl.Schedule) -> isl.Schedule:
     """`tree` with the outermost parallel loop of each nest marked, temporaries made private where that is what it takes."""
-    check = _Dependences(scop)
+    check = Dependences(scop)
 
     def visit(node):
         """`node`, marked below; the node is at the same place on return."""
@@ -190,7 +191,8 @@ def _node_map(tree: isl.Schedule, transform) -> isl.Schedule:
 # ---- what may run in parallel -----------------------------------------------------------------------------------------------
 
 
-def _union(maps: Iterable[isl.Map]) -> isl.UnionMap:
+def union(maps: Iterable[isl.Map]) -> isl.UnionMap:
+    """All of the maps together."""
     found = isl.UnionMap.read_from_str(isl.DEFAULT_CONTEXT, "{ }")
     for m in maps:
         found = found.union(isl.UnionMap.from_map(m))
@@ -209,12 +211,12 @@ def _writes(scop: Scop, array: str = "", may: bool = False) -> list[isl.Map]:
 
 def flow(scop: Scop) -> isl.UnionMap:
     """Each write to the reads of the values it leaves."""
-    return _flow(scop, _union(_reads(scop)))
+    return _flow(scop, union(_reads(scop)))
 
 
 def _flow(scop: Scop, sinks: isl.UnionMap, array: str = "") -> isl.UnionMap:
     """From the write that left its value to each access of `sinks`; where a write only may happen, from earlier ones too."""
-    sure, perhaps = _union(_writes(scop, array)), _union(_writes(scop, array, may=True))
+    sure, perhaps = union(_writes(scop, array)), union(_writes(scop, array, may=True))
     info = isl.UnionAccessInfo.from_sink(sinks).set_schedule_map(scop.original())
     try:
         return info.set_must_source(sure).set_may_source(perhaps).compute_flow().get_may_dependence()
@@ -224,8 +226,8 @@ def _flow(scop: Scop, sinks: isl.UnionMap, array: str = "") -> isl.UnionMap:
 
 def _storage(scop: Scop) -> isl.UnionMap:
     """From every access to every later write of the same element."""
-    writes = _union(_writes(scop) + _writes(scop, may=True))
-    return _earlier(scop, writes.union(_union(_reads(scop))), writes)
+    writes = union(_writes(scop) + _writes(scop, may=True))
+    return _earlier(scop, writes.union(union(_reads(scop))), writes)
 
 
 def _earlier(scop: Scop, sources: isl.UnionMap, sinks: isl.UnionMap) -> isl.UnionMap:
@@ -233,7 +235,7 @@ def _earlier(scop: Scop, sources: isl.UnionMap, sinks: isl.UnionMap) -> isl.Unio
     return sources.apply_range(sinks.reverse()).intersect(order.lex_lt_union_map(order))
 
 
-class _Dependences:
+class Dependences:
     """Answers, loop by loop, what an iteration takes from another one."""
 
     def __init__(self, scop: Scop):
@@ -244,11 +246,17 @@ class _Dependences:
             if sure or perhaps:
                 reads = [(isl.UnionMap.from_map(r), _flow(scop, isl.UnionMap.from_map(r), name)) for r in _reads(scop, name)]
                 simple = all(r.is_single_valued() for r in [*sure, *_reads(scop, name)])
-                self.written[name] = (_union(sure + perhaps), reads, simple and not perhaps and not array.live_out)
+                self.written[name] = (union(sure + perhaps), reads, simple and not perhaps and not array.live_out)
 
-    def loop(self, band, member: int = 0) -> tuple[str, tuple[str, ...]]:
-        """`(why the member is not parallel or "", arrays that each of its iterations needs a copy of)`."""
+    def loop(self, band, member: int = 0, statements: set[str] | None = None) -> tuple[str, tuple[str, ...]]:
+        """`(why the member is not parallel or "", arrays that each of its iterations needs a copy of)`.
+
+        `statements`: the answer where the loop holds no others.
+        """
         domain = band.get_domain()
+        if statements is not None:
+            kept = [isl.UnionSet.from_set(s.domain) for s in self.scop.statements if s.name in statements]
+            domain = domain.intersect(reduce(isl.UnionSet.union, kept))
         outer = band.get_prefix_schedule_union_map().intersect_domain(domain)
         schedule = band.band_get_partial_schedule()
         for n in range(member):
@@ -303,7 +311,7 @@ def _resolve_marks(scop: Scop, tree: isl.Schedule) -> tuple[isl.Schedule, dict[s
             raise CodegenError(f"mark {text!r} must stand above a band, got {below.get_type().name}")
         private = ()
         if kind in ("parallel", "vector"):
-            check = check or _Dependences(scop)
+            check = check or Dependences(scop)
             obstacle, private = check.loop(below)
             if obstacle:
                 raise CodegenError(f"{scop.name}: a {kind} loop must carry nothing from one iteration to another, got {obstacle}")
@@ -355,7 +363,7 @@ def isolate_unrolled(tree: isl.Schedule) -> isl.Schedule:
     return _node_map(tree, isolate)
 
 
-def _sets(domain: isl.UnionSet) -> list[isl.Set]:
+def sets(domain: isl.UnionSet) -> list[isl.Set]:
     """The sets of a union, one per statement."""
     found = []
     domain.foreach_set(found.append)
@@ -380,7 +388,7 @@ def _isolate(band, points):
         outer = band.get_prefix_schedule_union_map().gist_domain(band.get_domain()).flat_range_product(outer)
     inner = isl.UnionMap.from_multi_union_pw_aff(points.band_get_partial_schedule())
     visited, broken = None, None
-    for domain in _sets(band.get_domain()):
+    for domain in sets(band.get_domain()):
         everywhere = isl.UnionSet.from_set(isl.Set.universe(domain.get_space()))
         box = isl.Map.from_union_map(outer.intersect_domain(everywhere).reverse().apply_range(inner))
         filled = isl.Map.from_union_map(outer.intersect_domain(isl.UnionSet.from_set(domain)).reverse().apply_range(inner))
@@ -435,12 +443,12 @@ def _names(scop: Scop, reserved: Iterable[str]) -> _Names:
     return names
 
 
-def _build(scop: Scop, tree: isl.Schedule, names: _Names):
-    build = isl.AstBuild.from_context(scop.context)
+def build_ast(context: isl.Set, tree: isl.Schedule, stem: str) -> isl.AstNode:
+    """isl's AST of a schedule tree; the loop of schedule dimension n runs over an iterator called `<stem>n`."""
     iterators = isl.IdList.alloc(isl.DEFAULT_CONTEXT, 64)
     for n in range(64):
-        iterators = iterators.add(isl.Id(f"{names.iterator}{n}"))
-    return build.set_iterators(iterators).node_from_schedule(tree)
+        iterators = iterators.add(isl.Id(f"{stem}{n}"))
+    return isl.AstBuild.from_context(context).set_iterators(iterators).node_from_schedule(tree)
 
 
 def _print(scop: Scop, ast, hints, names: _Names, note: str, outline: bool) -> tuple[str, str]:

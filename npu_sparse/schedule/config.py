@@ -109,6 +109,8 @@ class Config:
         constant_to_parameter: constants of at least this size act as parameters; 0 for never.
         auto_vectorisation: move a parallel contiguous loop of a permutable band innermost and mark it, and another parallel
             loop outermost.
+        sink_vector_loop: move a parallel contiguous loop that statements of unequal depth share below all other loops, into each
+            statement; chunks of that many iterations stay where it was. 0 for never.
         parallel_work: loops a parallel region must contain where it is entered once per iteration of an outer loop.
         coefficient_bound: largest absolute value of an iterator's coefficient.
         time_limit: seconds for the solver, per dimension.
@@ -130,6 +132,7 @@ class Config:
     code_sinking: bool = True
     constant_to_parameter: int = 0
     auto_vectorisation: bool = False
+    sink_vector_loop: int = 0
     tiling: Tiling = Tiling()
     parallel_work: int = 2
     coefficient_bound: int = 4
@@ -200,6 +203,7 @@ class _Reader:
             "code_sinking": self.boolean,
             "constant_to_parameter": self.integer(0, 10**9),
             "auto_vectorisation": self.boolean,
+            "sink_vector_loop": self.integer(0, 10**6),
             "tiling": self.tiling,
             "parallel_work": self.integer(0, 100),
             "coefficient_bound": self.integer(1, 100),

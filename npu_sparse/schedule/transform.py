@@ -16,6 +16,8 @@ def apply(plan: Plan, config: Config) -> Plan:
     """The plan with everything that the configuration asks for after the rows have been found."""
     names = tuple(statement.name for statement in plan.scop.statements)
     root = plan.root
+    if config.sink_vector_loop:
+        root = sink(root, names, plan.scop, config.sink_vector_loop)
     if config.auto_vectorisation or any(directive.type == "vectorize" for directive in config.directives):
         root = _vectorise(root, names, plan.scop, config)
     if config.tiling.sizes:
@@ -26,6 +28,34 @@ def apply(plan: Plan, config: Config) -> Plan:
 
 
 # ---------------------------------------------------------------------------------------------------------------------- vectors
+
+
+def sink(node: Node, names: tuple[str, ...], scop: Scop, chunk: int) -> Node:
+    """Bands with loops below them, with a parallel contiguous loop moved below those, into each statement.
+
+    All that is ordered inside of the band shares an iteration of such a loop, so that it may run anywhere inside. Chunks stay.
+    """
+    if isinstance(node, Sequence):
+        return Sequence(tuple((group, sink(child, group, scop, chunk)) for group, child in node.children))
+    if isinstance(node, Leaf) or not _depth(node.child):
+        return node
+    statements = [scop.statement(name) for name in names]
+    places = [k for k, loop in enumerate(node.loops) if loop.coincident and _gain(loop, statements) > 0]
+    if not places:
+        return replace(node, child=sink(node.child, names, scop, chunk))
+    loop = node.loops[places[-1]]
+    chunks = replace(loop, exprs={name: f"floor(({text})/{chunk})" for name, text in loop.exprs.items()})
+    loops = tuple(chunks if k == places[-1] else other for k, other in enumerate(node.loops))
+    return replace(node, loops=loops, child=_below(node.child, names, loop))
+
+
+def _below(node: Node, names: tuple[str, ...], loop: Loop) -> Node:
+    """`node` with a loop around each of its statements."""
+    if isinstance(node, Sequence):
+        return Sequence(tuple((group, _below(child, group, loop)) for group, child in node.children))
+    if isinstance(node, Band):
+        return replace(node, child=_below(node.child, names, loop))
+    return Band((replace(loop, exprs={name: loop.exprs[name] for name in names}),), node)
 
 
 def _vectorise(node: Node, names: tuple[str, ...], scop: Scop, config: Config) -> Node:

@@ -1,121 +1,24 @@
+import re
 import shutil
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from npu_sparse.schedule import builder, npu_vector
+from npu_sparse.schedule import builder, codegen, config, emulate, npu_memory, npu_vector
+from npu_sparse.schedule.operator_reference import REFERENCES, inputs, largest_error
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
 
-ROOT = Path(__file__).resolve().parents[2]
-HARNESS = """
-#include <cstdio>
-#include <cstdlib>
-#include <vector>
-#include "emulation/launch.h"
-#include "kernel.h"
-
-// Arguments: blocks, seed, then a file for every GM argument: read:FLOATS or write:FLOATS; then scalars.
-int main(int argc, char** argv) {
-    std::vector<std::vector<float>> data;
-    std::vector<float> scalars;
-    for (int n = 3; n < argc; ++n) {
-        char kind = argv[n][0];
-        if (kind == 's') { scalars.push_back(std::atof(argv[n] + 1)); continue; }
-        data.emplace_back(std::atoi(argv[n] + 1));
-        if (kind == 'r') {
-            char name[32];
-            std::snprintf(name, sizeof name, "gm%zu.bin", data.size() - 1);
-            FILE* file = std::fopen(name, "rb");
-            if (std::fread(data.back().data(), 4, data.back().size(), file) != data.back().size()) return 3;
-            std::fclose(file);
-        }
-    }
-    auto gm = [&](int n) {
-        int seen = -1, at = 2;
-        while (seen < n) seen += argv[++at][0] != 's';
-        auto use = argv[at][0] == 'r' ? emulation::GmUse::Read : emulation::GmUse::Write;
-        return emulation::Gm(data[n].data(), data[n].size() * 4, "gm" + std::to_string(n), use);
-    };
-    emulation::LaunchOptions options;
-    options.blocks = std::atoi(argv[1]);
-    options.seed = std::atoi(argv[2]);
-    options.type = KERNEL_TYPE_AIV_ONLY;
-    try {
-        emulation::Launch(options, NAMESPACE::Run, ARGUMENTS);
-    } catch (const emulation::Fault& fault) {
-        std::fprintf(stderr, "%s\\n", fault.what());
-        return 1;
-    }
-    for (size_t n = 0; n < data.size(); ++n) {
-        char name[32];
-        std::snprintf(name, sizeof name, "gm%zu.bin", n);
-        FILE* file = std::fopen(name, "wb");
-        std::fwrite(data[n].data(), 4, data[n].size(), file);
-        std::fclose(file);
-    }
-}
-"""
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ compiles the emulation")
+EMULATION = Path(__file__).resolve().parents[2] / "ops/emulation"
 
 
-def emulate(directory: Path, scop, sizes, arrays: dict, scalars=(), blocks=(1, 3), seeds=(0, 1, 2)):
-    """Results (by name) of the generated kernel, after the same bits for every number of cores and every order of events."""
-    code = npu_vector.generate(schedule(scop, "npu-vector"), sizes)
-    (directory / "kernel.h").write_text(code)
-    names = npu_vector.arguments(scop)
-    calls = ", ".join([*(f"gm({n})" for n in range(len(names))), *(f"scalars[{n}]" for n in range(len(scalars)))])
-    text = HARNESS.replace("NAMESPACE", f"{scop.name}_generated").replace("ARGUMENTS", calls)
-    (directory / "main.cpp").write_text(text)
-    flags = ["-std=c++17", "-O1", "-pthread", "-Werror=narrowing", f"-I{ROOT / 'ops/emulation'}", f"-I{directory}"]
-    done = subprocess.run(["g++", *flags, "main.cpp", "-o", "main"], cwd=directory, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[:3000]
-    found = None
-    for count in blocks:
-        for seed in seeds:
-            for n, name in enumerate(names):
-                arrays[name].astype(np.float32).tofile(directory / f"gm{n}.bin")
-            kinds = ["w" if scop.arrays[name].live_out else "r" for name in names]
-            words = [f"{kind}{arrays[name].size}" for kind, name in zip(kinds, names)] + [f"s{value}" for value in scalars]
-            done = subprocess.run(["./main", str(count), str(seed), *words], cwd=directory, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
-            results = {
-                name: np.fromfile(directory / f"gm{n}.bin", np.float32).reshape(arrays[name].shape)
-                for n, name in enumerate(names) if kinds[n] == "w"
-            }  # fmt: skip
-            if found is not None:
-                assert all(np.array_equal(found[name], results[name]) for name in found), (count, seed)
-            found = results
-    return found
+def gate(x, z, bias, limit):
+    return {"y": (2 - x) / (1 + np.exp(-z)) + np.maximum(x * bias, limit) - 3 * abs(x) / 7}
 
 
-def close(result, expected):
-    assert np.sqrt(np.mean((result - expected) ** 2)) <= 1e-6 * np.sqrt(np.mean(expected**2))
-
-
-@pytest.mark.parametrize("rows, columns", [(5, 100), (1, 8), (7, 1001)])
-def test_softmax(rows, columns, tmp_path):
-    x = np.random.default_rng(rows).standard_normal((rows, columns)) * 5
-    found = emulate(tmp_path, builder.softmax(), {"R": rows, "C": columns}, {"x": x, "y": np.zeros_like(x)})
-    x = x.astype(np.float32).astype(np.float64)
-    power = np.exp(x - x.max(1, keepdims=True))
-    close(found["y"], power / power.sum(1, keepdims=True))
-
-
-def test_rms_norm_residual(tmp_path):
-    random = np.random.default_rng(0)
-    arrays = {name: random.standard_normal((6, 200)) for name in ("x", "residual", "h", "y")}
-    arrays["weight"] = random.standard_normal(200)
-    found = emulate(tmp_path, builder.rms_norm_residual(), {"R": 6, "C": 200}, arrays, scalars=(1e-5,))
-    x, residual, weight = (arrays[name].astype(np.float32).astype(np.float64) for name in ("x", "residual", "weight"))
-    close(found["h"], x + residual)
-    close(found["y"], (x + residual) / np.sqrt(np.mean((x + residual) ** 2, 1, keepdims=True) + 1e-5) * weight)
-
-
-def test_elementwise_expression(tmp_path):
+def gate_scop():
     b = builder.ScopBuilder("gate", "R C", "R >= 1 and C >= 1")
     for name in ("x", "z"):
         b.array(name, "R", "C")
@@ -125,34 +28,179 @@ def test_elementwise_expression(tmp_path):
     with b.loop("i", 0, "R"), b.loop("j", 0, "C"):
         swish = "(2.0f - x[i][j]) / (1.0f + expf(-z[i][j]))"
         b.statement(f"y[i][j] = {swish} + fmaxf(x[i][j] * bias[j], limit) - 3.0f * fabsf(x[i][j]) / 7.0f")
-    random = np.random.default_rng(1)
-    arrays = {"x": random.standard_normal((4, 37)), "z": random.standard_normal((4, 37)), "bias": random.standard_normal(37)}
-    found = emulate(tmp_path, b.build(), {"R": 4, "C": 37}, {**arrays, "y": np.zeros((4, 37))}, scalars=(0.25,))
-    x, z, bias = (arrays[name].astype(np.float32).astype(np.float64) for name in ("x", "z", "bias"))
-    close(found["y"], (2 - x) / (1 + np.exp(-z)) + np.maximum(x * bias, 0.25) - 3 * abs(x) / 7)
+    return b.build()
+
+
+def shifted_scop():
+    """A row that reads its neighbour: its operands begin at different offsets, which no vector instruction takes."""
+    b = builder.ScopBuilder("shifted", "R C", "R >= 1 and C >= 1")
+    b.array("x", "R", "C + 1")
+    b.array("y", "R", "C", live_out=True)
+    with b.loop("i", 0, "R"), b.loop("j", 0, "C"):
+        b.statement("y[i][j] = x[i][j + 1] - x[i][j]")
+    return b.build()
+
+
+def shifted(x):
+    return {"y": np.diff(x, axis=1)}
+
+
+def case(scop, sizes=None, scalars=(), tree=None, reference=None):
+    return scop, sizes or {}, scalars, tree or npu_vector_tree, reference or REFERENCES[scop.name]
+
+
+def npu_vector_tree(scop):
+    return schedule(scop, "npu-vector").tree()
+
+
+def untiled_pluto(scop):
+    return schedule(scop, replace(config.load("pluto"), tiling=config.Tiling())).tree()
+
+
+def directed(kind, iterator):
+    """A tree of npu-vector with one directive, as an annotated operator has it."""
+
+    def tree(scop):
+        directives = (config.Directive(kind, (0,), iterator),)
+        return schedule(scop, replace(config.load("npu-vector"), directives=directives)).tree()
+
+    return tree
+
+
+def row_sum_scop():
+    b = builder.ScopBuilder("row_sum", "R C", "R >= 1 and C >= 1")
+    b.array("x", "R", "C")
+    b.array("y", "R", live_out=True)
+    with b.loop("i", 0, "R"), b.loop("j", 0, "C"):
+        b.statement("y[i] += x[i][j]")
+    return b.build()
+
+
+def row_sum(x, y):
+    return {"y": y + x.sum(1)}
+
+
+CASES = {
+    "softmax": case(builder.softmax(), {"R": 5, "C": 100}),
+    "softmax, one short row": case(builder.softmax(), {"R": 1, "C": 8}),
+    "softmax, long rows": case(builder.softmax(), {"R": 7, "C": 1001}),
+    "softmax, isl": case(builder.softmax(), {"R": 5, "C": 37}, tree=codegen.isl_tree),
+    "softmax, pluto": case(builder.softmax(), {"R": 5, "C": 37}, tree=untiled_pluto),
+    "rms_norm_residual": case(builder.rms_norm_residual(), {"R": 6, "C": 200}, (1e-5,)),
+    "rope": case(builder.rope(), {"H": 3, "T": 5, "D": 16}),
+    "rope, halves between blocks": case(builder.rope(), {"H": 2, "T": 3, "D": 20}),
+    "indexer": case(builder.indexer(), {"H": 2, "N": 3, "T": 100}),
+    "indexer, one head": case(builder.indexer(block=16), {"H": 1, "N": 2, "T": 37}),
+    "indexer, isl": case(builder.indexer(block=4), {"H": 2, "N": 2, "T": 9}, tree=codegen.isl_tree),
+    "lu_decomp": case(builder.lu_decomp()),
+    "lu_decomp, isl": case(builder.lu_decomp(), tree=codegen.isl_tree),
+    "lu_decomp, wide": case(builder.lu_decomp(75)),
+    "trsmL_off_diag": case(builder.trsmL_off_diag(112)),
+    "trsmL_off_diag, narrow": case(builder.trsmL_off_diag(20)),
+    "trsmL_off_diag, isl": case(builder.trsmL_off_diag(16), tree=codegen.isl_tree),
+    "trsmL": case(builder.trsmL()),
+    "trsmL, isl": case(builder.trsmL(), tree=codegen.isl_tree),
+    "trsmU_T": case(builder.trsmU_T(48)),
+    "trsmU_T, pluto": case(builder.trsmU_T(16), tree=untiled_pluto),
+    "add": case(builder.add(40, 32)),
+    "add, along the rows": case(builder.add(12, 16), tree=directed("vectorize", 0)),
+    "add, columns shared": case(builder.add(12, 16), tree=directed("parallel", 1)),
+    "add, rows in sequence": case(builder.add(12, 16), tree=directed("sequential", 0)),
+    "row_sum": case(row_sum_scop(), {"R": 5, "C": 70}, reference=row_sum),
+    "gate": case(gate_scop(), {"R": 4, "C": 37}, (0.25,), reference=gate),
+    "shifted": case(shifted_scop(), {"R": 3, "C": 21}, reference=shifted),
+}
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("g++ compiles the emulation")
+    kernels = {
+        name: npu_vector.compile_tree(scop, tree(scop), sizes, name.partition(", ")[2] or "npu-vector")
+        for name, (scop, sizes, _, tree, _) in CASES.items()
+    }
+    return emulate.build(kernels, tmp_path_factory.mktemp("generated"), EMULATION)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_on_the_emulation(name, program):
+    """Within 1e-5 of fp64, without a hazard, and the same bits for every number of cores and every order of events."""
+    scop, sizes, scalars, _, reference = CASES[name]
+    arrays = inputs(scop, sizes)
+    named = dict(zip(program.kernels[name].scalars, scalars))
+    first = None
+    for blocks, seed in [(1, 0), (1, 1), (3, 2), (3, 3)]:
+        results = program.run(name, arrays, scalars, blocks, seed)
+        first = first or results
+        assert largest_error(reference, arrays, results, **named) <= 1e-5, (blocks, seed)
+        assert all(np.array_equal(results[array], first[array]) for array in first), (blocks, seed)
+
+
+def generated(operator: str, **sizes) -> str:
+    return npu_vector.generate(schedule(builder.OPERATORS[operator](), "npu-vector"), sizes)
+
+
+def test_the_innermost_loops_of_every_operator_are_vector_instructions():
+    for operator in builder.OPERATORS:
+        sizes = {name: 16 for name in builder.OPERATORS[operator]().parameters}
+        text = generated(operator, **sizes)
+        updates = re.findall(r"SetValue", text)
+        assert len(updates) == {"lu_decomp": 1, "trsmU_T": 1}.get(operator, 0), operator  # a division of one column's element
+        assert "turn < turns" in text and text.count("void Nest") == 1, operator
+
+
+@pytest.mark.parametrize("operator", ["trsmL_off_diag", "trsmL"])
+def test_a_column_of_updates_is_one_instruction_whose_repeats_are_rows(operator):
+    text = generated(operator)
+    assert text.count("MulAddDst(") == text.count("Brcb(") == 1 and "Axpy(" not in text
+
+
+def test_isl_leaves_no_parallel_innermost_loop_in_small_solvers():
+    for operator in ("lu_decomp", "trsmL_off_diag", "trsmL", "trsmU_T"):
+        scop = builder.OPERATORS[operator]()
+        kernel = npu_vector.compile_tree(scop, codegen.isl_tree(scop), {}, "isl")
+        assert "Axpy" not in kernel.text and "SetValue" in kernel.text
+
+
+def test_a_loop_is_judged_by_what_is_left_in_it_where_that_is_asked_for():
+    scop = builder.lu_decomp()
+    assert "Axpy" in npu_vector.compile_tree(scop, codegen.isl_tree(scop), {}, "isl", per_loop=True).text
+
+
+def test_columns_are_split_between_turns_where_they_do_not_fit():
+    scop = builder.indexer()
+    tree = schedule(scop, "npu-vector").tree()
+    assert npu_vector.compile_tree(scop, tree, {"H": 2, "N": 3, "T": 64}, "npu-vector").turns == (3,)
+    kernel = npu_vector.compile_tree(scop, tree, {"H": 2, "N": 3, "T": 1024}, "npu-vector")
+    assert kernel.turns == (3 * 1024 // 64,) and kernel.ub_bytes <= npu_memory.UB_BYTES
 
 
 def test_rows_that_do_not_fit_are_refused():
-    plan = schedule(builder.softmax(), "npu-vector")
-    npu_vector.generate(plan, {"R": 2, "C": 5000})
-    with pytest.raises(ScopError, match="softmax: rows must fit in .* bytes of UB, got"):
-        npu_vector.generate(plan, {"R": 2, "C": 8000})
+    generated("softmax", R=2, C=5000)
+    with pytest.raises(ScopError, match=r"softmax: what one turn of a core uses must fit in \d+ bytes of UB, got \d+"):
+        generated("softmax", R=2, C=10000)
 
 
-@pytest.mark.parametrize("operator", ["lu_decomp", "trsmL", "rope", "indexer"])
-def test_other_operators_are_refused(operator):
-    scop = builder.OPERATORS[operator]()
-    with pytest.raises(ScopError, match=f"{operator} must be a row operator: "):
-        npu_vector.generate(schedule(scop, "npu-vector"), {name: 8 for name in scop.parameters})
-
-
-def test_missing_size_and_reserved_names_are_refused():
+def test_missing_sizes_reserved_names_and_other_types_are_refused():
     with pytest.raises(ScopError, match="sizes must give C$"):
-        npu_vector.generate(schedule(builder.softmax(), "npu-vector"), {"R": 2})
-    b = builder.ScopBuilder("copy", "R C", "R >= 1 and C >= 1")
-    b.array("row", "R", "C")
-    b.array("y", "R", "C", live_out=True)
-    with b.loop("i", 0, "R"), b.loop("j", 0, "C"):
-        b.statement("y[i][j] = row[i][j]")
-    with pytest.raises(ScopError, match="arrays must not be called .* got row"):
-        npu_vector.generate(schedule(b.build(), "npu-vector"), {"R": 2, "C": 8})
+        generated("softmax", R=2)
+    refused = [("work", "float", "a name that generated code uses, got work"), ("x", "double", "fp32, got double x")]
+    for name, ctype, message in refused:
+        b = builder.ScopBuilder("copy", "n", "n >= 1")
+        b.array(name, "n", ctype=ctype)
+        b.array("y", "n", live_out=True)
+        with b.loop("i", 0, "n"):
+            b.statement(f"y[i] = {name}[i]")
+        with pytest.raises(ScopError, match=message):
+            npu_vector.generate(schedule(b.build(), "npu-vector"), {"n": 8})
+
+
+def test_what_no_instruction_computes_is_refused_by_name():
+    b = builder.ScopBuilder("wave", "n", "n >= 1")
+    b.array("x", "n")
+    b.array("y", "n", live_out=True)
+    with b.loop("i", 0, "n"):
+        b.statement("y[i] = sinf(x[i])")
+    with pytest.raises(ScopError, match="wave: S0 must use .*, got sinf"):
+        npu_vector.generate(schedule(b.build(), "npu-vector"), {"n": 8})

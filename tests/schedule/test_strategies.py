@@ -156,7 +156,9 @@ def test_npu_vector_returns_permutations_for_small_solvers(name):
     iterators = {name for statement in program.statements for name in statement.iterators}
     plan = scheduler.schedule(program, "npu-vector")
     assert not plan.notes
-    assert {text for row in loops(plan) for text in row.values()} <= iterators | {"0"}, "no coefficient above 1, no skewing"
+    chunks = {f"floor(({name})/64)" for name in iterators}
+    found = {text for row in loops(plan) for text in row.values()}
+    assert found <= iterators | chunks | {"0"}, "no coefficient above 1, no skewing"
 
 
 @pytest.mark.parametrize("name", ["softmax", "rms_norm_residual", "rope", "indexer"])

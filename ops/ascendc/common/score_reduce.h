@@ -1,6 +1,8 @@
 // The vector half of scoring: heads are weighted and summed, and every block of queries reduced to one row of scores.
 #pragma once
 
+#include "../generated/score_order.h"
+#include "../generated/score_tiles.h"
 #include "score_schedule.h"
 #include "valid_mask.h"
 
@@ -68,7 +70,7 @@ public:
 
 private:
     static constexpr uint32_t PRODUCTS = 3;  // loads in UB: one in use and two on their way, for GM answers late
-    static constexpr uint32_t LANES = 16;  // queries of a load, at most; their statistics lie together
+    static constexpr uint32_t LANES = MAX_QUERIES_PER_LOAD;  // their statistics lie together
 
     __aicore__ inline void BeginItem()
     {
@@ -181,9 +183,10 @@ private:
     // [count, keys] products of a load's queries and one head, into rows of keysPerStep.
     __aicore__ inline void LoadProducts(uint32_t slot, uint32_t load, uint32_t keys)
     {
-        const uint32_t query = load / t.heads * t.queriesPerLoad;
+        const uint32_t queryLoads = (queries + t.queriesPerLoad - 1) / t.queriesPerLoad;
+        const uint32_t query = QueriesOfLoad(load, t.heads, queryLoads) * t.queriesPerLoad;
         const uint32_t count = Least(t.queriesPerLoad, queries - query);
-        const uint64_t row = static_cast<uint64_t>(load % t.heads) * t.queriesPerSub + query;
+        const uint64_t row = static_cast<uint64_t>(HeadOfLoad(load, t.heads, queryLoads)) * t.queriesPerSub + query;
         const uint16_t blocks = Aligned(keys, FRACTAL) / BLOCK_FLOATS;
         const uint16_t gap = t.keysPerStep / BLOCK_FLOATS - blocks;
         LocalTensor<float> products = productsUb.template AllocTensor<float>();

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "hardware.h"
+#include "../generated/score_tiles.h"
 #include "score_tiling_data.h"
 
 namespace npu_sparse_ascendc {
@@ -28,8 +29,6 @@ constexpr uint32_t MAX_KEYS = 1u << 24;         // positions are sorted as fp32
 constexpr uint32_t KEYS_L1_BYTES = 256 * 1024;  // both buffers of index keys
 constexpr uint32_t MAX_SLOT_BYTES = 512 * 1024;
 constexpr uint32_t MAX_SPLITS = 64;
-constexpr uint32_t MAX_KEYS_PER_STEP = 512;
-constexpr uint32_t MAX_QUERIES_PER_LOAD = 16;
 
 inline std::string CheckScore(const ScoreProblem& p)
 {

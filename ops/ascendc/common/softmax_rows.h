@@ -1,6 +1,7 @@
 // The vector cores' side of an attention tile: masks and the running maximum and sum of rows of 128 scores.
 #pragma once
 
+#include "../generated/softmax_plan.h"
 #include "kernel_common.h"
 
 namespace npu_sparse_ascendc {
@@ -8,7 +9,6 @@ namespace npu_sparse_ascendc {
 constexpr float MASKED_SCORE = -2e38f;    // exp(MASKED_SCORE - LOWEST_MAXIMUM) is 0, so a row that sees nothing sums to 0
 constexpr float LOWEST_MAXIMUM = -1e38f;
 constexpr float TINY = 1e-30f;            // a row that sees something sums to at least exp(0)
-constexpr uint32_t SCORE_COLUMNS = 128;
 constexpr uint32_t SCORE_HALVES = SCORE_COLUMNS / REPEAT_FLOATS;
 constexpr uint8_t SCORE_STRIDE = SCORE_COLUMNS / BLOCK_FLOATS;
 
@@ -40,7 +40,7 @@ __aicore__ inline void ScaleScores(const LocalTensor<float>& scores, float scale
 // Running maximum and sum of up to 64 rows; rows come in multiples of 8.
 class SoftmaxRows {
 public:
-    static constexpr uint32_t ROWS = 64;
+    static constexpr uint32_t ROWS = SOFTMAX_ROWS;
     static constexpr uint32_t WIDE = ROWS * BLOCK_FLOATS;  // one 32-byte block a row
     static constexpr uint32_t ELEMENTS = 3 * ROWS + WIDE;
 
@@ -62,32 +62,8 @@ public:
     __aicore__ inline void Update(const LocalTensor<float>& scores, const LocalTensor<float>& maximum,
                                   const LocalTensor<float>& sum, const LocalTensor<float>& folded, uint32_t rows)
     {
-        const BinaryRepeatParams fold(1, 1, 1, REPEAT_FLOATS / BLOCK_FLOATS, SCORE_STRIDE, SCORE_STRIDE);
-        Max(folded, scores, scores[REPEAT_FLOATS], REPEAT_FLOATS, rows, fold);
-        PipeBarrier<PIPE_V>();
-        WholeReduceMax(part_, folded, REPEAT_FLOATS, rows, 1, 1, REPEAT_FLOATS / BLOCK_FLOATS,
-                                ReduceOrder::ORDER_ONLY_VALUE);
-        PipeBarrier<PIPE_V>();
-        Max(newMaximum_, maximum, part_, rows);
-        PipeBarrier<PIPE_V>();
-        Sub(rescale_, maximum, newMaximum_, rows);
-        Widen(wide_, newMaximum_, rows);
-        PipeBarrier<PIPE_V>();
-        Exp(rescale_, rescale_, rows);
-        Adds(maximum, newMaximum_, 0.0f, rows);
-        for (uint32_t column = 0; column < SCORE_COLUMNS; column += REPEAT_FLOATS) {
-            Sub(scores[column], scores[column], wide_, REPEAT_FLOATS, rows, {1, 1, 0, SCORE_STRIDE, SCORE_STRIDE, 1});
-        }
-        PipeBarrier<PIPE_V>();
-        Exp(scores, scores, rows * SCORE_COLUMNS);
-        Mul(sum, sum, rescale_, rows);
-        PipeBarrier<PIPE_V>();
-        Add(folded, scores, scores[REPEAT_FLOATS], REPEAT_FLOATS, rows, fold);
-        PipeBarrier<PIPE_V>();
-        WholeReduceSum(part_, folded, REPEAT_FLOATS, rows, 1, 1, REPEAT_FLOATS / BLOCK_FLOATS);
-        PipeBarrier<PIPE_V>();
-        Add(sum, sum, part_, rows);
-        PipeBarrier<PIPE_V>();
+        const Tile tile = {*this, scores, maximum, sum, folded, rows};
+        ForEachPass(tile);
     }
 
     __aicore__ inline LocalTensor<float> Rescale() const { return rescale_; }  // of what came before the last Update
@@ -111,6 +87,55 @@ public:
     }
 
 private:
+    // What the plan calls the maxima, the exponentials and the sums of a tile's rows.
+    struct Tile {
+        __aicore__ inline void Top() const
+        {
+            Max(folded, scores, scores[REPEAT_FLOATS], REPEAT_FLOATS, rows, Fold());
+            PipeBarrier<PIPE_V>();
+            WholeReduceMax(state.part_, folded, REPEAT_FLOATS, rows, 1, 1, REPEAT_FLOATS / BLOCK_FLOATS,
+                           ReduceOrder::ORDER_ONLY_VALUE);
+            PipeBarrier<PIPE_V>();
+            Max(state.newMaximum_, maximum, state.part_, rows);
+            PipeBarrier<PIPE_V>();
+            Sub(state.rescale_, maximum, state.newMaximum_, rows);
+            Widen(state.wide_, state.newMaximum_, rows);
+            PipeBarrier<PIPE_V>();
+            Exp(state.rescale_, state.rescale_, rows);
+            Adds(maximum, state.newMaximum_, 0.0f, rows);
+        }
+
+        __aicore__ inline void Power() const
+        {
+            for (uint32_t column = 0; column < SCORE_COLUMNS; column += REPEAT_FLOATS) {
+                Sub(scores[column], scores[column], state.wide_, REPEAT_FLOATS, rows, {1, 1, 0, SCORE_STRIDE, SCORE_STRIDE, 1});
+            }
+            PipeBarrier<PIPE_V>();
+            Exp(scores, scores, rows * SCORE_COLUMNS);
+        }
+
+        __aicore__ inline void Total() const
+        {
+            Mul(sum, sum, state.rescale_, rows);
+            PipeBarrier<PIPE_V>();
+            Add(folded, scores, scores[REPEAT_FLOATS], REPEAT_FLOATS, rows, Fold());
+            PipeBarrier<PIPE_V>();
+            WholeReduceSum(state.part_, folded, REPEAT_FLOATS, rows, 1, 1, REPEAT_FLOATS / BLOCK_FLOATS);
+            PipeBarrier<PIPE_V>();
+            Add(sum, sum, state.part_, rows);
+            PipeBarrier<PIPE_V>();
+        }
+
+        __aicore__ inline static BinaryRepeatParams Fold()
+        {
+            return BinaryRepeatParams(1, 1, 1, REPEAT_FLOATS / BLOCK_FLOATS, SCORE_STRIDE, SCORE_STRIDE);
+        }
+
+        const SoftmaxRows& state;
+        const LocalTensor<float>&scores, &maximum, &sum, &folded;
+        uint32_t rows;
+    };
+
     LocalTensor<float> newMaximum_, part_, rescale_, wide_;
 };
 
