@@ -14,7 +14,7 @@ from npu_sparse.schedule.plan import Plan
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
 
-PRODUCT_BUFFERS = 3  # of scores from the cube: one in use and two on their way, for GM answers late
+PRODUCT_BUFFERS = 3  # of scores from the cube
 FRACTAL_ROWS = 16  # queries that the cube hands over together
 LANES = 64  # fp32 values of one vector instruction
 CUBE_COLUMNS = 128  # keys of a tile of attention scores
@@ -40,7 +40,8 @@ def score_tiles() -> str:
     while _score_bytes(plan, 2 * keys) <= npu_memory.UB_BYTES:
         keys *= 2
     return HEAD.format(operator="indexer", include="<cstdint>") + f"""\
-constexpr uint32_t MAX_KEYS_PER_STEP = {keys};  // {PRODUCT_BUFFERS} buffers of products, scores and a row of them fit in UB
+constexpr uint32_t PRODUCT_BUFFERS = {PRODUCT_BUFFERS};  // loads in UB: one in use, the others on their way, for GM answers late
+constexpr uint32_t MAX_KEYS_PER_STEP = {keys};  // with them, the scores and a row of scores fit in UB
 constexpr uint32_t MAX_QUERIES_PER_LOAD = {FRACTAL_ROWS};
 
 {TAIL}"""

@@ -84,9 +84,8 @@ class Lowering:
         self.known = {}
         if isinstance(node, Branch):
             return [Block(f"if ({node.condition})", body)]
-        t, end = node.iterator, node.count.times(node.step) + node.start if node.step == 1 else None
-        bound = f"{t} < {end}" if end else f"{t} < {node.start + Affine(0, {f'({node.count})': node.step})}"
-        return [Block(f"for (int32_t {t} = {node.start}; {bound}; {t} += {node.step})", body)]
+        t, end = node.iterator, node.start + (node.count if node.step == 1 else Affine(0, {f"({node.count})": node.step}))
+        return [Block(f"for (int32_t {t} = {node.start}; {t} < {end}; {t} += {node.step})", body)]
 
     def _merged(self, loop: Loop) -> Loop:
         """One loop in the place of two whose rows follow each other in UB without a gap, or `loop`."""
@@ -312,7 +311,7 @@ class _Vector(_Statement):
         body, self.items = self.items, []
         count, operation = self.loop.count, REDUCTIONS[reduction]
         reads = {_tensor(row)}
-        self.vector(f"{operation}(result, {row}, work, {count});", reads, {"result", "work"})
+        self.vector(f"{operation}(result, {row}, work, {self.loop.length});", reads, {"result", "work"})
         part = self.lowering.variable()
         self.scalar(f"const float {part} = result.GetValue(0);", reads={"result"})
         self.store(array, place, self.combined(reduction, self.load(array, place), part))
@@ -401,10 +400,10 @@ class _Vector(_Statement):
         """One instruction; over lanes that begin between multiples of 32 bytes, as many as it takes."""
         operands = ", ".join([out, *rows, *([scalar] if scalar else [])])
         if self.aligned:
-            text = f"{operation}({operands}, {self.loop.count});"
+            text = f"{operation}({operands}, {self.loop.length});"
         else:
             parameters = {0: "1, 8", 1: "UnaryRepeatParams()", 2: "BinaryRepeatParams()"}[len(rows)]
-            lanes = f"for (Lanes lanes({self.start}, {self.loop.count}); lanes.count > 0; lanes.Next()) "
+            lanes = f"for (Lanes lanes({self.start}, {self.loop.length}); lanes.count > 0; lanes.Next()) "
             text = f"{lanes}{operation}({operands}, lanes.mask, 1, {parameters});"
         self.vector(text, {_tensor(row) for row in (*rows, *more)}, {_tensor(out)})
 

@@ -88,6 +88,11 @@ class Loop:
     alone: frozenset[str]
     body: list
 
+    @property
+    def length(self) -> str:
+        """The count as a C expression that is never negative, which a loop does not care about and an instruction does."""
+        return f"Most({self.count}, 0)" if self.count.terms else str(self.count)
+
 
 Node = Loop | Branch | Instance
 

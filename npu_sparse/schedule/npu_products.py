@@ -69,7 +69,7 @@ def outer_product(loop: Loop, layout: Layout, place, spreads: dict) -> list[Item
     key = (scalar[0], sign == "-")
     spread = spreads.setdefault(key, Spread(f"spread{len(spreads)}", *key, matrix.floats))
     arguments = [f"{target[0]}[{starts[0]}]", f"{spread.name}[{starts[1].times(BLOCK)}]", f"{row[0]}[{starts[2]}]"]
-    arguments += [str(inner.count), str(loop.count), f"BinaryRepeatParams(1, 0, 1, {pitch // BLOCK}, {stride}, 0)"]
+    arguments += [inner.length, loop.length, f"BinaryRepeatParams(1, 0, 1, {pitch // BLOCK}, {stride}, 0)"]
     reads = frozenset({target[0], spread.name, row[0]})
     comment = Instruction("", f"// {instance.statement.name}: {' '.join(instance.statement.body.split())}")
     return [comment, Instruction("V", f"MulAddDst({', '.join(arguments)});", reads, frozenset({target[0]}))]

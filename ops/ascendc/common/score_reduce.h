@@ -22,7 +22,7 @@ public:
         combined = t.hasWeights || t.heads > 1;
         slotsGm.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace));
         const uint32_t tileBytes = t.queriesPerLoad * t.keysPerStep * sizeof(float);
-        pipe->InitBuffer(productsUb, PRODUCTS, tileBytes);
+        pipe->InitBuffer(productsUb, PRODUCT_BUFFERS, tileBytes);
         if (combined || t.mean) {
             pipe->InitBuffer(scoresUb, tileBytes);
         }
@@ -69,7 +69,6 @@ public:
     }
 
 private:
-    static constexpr uint32_t PRODUCTS = 3;  // loads in UB: one in use and two on their way, for GM answers late
     static constexpr uint32_t LANES = MAX_QUERIES_PER_LOAD;  // their statistics lie together
 
     __aicore__ inline void BeginItem()
@@ -145,7 +144,7 @@ private:
         if (t.hasValid && queries > 0) {
             bits = mask.Load(item.sequence, first, keys);
         }
-        for (uint32_t load = 0; load < Least(loads, PRODUCTS - 1); load++) {
+        for (uint32_t load = 0; load < Least(loads, PRODUCT_BUFFERS - 1); load++) {
             LoadProducts(slot, load, keys);
         }
         LocalTensor<float> row;
@@ -155,8 +154,8 @@ private:
             LocalTensor<float> products;
             LocalTensor<float> scores;
             for (uint32_t head = 0; head < t.heads; head++) {
-                if (load + head + PRODUCTS - 1 < loads) {
-                    LoadProducts(slot, load + head + PRODUCTS - 1, keys);
+                if (load + head + PRODUCT_BUFFERS - 1 < loads) {
+                    LoadProducts(slot, load + head + PRODUCT_BUFFERS - 1, keys);
                 }
                 products = productsUb.template DeQue<float>();
                 if (!combined && !t.mean) {
@@ -453,7 +452,7 @@ private:
     GlobalTensor<float> slotsGm;
     GlobalTensor<T> wGm;
     GlobalTensor<uint8_t> validGm;
-    TQue<TPosition::VECIN, PRODUCTS> productsUb;
+    TQue<TPosition::VECIN, PRODUCT_BUFFERS> productsUb;
     TBuf<TPosition::VECCALC> scoresUb;
     TBuf<TPosition::VECCALC> rawWeightsUb;
     TBuf<TPosition::VECCALC> weightsUb;

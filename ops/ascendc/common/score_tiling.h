@@ -52,7 +52,7 @@ inline uint32_t ScoreUbBytes(const ScoreTiling& t)
 {
     const uint32_t tile = t.queriesPerLoad * t.keysPerStep * 4;
     const bool combined = t.hasWeights || t.heads > 1;
-    uint32_t bytes = 3 * tile + t.keysPerStep * 4;
+    uint32_t bytes = PRODUCT_BUFFERS * tile + t.keysPerStep * 4;
     bytes += combined || t.mean ? tile : 0;
     if (t.hasWeights) {
         const uint32_t perLoad = RoundUp(t.queriesPerLoad * t.heads, 16);

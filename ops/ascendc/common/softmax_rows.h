@@ -132,7 +132,10 @@ private:
         }
 
         const SoftmaxRows& state;
-        const LocalTensor<float>&scores, &maximum, &sum, &folded;
+        const LocalTensor<float>& scores;
+        const LocalTensor<float>& maximum;
+        const LocalTensor<float>& sum;
+        const LocalTensor<float>& folded;
         uint32_t rows;
     };
 

@@ -5,7 +5,8 @@
 
 namespace npu_sparse_ascendc {
 
-constexpr uint32_t MAX_KEYS_PER_STEP = 512;  // 3 buffers of products, scores and a row of them fit in UB
+constexpr uint32_t PRODUCT_BUFFERS = 3;  // loads in UB: one in use, the others on their way, for GM answers late
+constexpr uint32_t MAX_KEYS_PER_STEP = 512;  // with them, the scores and a row of scores fit in UB
 constexpr uint32_t MAX_QUERIES_PER_LOAD = 16;
 
 }  // namespace npu_sparse_ascendc

@@ -1,10 +1,10 @@
-// Runs kernels that npu_sparse.schedule.npu_vector generated on emulated vector cores. npu_sparse/schedule/emulate.py compiles it with
-// CASES, a header that includes the kernels and defines EACH_CASE(X): X(number, function, arrays, scalars) for each of them.
+// Runs kernels that npu_sparse.schedule.npu_vector generated on emulated vector cores. npu_sparse/schedule/emulate.py compiles it
+// with CASES, a header that includes the kernels and defines EACH_CASE(X): X(number, function, arrays, scalars) for each of them.
 //
 //   run_generated CASE FOLDER blocks seed trace USE:FLOATS ... SCALAR ...
 //
-// Array n is FOLDER/n.bin, fp32; USE is r, w, b (both) or k (workspace). What is written goes back there. With trace 1 hazard checks
-// are off and the instruction stream goes to FOLDER/trace.json.
+// Array n is FOLDER/n.bin, fp32; USE is r, w, b (both) or k (workspace). What is written goes back there. With trace 1 hazard
+// checks are off and the instruction stream goes to FOLDER/trace.json.
 #include <cstdio>
 #include <cstdlib>
 #include <string>
@@ -37,8 +37,8 @@ void Transfer(const std::string& folder, Array& array, const char* mode)
 }
 
 template <typename Kernel, size_t... A, size_t... S>
-void Run(const emulation::LaunchOptions& options, Kernel* kernel, const std::vector<Array>& arrays, const std::vector<float>& scalars,
-         std::index_sequence<A...>, std::index_sequence<S...>)
+void Run(const emulation::LaunchOptions& options, Kernel* kernel, const std::vector<Array>& arrays,
+         const std::vector<float>& scalars, std::index_sequence<A...>, std::index_sequence<S...>)
 {
     emulation::Launch(options, kernel,
                       emulation::Gm(arrays[A].values.data(), arrays[A].values.size() * 4, arrays[A].name, arrays[A].use)...,
