@@ -29,6 +29,11 @@ def test_waiting_for_the_scalar_unit_covers_what_that_has_waited_for():
     assert found[-2:] == ["Order<HardEvent::S_V>();", "use"]
 
 
+def test_what_only_the_scalar_unit_has_waited_for_still_takes_a_barrier():
+    found = lines(vector("make", writes="x"), scalar("get", reads="x"), vector("use", reads="x"))
+    assert found[-2:] == ["PipeBarrier<PIPE_V>();", "use"]
+
+
 def test_what_happened_before_a_loop_is_waited_for_once():
     found = lines(vector("make", writes="x"), Block("for (;;)", [scalar("get", reads="x")]))
     assert found[-4:] == ["Order<HardEvent::V_S>();", "for (;;) {", "get", "}"]
