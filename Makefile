@@ -13,11 +13,13 @@ NPU_STUB := $(abspath build/npu_stub)
 demo: $(VENV)/.installed
 	$(BIN)/npu-sparse demo
 
+# Two tests at a time, of two files, each with one thread of its own
+test test-all: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m "not exhaustive" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not exhaustive" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 # The published torch_npu without a card: on a runtime stub, with the operators emulated
 test-npu: $(NPU_VENV)/.installed
