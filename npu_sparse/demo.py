@@ -3,6 +3,8 @@ sharing supports costs, and what prefill gains. Each part is the stage of the sa
 
 from pathlib import Path
 
+import torch
+
 from . import checkpoints, report
 from .bench.quality import EvalConfig, points, run_eval
 from .bench.ttft import TtftConfig, run_ttft
@@ -20,20 +22,21 @@ def run_demo(output, model_name: str = "smollm2-135m") -> dict:
     """Writes `output`/report.md with its parts beside it and returns the summary; running it again resumes."""
     if model_name not in shipped():
         raise ValueError(f"model must be one with a shipped adapter ({', '.join(shipped())}), got {model_name!r}")
-    output = report.open_run(output, {"stage": "demo", "model": model_name})
-    report.say(f"1/5 checkpoint: {model_name}")
-    model, tokenizer = checkpoints.load(model_name)
+    dtype = _dtype()
+    output = report.open_run(output, {"stage": "demo", "model": model_name, "dtype": dtype})
+    report.say(f"1/5 checkpoint: {model_name} in {dtype}")
+    model, tokenizer = checkpoints.load(model_name, dtype=dtype)
     indexer = Indexer.from_pretrained(model_name)
     loaded = {"model": model, "tokenizer": tokenizer}
 
     report.say("2/5 oracle: how much dense attention does it need?")
-    oracle = run_oracle(_oracle_config(model_name), output / "oracle", **loaded)
+    oracle = run_oracle(_oracle_config(model_name, dtype), output / "oracle", **loaded)
     report.say("3/5 indexer: how much of that does the distilled indexer find?")
     recall = _recall(model, tokenizer, indexer, model_name, output / "recall")
     report.say("4/5 quality: what do the oracle, the indexer and sharing cost on tasks?")
-    quality = run_eval(_eval_config(model_name), output / "eval", indexer=indexer, **loaded)
+    quality = run_eval(_eval_config(model_name, dtype), output / "eval", indexer=indexer, **loaded)
     report.say("5/5 TTFT: what does prefill gain?")
-    ttft = run_ttft(_ttft_config(model_name, model), output / "ttft", indexer=indexer, **loaded)
+    ttft = run_ttft(_ttft_config(model_name, model, dtype), output / "ttft", indexer=indexer, **loaded)
 
     summary = _summary(oracle, recall, quality, ttft)
     report.write_json(output / "report.json", {"stage": "demo", "machine": report.machine(), "summary": summary})
@@ -44,25 +47,30 @@ def run_demo(output, model_name: str = "smollm2-135m") -> dict:
     return {"summary": summary}
 
 
-def _oracle_config(name: str) -> OracleConfig:
+def _dtype() -> str:
+    """bfloat16, but float32 on a processor without instructions for bfloat16: there it is tens of times slower."""
+    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
+
+
+def _oracle_config(name: str, dtype: str) -> OracleConfig:
     return OracleConfig(
         model=name, length=1024, budgets=(64, 128, 256), texts=TEXTS, prompts=3, heads=("all",), blocks=(1, 64),
-        reduces=("max", "mean"), controls=("local",), position_stride=4, dtype="bfloat16",
+        reduces=("max", "mean"), controls=("local",), position_stride=4, dtype=dtype,
     )  # fmt: skip
 
 
-def _eval_config(name: str) -> EvalConfig:
+def _eval_config(name: str, dtype: str) -> EvalConfig:
     return EvalConfig(
         model=name, adapter=name, tasks=("niah_single_2", "niah_multikey_1"), length=2048, count=4, k=256, block=64,
-        batch=4, max_new_tokens=16, texts=TEXTS,
+        batch=4, max_new_tokens=16, texts=TEXTS, dtype=dtype,
     )  # fmt: skip
 
 
-def _ttft_config(name: str, model) -> TtftConfig:
+def _ttft_config(name: str, model, dtype: str) -> TtftConfig:
     longest = min(8192, model.config.get_text_config().max_position_embeddings)
     return TtftConfig(
         model=name, adapter=name, lengths=(2048, longest), k=512, block=64, variants=("dense", "indexer-shared"), runs=3,
-        warmup=1, stage_runs=1, texts=TEXTS,
+        warmup=1, stage_runs=1, texts=TEXTS, dtype=dtype,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ def small(monkeypatch, tmp_path, model, tokenizer, indexer):
     for n in range(3):
         (tmp_path / f"{n}.txt").write_text(" ".join(f"word{i * 7 % 601} follows word{i}." for i in range(n, 4000)))
     monkeypatch.setattr(demo, "TEXTS", (str(tmp_path),))
-    monkeypatch.setattr(checkpoints, "load", lambda name: (model, tokenizer))
+    monkeypatch.setattr(checkpoints, "load", lambda name, dtype: (model, tokenizer))
     monkeypatch.setattr(demo.Indexer, "from_pretrained", lambda name: indexer)
     for name in SIZES:
         monkeypatch.setattr(demo, name, _shrunk(name, getattr(demo, name)))
@@ -42,6 +42,14 @@ def test_the_demo_answers_its_four_questions(small, tmp_path, capsys):
     assert all((output / figure).exists() and f"({figure})" in text for figure in figures)
     assert str(output / "report.md") in capsys.readouterr().out
     assert json.loads((output / "report.json").read_text())["summary"] == summary
+
+
+@pytest.mark.parametrize("native, dtype", [(True, "bfloat16"), (False, "float32")])
+def test_a_processor_without_bfloat16_gets_float32(monkeypatch, native, dtype):
+    monkeypatch.setattr(demo.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
+    assert demo._dtype() == dtype
+    configs = (demo._oracle_config("m", dtype), demo._eval_config("m", dtype))
+    assert all(config.dtype == dtype for config in configs)
 
 
 def test_scores_are_points_of_100():
