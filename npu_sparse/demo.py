@@ -53,9 +53,11 @@ def _dtype() -> str:
 
 
 def _oracle_config(name: str, dtype: str) -> OracleConfig:
+    noise_dtype = "auto" if dtype == "bfloat16" else "none"  # a dense run in bfloat16 would take most of the time
     return OracleConfig(
         model=name, length=1024, budgets=(64, 128, 256), texts=TEXTS, prompts=3, heads=("all",), blocks=(1, 64),
         reduces=("max", "mean"), controls=("local",), position_stride=4, dtype=dtype,
+        noise_dtype=noise_dtype,
     )  # fmt: skip
 
 
