@@ -30,7 +30,8 @@ import islpy as isl
 
 from npu_sparse import report
 from npu_sparse.bench import cost
-from npu_sparse.schedule import builder, codegen, config, emulate, npu_memory, npu_vector, operator_reference
+from npu_sparse.schedule import codegen, config, emulate, npu_memory, npu_vector, operator_reference
+from npu_sparse.schedule.frontend import builder
 from npu_sparse.schedule.operator_reference import REFERENCES
 from npu_sparse.schedule.plan import Band, Plan
 from npu_sparse.schedule.scheduler import schedule

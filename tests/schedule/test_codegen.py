@@ -8,7 +8,7 @@ import pytest
 from npu_sparse.schedule import codegen, config
 from npu_sparse.schedule.codegen import CodegenError, generate, generate_file, isl_tree, mark_parallel, tile_bands
 from npu_sparse.schedule.config import HEURISTICS, Tiling
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Plan, original
 from npu_sparse.schedule.run import FLAGS, run
 from npu_sparse.schedule.scheduler import schedule

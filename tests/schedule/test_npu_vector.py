@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npu_sparse.schedule import builder, codegen, config, emulate, npu_memory, npu_vector
+from npu_sparse.schedule import codegen, config, emulate, npu_memory, npu_vector
+from npu_sparse.schedule.frontend import builder
 from npu_sparse.schedule.operator_reference import REFERENCES, inputs, largest_error
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError

@@ -10,7 +10,7 @@ pytest.importorskip("highspy")
 
 from npu_sparse.schedule import codegen, config, farkas, ilp, legality, scheduler  # noqa: E402
 from npu_sparse.schedule.config import ConfigError, Dimension  # noqa: E402
-from npu_sparse.schedule.extract import parse_c  # noqa: E402
+from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
 from npu_sparse.schedule.ilp import Model, SolverTimeoutError  # noqa: E402
 from npu_sparse.schedule.plan import Plan, original  # noqa: E402
 
