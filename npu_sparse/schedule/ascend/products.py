@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from pycparser import c_ast
 
-from npu_sparse.schedule.npu_events import Block, Instruction, Item
-from npu_sparse.schedule.npu_memory import Layout
-from npu_sparse.schedule.npu_nest import BLOCK, Instance, Loop, assignment, operands
+from npu_sparse.schedule.ascend.events import Block, Instruction, Item
+from npu_sparse.schedule.ascend.memory import Layout
+from npu_sparse.schedule.ascend.nest import BLOCK, Instance, Loop, assignment, operands
 
 LANES, REPEATS = 64, 255  # of one instruction, at most
 

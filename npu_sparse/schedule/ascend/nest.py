@@ -7,7 +7,8 @@ from functools import cache
 import islpy as isl
 from pycparser import c_ast, c_parser
 
-from npu_sparse.schedule import codegen
+from npu_sparse.schedule.c.print import build_ast
+from npu_sparse.schedule.loop_analysis import Dependences
 from npu_sparse.schedule.scop import Scop, ScopError, Statement
 
 NODE = isl.schedule_node_type
@@ -112,7 +113,7 @@ class Phase:
     body: list
     domain: isl.UnionSet
     outer: tuple[isl.UnionMap, ...]
-    dependences: codegen.Dependences
+    dependences: Dependences
 
 
 def phases(scop: Scop, tree: isl.Schedule, sizes: dict[str, int]) -> list[Phase]:
@@ -122,12 +123,12 @@ def phases(scop: Scop, tree: isl.Schedule, sizes: dict[str, int]) -> list[Phase]
         raise ScopError(f"sizes must give {', '.join(missing)}")
     values = " and ".join(f"{name} = {sizes[name]}" for name in scop.parameters) or "true"
     fixed = isl.Set(f"[{', '.join(scop.parameters)}] -> {{ : {values} }}")
-    check = codegen.Dependences(scop)
+    check = Dependences(scop)
     tree, hints = _examine(check, tree.intersect_domain(scop.domain().intersect_params(fixed)))
     found = []
     for node in _nests(tree.get_root()):
         domain = node.get_domain()
-        ast = codegen.build_ast(fixed, tree.intersect_domain(domain), "t")
+        ast = build_ast(fixed, tree.intersect_domain(domain), "t")
         found.append(Phase(_Reader(scop, sizes, hints).nodes(ast, ()), domain, tuple(_outer(node, hints)), check))
     return found
 
@@ -223,7 +224,7 @@ class _Hint:
     alone: frozenset[str]
 
 
-def _examine(check: codegen.Dependences, tree: isl.Schedule) -> tuple[isl.Schedule, dict[str, _Hint]]:
+def _examine(check: Dependences, tree: isl.Schedule) -> tuple[isl.Schedule, dict[str, _Hint]]:
     """`tree` with one loop a band under a mark of its own, and what each mark says of its loop."""
     hints = {}
 

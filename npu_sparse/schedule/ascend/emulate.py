@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from npu_sparse.schedule.npu_vector import Kernel
+from npu_sparse.schedule.ascend.kernel import Kernel
 
 LETTERS = {"read": "r", "write": "w", "readwrite": "b", "workspace": "k"}
 

@@ -5,8 +5,7 @@ from functools import reduce
 
 import islpy as isl
 
-from npu_sparse.schedule import codegen
-from npu_sparse.schedule.npu_nest import (
+from npu_sparse.schedule.ascend.nest import (
     BLOCK,
     Affine,
     Instance,
@@ -19,6 +18,7 @@ from npu_sparse.schedule.npu_nest import (
     references,
     subscript,
 )  # fmt: skip
+from npu_sparse.schedule.loop_analysis import union
 from npu_sparse.schedule.scop import Scop, ScopError, Statement
 
 UB_BYTES = 196608 - 256 - 8192  # of an Ascend 910B vector core, less what the runtime and some instructions reserve
@@ -198,7 +198,7 @@ class _Footprints:
 
     def _elements(self, relations: list[isl.Map]) -> isl.Map:
         """Turns to the elements that their instances access."""
-        accesses = codegen.union(relations).intersect_domain(self.phase.domain)
+        accesses = union(relations).intersect_domain(self.phase.domain)
         found = isl.Map.from_union_map(self.turn.reverse().apply_range(accesses)).reset_tuple_id(isl.dim_type.out)
         return found.project_out(isl.dim_type.param, 0, found.dim(isl.dim_type.param))
 

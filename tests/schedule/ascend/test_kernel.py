@@ -6,12 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npu_sparse.schedule import builder, codegen, config, emulate, npu_memory, npu_vector
+from npu_sparse.schedule import builder, config
+from npu_sparse.schedule.ascend import emulate, memory
+from npu_sparse.schedule.ascend.kernel import compile_tree, generate
+from npu_sparse.schedule.isl_baseline import isl_tree
 from npu_sparse.schedule.operator_reference import REFERENCES, inputs, largest_error
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
 
-EMULATION = Path(__file__).resolve().parents[2] / "ops/emulation"
+EMULATION = Path(__file__).resolve().parents[3] / "ops/emulation"
 
 
 def gate(x, z, bias, limit):
@@ -84,22 +87,22 @@ CASES = {
     "softmax": case(builder.softmax(), {"R": 5, "C": 100}),
     "softmax, one short row": case(builder.softmax(), {"R": 1, "C": 8}),
     "softmax, long rows": case(builder.softmax(), {"R": 7, "C": 1001}),
-    "softmax, isl": case(builder.softmax(), {"R": 5, "C": 37}, tree=codegen.isl_tree),
+    "softmax, isl": case(builder.softmax(), {"R": 5, "C": 37}, tree=isl_tree),
     "softmax, pluto": case(builder.softmax(), {"R": 5, "C": 37}, tree=untiled_pluto),
     "rms_norm_residual": case(builder.rms_norm_residual(), {"R": 6, "C": 200}, (1e-5,)),
     "rope": case(builder.rope(), {"H": 3, "T": 5, "D": 16}),
     "rope, halves between blocks": case(builder.rope(), {"H": 2, "T": 3, "D": 20}),
     "indexer": case(builder.indexer(), {"H": 2, "N": 3, "T": 100}),
     "indexer, one head": case(builder.indexer(block=16), {"H": 1, "N": 2, "T": 37}),
-    "indexer, isl": case(builder.indexer(block=4), {"H": 2, "N": 2, "T": 9}, tree=codegen.isl_tree),
+    "indexer, isl": case(builder.indexer(block=4), {"H": 2, "N": 2, "T": 9}, tree=isl_tree),
     "lu_decomp": case(builder.lu_decomp()),
-    "lu_decomp, isl": case(builder.lu_decomp(), tree=codegen.isl_tree),
+    "lu_decomp, isl": case(builder.lu_decomp(), tree=isl_tree),
     "lu_decomp, wide": case(builder.lu_decomp(75)),
     "trsmL_off_diag": case(builder.trsmL_off_diag(112)),
     "trsmL_off_diag, narrow": case(builder.trsmL_off_diag(20)),
-    "trsmL_off_diag, isl": case(builder.trsmL_off_diag(16), tree=codegen.isl_tree),
+    "trsmL_off_diag, isl": case(builder.trsmL_off_diag(16), tree=isl_tree),
     "trsmL": case(builder.trsmL()),
-    "trsmL, isl": case(builder.trsmL(), tree=codegen.isl_tree),
+    "trsmL, isl": case(builder.trsmL(), tree=isl_tree),
     "trsmU_T": case(builder.trsmU_T(48)),
     "trsmU_T, pluto": case(builder.trsmU_T(16), tree=untiled_pluto),
     "add": case(builder.add(40, 32)),
@@ -117,7 +120,7 @@ def program(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ compiles the emulation")
     kernels = {
-        name: npu_vector.compile_tree(scop, tree(scop), sizes, name.partition(", ")[2] or "npu-vector")
+        name: compile_tree(scop, tree(scop), sizes, name.partition(", ")[2] or "npu-vector")
         for name, (scop, sizes, _, tree, _) in CASES.items()
     }
     return emulate.build(kernels, tmp_path_factory.mktemp("generated"), EMULATION)
@@ -138,7 +141,7 @@ def test_results_on_the_emulation(name, program):
 
 
 def generated(operator: str, **sizes) -> str:
-    return npu_vector.generate(schedule(builder.OPERATORS[operator](), "npu-vector"), sizes)
+    return generate(schedule(builder.OPERATORS[operator](), "npu-vector"), sizes)
 
 
 def test_the_innermost_loops_of_every_operator_are_vector_instructions():
@@ -159,21 +162,21 @@ def test_a_column_of_updates_is_one_instruction_whose_repeats_are_rows(operator)
 def test_isl_leaves_no_parallel_innermost_loop_in_small_solvers():
     for operator in ("lu_decomp", "trsmL_off_diag", "trsmL", "trsmU_T"):
         scop = builder.OPERATORS[operator]()
-        kernel = npu_vector.compile_tree(scop, codegen.isl_tree(scop), {}, "isl")
+        kernel = compile_tree(scop, isl_tree(scop), {}, "isl")
         assert "Axpy" not in kernel.text and "SetValue" in kernel.text
 
 
 def test_a_loop_is_judged_by_what_is_left_in_it_where_that_is_asked_for():
     scop = builder.lu_decomp()
-    assert "Axpy" in npu_vector.compile_tree(scop, codegen.isl_tree(scop), {}, "isl", per_loop=True).text
+    assert "Axpy" in compile_tree(scop, isl_tree(scop), {}, "isl", per_loop=True).text
 
 
 def test_columns_are_split_between_turns_where_they_do_not_fit():
     scop = builder.indexer()
     tree = schedule(scop, "npu-vector").tree()
-    assert npu_vector.compile_tree(scop, tree, {"H": 2, "N": 3, "T": 64}, "npu-vector").turns == (3,)
-    kernel = npu_vector.compile_tree(scop, tree, {"H": 2, "N": 3, "T": 1024}, "npu-vector")
-    assert kernel.turns == (3 * 1024 // 64,) and kernel.ub_bytes <= npu_memory.UB_BYTES
+    assert compile_tree(scop, tree, {"H": 2, "N": 3, "T": 64}, "npu-vector").turns == (3,)
+    kernel = compile_tree(scop, tree, {"H": 2, "N": 3, "T": 1024}, "npu-vector")
+    assert kernel.turns == (3 * 1024 // 64,) and kernel.ub_bytes <= memory.UB_BYTES
 
 
 def test_rows_that_do_not_fit_are_refused():
@@ -193,7 +196,7 @@ def test_missing_sizes_reserved_names_and_other_types_are_refused():
         with b.loop("i", 0, "n"):
             b.statement(f"y[i] = {name}[i]")
         with pytest.raises(ScopError, match=message):
-            npu_vector.generate(schedule(b.build(), "npu-vector"), {"n": 8})
+            generate(schedule(b.build(), "npu-vector"), {"n": 8})
 
 
 def test_what_no_instruction_computes_is_refused_by_name():
@@ -203,4 +206,4 @@ def test_what_no_instruction_computes_is_refused_by_name():
     with b.loop("i", 0, "n"):
         b.statement("y[i] = sinf(x[i])")
     with pytest.raises(ScopError, match="wave: S0 must use .*, got sinf"):
-        npu_vector.generate(schedule(b.build(), "npu-vector"), {"n": 8})
+        generate(schedule(b.build(), "npu-vector"), {"n": 8})

@@ -5,11 +5,12 @@ import pytest
 import yaml
 
 from npu_sparse.schedule import config, kernels, legality
-from npu_sparse.schedule.codegen import generate_file, isl_tree, mark_parallel
+from npu_sparse.schedule.c.print import generate_file
+from npu_sparse.schedule.c.run import FLAGS, RunError, run
 from npu_sparse.schedule.config import Tiling
 from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.isl_baseline import isl_tree, mark_parallel
 from npu_sparse.schedule.plan import original
-from npu_sparse.schedule.run import FLAGS, RunError, run
 from npu_sparse.schedule.scheduler import schedule
 
 KERNELS = Path(next(iter(kernels.__path__)))

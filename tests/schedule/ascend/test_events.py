@@ -1,4 +1,4 @@
-from npu_sparse.schedule.npu_events import Block, Instruction, ordered
+from npu_sparse.schedule.ascend.events import Block, Instruction, ordered
 
 
 def vector(text, reads="", writes=""):

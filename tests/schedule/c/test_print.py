@@ -5,12 +5,15 @@ from dataclasses import replace
 import islpy as isl
 import pytest
 
-from npu_sparse.schedule import codegen, config
-from npu_sparse.schedule.codegen import CodegenError, generate, generate_file, isl_tree, mark_parallel, tile_bands
+from npu_sparse.schedule import config
+from npu_sparse.schedule.c import print as printer
+from npu_sparse.schedule.c.marks import CodegenError
+from npu_sparse.schedule.c.print import generate, generate_file
+from npu_sparse.schedule.c.run import FLAGS, run
 from npu_sparse.schedule.config import HEURISTICS, Tiling
 from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.isl_baseline import isl_tree, mark_parallel, tile_bands
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Plan, original
-from npu_sparse.schedule.run import FLAGS, run
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.testing import random_scop
 
@@ -132,7 +135,7 @@ def test_temporaries_become_private():
     tree = mark_parallel(scop, original(scop).tree())
     inside, outlined = generate(scop, tree), generate_file(scop, TEMPORARIES, tree)
     assert "private(s)" in inside and "double *row = malloc(sizeof(double) * (m));" in inside and "free(row);" in inside
-    same(TEMPORARIES, {"inside": codegen.replace_scop(TEMPORARIES, inside), "outlined": outlined}, {"n": 40, "m": 30})
+    same(TEMPORARIES, {"inside": printer.replace_scop(TEMPORARIES, inside), "outlined": outlined}, {"n": 40, "m": 30})
 
 
 def test_vector_loop_with_a_private_array_is_left_to_the_compiler():
@@ -177,7 +180,7 @@ def test_small_parallel_loop_inside_a_sequential_one_keeps_its_threads_asleep():
     text = PRODUCT.replace("C[i][j] += A[i][k] * B[k][j]", "C[k][j] = C[k][j] + A[i][k]")
     scop = parse_c(text)
     code = generate(scop, marked(scop, "parallel", depth=1))
-    assert f"#pragma omp parallel for if((m - 0) * (n - 0) >= {codegen.PARALLEL_WORK})" in code
+    assert f"#pragma omp parallel for if((m - 0) * (n - 0) >= {printer.PARALLEL_WORK})" in code
     assert "#pragma omp parallel for\n" in generate(parse_c(PRODUCT), marked(parse_c(PRODUCT), "parallel"))
 
 
@@ -195,7 +198,7 @@ void f(int n, int m, double A[n][n], double B[n][n]) {
     scop = parse_c(text)
     tree = mark_parallel(scop, original(scop).tree())
     code = generate(scop, tree, reserved={"t7m"})
-    assert code.count(f"if((n - 0) * (t_1m - 0 + 1) >= {codegen.PARALLEL_WORK})") == 2
+    assert code.count(f"if((n - 0) * (t_1m - 0 + 1) >= {printer.PARALLEL_WORK})") == 2
     assert code.count("const long t_1m = (n + 0) / 2;") == 2
     same(text, {"parallel": generate_file(scop, text, tree)})
 
@@ -224,13 +227,13 @@ def test_unroll_and_jam_writes_full_strips_out():
 def test_budget_falls_back_to_simpler_code_and_says_so(monkeypatch):
     scop = parse_c(TRIANGLE)
     tree = isl_tree(scop, 4)
-    monkeypatch.setattr(codegen, "SEPARATION", 1)
+    monkeypatch.setattr(printer, "SEPARATION", 1)
     code = generate_file(scop, TRIANGLE, tree, separate=True)
     assert "/* generated without separation of full tiles: the operation budget was exceeded */" in code
     same(TRIANGLE, {"simple": code})
-    monkeypatch.setattr(codegen, "UNROLLING", 1)
+    monkeypatch.setattr(printer, "UNROLLING", 1)
     assert "without separation and unrolling" in generate(scop, tree)
-    monkeypatch.setattr(codegen, "OPERATIONS", 1)
+    monkeypatch.setattr(printer, "OPERATIONS", 1)
     with pytest.raises(CodegenError, match="at most 1 isl operations"):
         generate(scop, tree)
     assert isl.DEFAULT_CONTEXT.get_max_operations() == 0
@@ -310,16 +313,16 @@ void f(int n, int m, double A[n], double B[n]) {
 
 def test_source_without_one_region_is_refused():
     with pytest.raises(CodegenError, match="got 0"):
-        codegen.replace_scop("int x;\n", "")
+        printer.replace_scop("int x;\n", "")
     with pytest.raises(CodegenError, match="got 2"):
-        codegen.replace_scop(PRODUCT + PRODUCT, "")
+        printer.replace_scop(PRODUCT + PRODUCT, "")
 
 
 @pytest.mark.parametrize(
     "seed", [*range(10), 11, 486, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (10, *range(12, 200)))]
 )
 def test_random_program_under_random_configurations_computes_the_same(seed, monkeypatch):
-    monkeypatch.setattr(codegen, "PARALLEL_WORK", 1)
+    monkeypatch.setattr(printer, "PARALLEL_WORK", 1)
     chance, text = random.Random(seed), in_bounds(random_scop(seed))
     scop = parse_c(text)
     variants = {}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from npu_sparse.schedule.codegen import identifiers
+from npu_sparse.schedule.c.print import identifiers
 from npu_sparse.schedule.scop import Array, Scop
 
 MERGE = ("-Wl,--allow-multiple-definition",)  # the variants are copies of one file: its other functions are the same

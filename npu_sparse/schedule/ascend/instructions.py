@@ -5,9 +5,9 @@ from dataclasses import replace
 
 from pycparser import c_ast
 
-from npu_sparse.schedule.npu_events import Block, Instruction, Item
-from npu_sparse.schedule.npu_memory import Layout, round_up
-from npu_sparse.schedule.npu_nest import (
+from npu_sparse.schedule.ascend.events import Block, Instruction, Item
+from npu_sparse.schedule.ascend.memory import Layout, round_up
+from npu_sparse.schedule.ascend.nest import (
     BINARY,
     BLOCK,
     Affine,
@@ -20,7 +20,7 @@ from npu_sparse.schedule.npu_nest import (
     references,
     subscript,
 )  # fmt: skip
-from npu_sparse.schedule.npu_products import Spread, outer_product
+from npu_sparse.schedule.ascend.products import Spread, outer_product
 from npu_sparse.schedule.scop import Scop, ScopError
 
 WITH_SCALAR = {"Add": "Adds", "Mul": "Muls", "Max": "Maxs"}
