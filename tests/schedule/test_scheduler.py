@@ -8,7 +8,7 @@ pytest.importorskip("highspy")
 from npu_sparse.schedule import config, legality, scheduler  # noqa: E402
 from npu_sparse.schedule.c.print import generate  # noqa: E402
 from npu_sparse.schedule.config import ConfigError, Dimension  # noqa: E402
-from npu_sparse.schedule.extract import parse_c  # noqa: E402
+from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
 from npu_sparse.schedule.plan import Plan, original  # noqa: E402
 from npu_sparse.schedule.solve import farkas, ilp  # noqa: E402
 from npu_sparse.schedule.solve.problem import Attempt  # noqa: E402

@@ -9,7 +9,7 @@ pytest.importorskip("highspy")
 
 from npu_sparse.schedule import config, kernels, scheduler  # noqa: E402
 from npu_sparse.schedule.dependences import dependences  # noqa: E402
-from npu_sparse.schedule.extract import parse_c  # noqa: E402
+from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
 from npu_sparse.schedule.isl_baseline import from_isl  # noqa: E402
 from npu_sparse.schedule.plan import Plan  # noqa: E402
 from npu_sparse.schedule.solve.problem import prepare  # noqa: E402
@@ -152,7 +152,7 @@ def test_cpu_vector_does_not_skew_a_stencil():
 
 @pytest.mark.parametrize("name", ["lu_decomp", "trsmL_off_diag", "trsmU_T", "trsmL"])
 def test_npu_vector_returns_permutations_for_small_solvers(name):
-    from npu_sparse.schedule import builder
+    from npu_sparse.schedule.frontend import builder
 
     program = getattr(builder, name)()
     iterators = {name for statement in program.statements for name in statement.iterators}
@@ -165,7 +165,7 @@ def test_npu_vector_returns_permutations_for_small_solvers(name):
 
 @pytest.mark.parametrize("name", ["softmax", "rms_norm_residual", "rope", "indexer"])
 def test_npu_vector_fuses_an_operator_under_one_parallel_row_loop(name):
-    from npu_sparse.schedule import builder
+    from npu_sparse.schedule.frontend import builder
 
     program = getattr(builder, name)()
     names, band = next(scheduler.schedule(program, "npu-vector").bands())
