@@ -3,7 +3,7 @@
 
     python scripts/bench_npu_schedules.py --output docs/results/npu-schedules
 
-Every schedule goes through the same generator (npu_sparse.schedule.npu_vector), runs on the host emulation of AscendC, is
+Every schedule goes through the same generator (npu_sparse.schedule.ascend.kernel), runs on the host emulation of AscendC, is
 compared with fp64 there, and its instruction streams are replayed on the pipes of an Ascend 910B
 (npu_sparse.measure.npu_cost), on --cores vector cores and on one. There is no card here. Scalar arithmetic and loop control
 cost nothing in that model, which favours schedules that run on the scalar unit.
@@ -33,7 +33,13 @@ from npu_sparse.runs.figures import new_figure, write_figure
 from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table
 from npu_sparse.runs.store import open_run, write_json, write_text
-from npu_sparse.schedule import builder, codegen, config, emulate, npu_memory, npu_vector, operator_reference
+from npu_sparse.schedule import config, operator_reference
+from npu_sparse.schedule.ascend import emulate, memory
+from npu_sparse.schedule.ascend.kernel import Kernel, compile_plan, compile_tree, generate
+from npu_sparse.schedule.c.isolate import sets
+from npu_sparse.schedule.frontend import builder
+from npu_sparse.schedule.isl_baseline import isl_tree
+from npu_sparse.schedule.loop_analysis import Dependences, union
 from npu_sparse.schedule.operator_reference import REFERENCES
 from npu_sparse.schedule.plan import Band, Plan
 from npu_sparse.schedule.scheduler import schedule
@@ -73,15 +79,15 @@ def cases() -> list[Case]:
 # ---- one case ---------------------------------------------------------------------------------------------------------------
 
 
-def kernels(case: Case, cores: int) -> dict[str, npu_vector.Kernel]:
+def kernels(case: Case, cores: int) -> dict[str, Kernel]:
     """The case's kernel under every schedule."""
     untiled = replace(config.load("pluto"), tiling=config.Tiling())
-    tree = codegen.isl_tree(case.scop)
+    tree = isl_tree(case.scop)
     return {
-        "npu-vector": npu_vector.compile_plan(schedule(case.scop, "npu-vector"), case.sizes, cores),
-        "pluto": npu_vector.compile_tree(case.scop, schedule(case.scop, untiled).tree(), case.sizes, "pluto"),
-        "isl": npu_vector.compile_tree(case.scop, tree, case.sizes, "isl"),
-        "isl, re-examined": npu_vector.compile_tree(case.scop, tree, case.sizes, "isl", per_loop=True),
+        "npu-vector": compile_plan(schedule(case.scop, "npu-vector"), case.sizes, cores),
+        "pluto": compile_tree(case.scop, schedule(case.scop, untiled).tree(), case.sizes, "pluto"),
+        "isl": compile_tree(case.scop, tree, case.sizes, "isl"),
+        "isl, re-examined": compile_tree(case.scop, tree, case.sizes, "isl", per_loop=True),
     }
 
 
@@ -110,11 +116,11 @@ def ideal_bytes(scop: Scop, sizes: dict[str, int]) -> int:
     """Every element that holds a value needed from before read once, and every one written that lives on written once."""
     values = " and ".join(f"{name} = {value}" for name, value in sizes.items()) or "true"
     fixed = isl.Set(f"[{', '.join(sizes)}] -> {{ : {values} }}")
-    check, elements = codegen.Dependences(scop), 0
+    check, elements = Dependences(scop), 0
     for name, array in scop.arrays.items():
         if not array.shape:
             continue
-        reads = codegen.union(a.relation.intersect_domain(s.domain) for s in scop.statements for a in s.reads if a.array == name)
+        reads = union(a.relation.intersect_domain(s.domain) for s in scop.statements for a in s.reads if a.array == name)
         if name in check.written:
             writes, flows, _ = check.written[name]
             fresh = [read.subtract_domain(flow.range()) for read, flow in flows]
@@ -124,14 +130,14 @@ def ideal_bytes(scop: Scop, sizes: dict[str, int]) -> int:
     return 4 * elements
 
 
-def operand_bytes(kernel: npu_vector.Kernel) -> int:
+def operand_bytes(kernel: Kernel) -> int:
     """Every array that enters read once, every one that leaves written once, whole."""
     return 4 * sum({"read": 1, "write": 1, "readwrite": 2, "workspace": 0}[a.use] * a.floats for a in kernel.arguments)
 
 
 def _count(elements: isl.UnionSet, fixed: isl.Set) -> int:
     total = 0
-    for piece in codegen.sets(elements.intersect_params(fixed)):
+    for piece in sets(elements.intersect_params(fixed)):
         total += piece.project_out(isl.dim_type.param, 0, piece.dim(isl.dim_type.param)).count_val().to_python()
     return total
 
@@ -141,7 +147,7 @@ def properties(case: Case) -> dict:
     plan = schedule(case.scop, "npu-vector")
     texts = [text for _, band in plan.bands() for loop in band.loops for text in loop.exprs.values()]
     factors = [int(n) for text in texts for n in re.findall(r"\b(\d+)\w", re.sub(r"/\d+", "", text))]
-    text = npu_vector.generate(plan, case.sizes)
+    text = generate(plan, case.sizes)
     return {
         "one_nest": text.count("void Nest") == 1,
         "outer_parallel": isinstance(plan.root, Band) and plan.root.loops[0].parallel or _parallel_tile(plan),
@@ -182,7 +188,7 @@ def summary(rows: list[dict]) -> dict:
         "bars": {
             f"modelled cycles, geomean over isl on AKG's set at least {AKG_BAR}": over.get("isl", 0) >= AKG_BAR,
             f"GM bytes at most {GM_BAR} of the ideal": max(o["gm_ratio"] for o in ours) <= GM_BAR,
-            "UB within capacity": max(o["ub_bytes"] for o in ours) <= npu_memory.UB_BYTES,
+            "UB within capacity": max(o["ub_bytes"] for o in ours) <= memory.UB_BYTES,
             f"results within {ACCURACY}": max(s["error"] for row in rows for s in row["schedules"].values()) <= ACCURACY,
             "one nest each": all(row["one_nest"] for row in rows),
             "cores share the outermost loop, lu_decomp excepted, which has no parallel one":

@@ -114,7 +114,7 @@ class Config:
         parallel_work: loops a parallel region must contain where it is entered once per iteration of an outer loop.
         coefficient_bound: largest absolute value of an iterator's coefficient.
         time_limit: seconds for the solver, per dimension.
-        callback: asked for every attempt at a dimension, see scheduler.Attempt; overrides `dimensions`.
+        callback: asked for every attempt at a dimension, see solve.problem.Attempt; overrides `dimensions`.
     """
 
     name: str = "custom"

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import islpy as isl
 
-from npu_sparse.schedule.codegen import NODE, flow
+from npu_sparse.schedule.c.marks import NODE
+from npu_sparse.schedule.loop_analysis import flow
 from npu_sparse.schedule.plan import Plan
 from npu_sparse.schedule.scop import Scop
 

@@ -1,5 +1,9 @@
-"""RULER's scores: whether an output contains the answers, ignoring case. More output never lowers a score."""
+"""RULER's scores: whether an output contains the answers, ignoring case. More output never lowers a score.
 
+And the one text of the answers that teacher forcing reads, which has to be fixed before any model has answered.
+"""
+
+import re
 from typing import TYPE_CHECKING
 
 from npu_sparse.tasks.catalogue import task_named
@@ -25,3 +29,20 @@ def string_match_part(output_text: str, answers: tuple[str, ...]) -> float:
     """1 if any answer occurs in the output, ignoring case, else 0."""
     lowered = output_text.lower()
     return float(any(answer.lower() in lowered for answer in answers))
+
+
+def reference_answer(example: "Example") -> str:
+    """The text that follows the prompt in a right answer, beginning with a space: all answers as the task's template writes them.
+
+    Several values are "a, b, and c"; chains of variables "A B C" and common words "1. a 2. b", as in the solved example that the
+    prompt begins with; of a question's accepted answers, the first. Answers that have no order of their own (the values of one
+    key, common words) are in the order in which they first occur in the prompt.
+    """
+    task = task_named(example.task)
+    answers = example.answers if task.ordered else sorted(example.answers, key=lambda answer: _place(answer, example.prompt))
+    return " " + task.write(answers)
+
+
+def _place(answer: str, prompt: str) -> int:
+    found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt)
+    return found.start() if found else len(prompt)
