@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from ...ops import workspace
-from ...quality import EvalConfig
-from ...ttft import TtftConfig
+from ..quality import EvalConfig
+from ..ttft import TtftConfig
 
 RUNTIME = (
     "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail", "seed", "dtype", "device", "impl"

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from ...quality import GAPS, machine_lines, points
-from ...quality.page import EVIDENCE_COLOURS
 from ...runs.figures import new_figure
 from ...runs.page import markdown_table
-from ...variants import VARIANTS, budget_words, tail_note
+from ..quality import GAPS, machine_lines, points
+from ..quality.page import EVIDENCE_COLOURS
+from ..variants import VARIANTS, budget_words, tail_note
 
 
 def markdown(result: dict) -> str:

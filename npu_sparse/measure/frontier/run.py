@@ -10,12 +10,12 @@ one is.
 
 from pathlib import Path
 
-from ...quality import GAPS, MACRO, adopt_records, machine_lines, run_eval
 from ...runs.figures import write_figure
 from ...runs.stats import summary
 from ...runs.store import RunError, open_run, write_json, write_text
-from ...ttft import run_ttft
-from ...variants import Subject, load_subject, with_tokenizer
+from ..quality import GAPS, MACRO, adopt_records, machine_lines, run_eval
+from ..ttft import run_ttft
+from ..variants import Subject, load_subject, with_tokenizer
 from .config import RUNTIME, FrontierConfig, timed_variant
 from .page import figure, markdown
 

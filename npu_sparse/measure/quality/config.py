@@ -9,7 +9,7 @@ from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
 from ...tasks import task_names
 from ...tasks.catalogue import task_named
-from ...variants import (
+from ..variants import (
     check_budgets,
     check_names,
 )

@@ -10,7 +10,7 @@ from ...runs.figures import new_figure
 from ...runs.machine import machine_line
 from ...runs.page import markdown_table
 from ...tasks import TASKS
-from ...variants import (
+from ..variants import (
     VARIANTS,
     budget_of,
     budget_words,

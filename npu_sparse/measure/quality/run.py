@@ -20,14 +20,14 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ...decode import generate_texts
 from ...runs.figures import write_figure
 from ...runs.machine import machine
 from ...runs.page import say
 from ...runs.store import RunError, open_run, write_bytes, write_json, write_text
 from ...tasks import Example, encode, generate, score, texts
 from ...tasks.catalogue import task_named
-from ...variants import (
+from ..decode import generate_texts
+from ..variants import (
     Subject,
     adapter_fingerprint,
     attachable,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from ...budget import Budget
 from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
-from ...variants import (
+from ..variants import (
     check_budgets,
     check_names,
 )

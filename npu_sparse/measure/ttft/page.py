@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from ...clocks import (
-    amdahl_ceiling,
-)
 from ...runs import stats
 from ...runs.figures import new_figure
 from ...runs.machine import machine_line
 from ...runs.page import markdown_table
-from ...variants import (
+from ..clocks import (
+    amdahl_ceiling,
+)
+from ..variants import (
     budget_of,
     budget_words,
     tail_note,

@@ -17,20 +17,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from ...clocks import (
+from ...runs import stats
+from ...runs.figures import write_figure
+from ...runs.machine import machine
+from ...runs.page import say
+from ...runs.store import RunError, open_run, write_json, write_text
+from ..clocks import (
     StageTimer,
     dense_attention_timed,
     peak_memory_bytes,
     reset_peak_memory,
     synchronize,
 )
-from ...prompts import prompt_ids
-from ...runs import stats
-from ...runs.figures import write_figure
-from ...runs.machine import machine
-from ...runs.page import say
-from ...runs.store import RunError, open_run, write_json, write_text
-from ...variants import (
+from ..prompts import prompt_ids
+from ..variants import (
     Subject,
     adapter_fingerprint,
     attachable,
