@@ -94,7 +94,7 @@ def check(case, impl="reference", device="cpu", factor=2.0):
     else:
         yardstick = ops.dense_rows(q, k, v, positions, scale=scale, valid=valid, impl="reference")
     assert actual.dtype == case.dtype
-    assert_accurate(actual, exact, yardstick, factor)
+    assert_accurate(actual, exact, yardstick, factor=factor)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
