@@ -30,10 +30,11 @@ import islpy as isl
 
 from npu_sparse import report
 from npu_sparse.bench import cost
-from npu_sparse.schedule import builder, config, operator_reference
+from npu_sparse.schedule import config, operator_reference
 from npu_sparse.schedule.ascend import emulate, memory
 from npu_sparse.schedule.ascend.kernel import Kernel, compile_plan, compile_tree, generate
 from npu_sparse.schedule.c.isolate import sets
+from npu_sparse.schedule.frontend import builder
 from npu_sparse.schedule.isl_baseline import isl_tree
 from npu_sparse.schedule.loop_analysis import Dependences, union
 from npu_sparse.schedule.operator_reference import REFERENCES

@@ -32,10 +32,10 @@ from npu_sparse.schedule import kernels as shipped_kernels
 from npu_sparse.schedule.c.print import generate_file
 from npu_sparse.schedule.c.run import FLAGS, run
 from npu_sparse.schedule.config import Tiling
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend.c import parse_c
+from npu_sparse.schedule.frontend.preprocess import run_cpp
 from npu_sparse.schedule.isl_baseline import isl_tree, mark_parallel
 from npu_sparse.schedule.plan import original
-from npu_sparse.schedule.preprocess import run_cpp
 from npu_sparse.schedule.scheduler import schedule
 
 ISL, PARALLEL = "isl's scheduler", "original, parallel"

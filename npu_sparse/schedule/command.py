@@ -6,7 +6,7 @@ from npu_sparse.report import write_text
 from npu_sparse.schedule import config, legality, openscop, render
 from npu_sparse.schedule.c.print import generate_file
 from npu_sparse.schedule.c.run import run
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
 

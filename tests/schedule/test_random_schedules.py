@@ -11,7 +11,7 @@ from hypothesis import strategies as st  # noqa: E402
 from npu_sparse.schedule import config, legality, scheduler  # noqa: E402
 from npu_sparse.schedule.c.print import generate  # noqa: E402
 from npu_sparse.schedule.config import Config, ConfigError, Constraint, Dimension, Directive, Fusion, Tiling  # noqa: E402
-from npu_sparse.schedule.extract import parse_c  # noqa: E402
+from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
 
 subscripts = st.sampled_from(["i", "i - 1", "i + 1", "j", "j - 1", "j + 1", "i + j", "n - 1 - i", "n - i", "2 * j", "0", "3"])
 names = st.sampled_from("abc")

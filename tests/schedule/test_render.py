@@ -1,7 +1,7 @@
 import pytest
 
 from npu_sparse.schedule import config, render
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.isl_baseline import isl_tree
 from npu_sparse.schedule.loop_analysis import flow
 from npu_sparse.schedule.scheduler import schedule

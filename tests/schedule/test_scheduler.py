@@ -8,7 +8,7 @@ pytest.importorskip("highspy")
 from npu_sparse.schedule import config, legality, scheduler  # noqa: E402
 from npu_sparse.schedule.c.print import generate  # noqa: E402
 from npu_sparse.schedule.config import ConfigError, Dimension  # noqa: E402
-from npu_sparse.schedule.extract import parse_c  # noqa: E402
+from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
 from npu_sparse.schedule.plan import Plan, original  # noqa: E402
 from npu_sparse.schedule.solve import farkas, ilp  # noqa: E402
 from npu_sparse.schedule.solve.problem import Attempt  # noqa: E402
@@ -193,6 +193,12 @@ def test_callback_sees_what_was_found_and_chooses_per_dimension():
     plan = scheduler.schedule(scop(SWEEP), config.Config(callback=choose))
     assert seen == [(0, 0, 0), (1, 0, 1), (1, 1, 1)]
     assert loops(plan) == ["j", "i"]
+
+
+@pytest.mark.parametrize("answer, got", [(Dimension(("prox",)), "'prox'"), ("proximity", "'proximity'")])
+def test_answer_of_a_callback_is_checked_like_a_file(answer, got):
+    with pytest.raises(ConfigError, match=f"must be .*, got {got}"):
+        scheduler.schedule(scop(SWEEP), config.Config(callback=lambda attempt: answer))
 
 
 def test_relaxed_reduction_runs_in_any_order_but_not_in_parallel():

@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 from npu_sparse.report import write_text
-from npu_sparse.schedule import builder
 from npu_sparse.schedule.ascend import memory, nest
+from npu_sparse.schedule.frontend import builder
 from npu_sparse.schedule.plan import Plan
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError

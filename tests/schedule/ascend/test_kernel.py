@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from npu_sparse.schedule import builder, config
+from npu_sparse.schedule import config
 from npu_sparse.schedule.ascend import emulate, memory
 from npu_sparse.schedule.ascend.kernel import compile_tree, generate
+from npu_sparse.schedule.frontend import builder
 from npu_sparse.schedule.isl_baseline import isl_tree
 from npu_sparse.schedule.operator_reference import REFERENCES, inputs, largest_error
 from npu_sparse.schedule.scheduler import schedule

@@ -11,7 +11,7 @@ from npu_sparse.schedule.c.marks import CodegenError
 from npu_sparse.schedule.c.print import generate, generate_file
 from npu_sparse.schedule.c.run import FLAGS, run
 from npu_sparse.schedule.config import HEURISTICS, Tiling
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.isl_baseline import isl_tree, mark_parallel, tile_bands
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Plan, original
 from npu_sparse.schedule.scheduler import schedule

@@ -8,7 +8,7 @@ from npu_sparse.schedule import config, kernels, legality
 from npu_sparse.schedule.c.print import generate_file
 from npu_sparse.schedule.c.run import FLAGS, RunError, run
 from npu_sparse.schedule.config import Tiling
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.isl_baseline import isl_tree, mark_parallel
 from npu_sparse.schedule.plan import original
 from npu_sparse.schedule.scheduler import schedule

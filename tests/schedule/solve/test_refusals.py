@@ -7,7 +7,7 @@ pytest.importorskip("highspy")
 
 from npu_sparse.schedule import config, scheduler  # noqa: E402
 from npu_sparse.schedule.config import ConfigError  # noqa: E402
-from npu_sparse.schedule.extract import parse_c  # noqa: E402
+from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
 
 MATRICES = "int n, double a[n][n], double b[n][n], double c[n][n]"
 PRODUCT = "for (int i = 0; i < n; i++) for (int j = 0; j < n; j++) for (int k = 0; k < n; k++) c[i][j] += a[i][k] * b[k][j];"

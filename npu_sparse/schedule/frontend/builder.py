@@ -4,8 +4,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from .extract import parse_text
-from .scop import Scop, ScopError
+from npu_sparse.schedule.scop import Scop, ScopError
+
+from .c import parse_text
 
 Size = int | str  # a number, or an expression over the parameters such as "2*D"
 

@@ -8,8 +8,8 @@ import yaml
 
 import npu_sparse.schedule
 from npu_sparse.schedule import testing
-from npu_sparse.schedule.extract import parse_c
-from npu_sparse.schedule.preprocess import preprocess
+from npu_sparse.schedule.frontend.c import parse_c
+from npu_sparse.schedule.frontend.preprocess import preprocess
 from npu_sparse.schedule.scop import ScopError
 
 KERNELS = Path(npu_sparse.schedule.__file__).parent / "kernels"

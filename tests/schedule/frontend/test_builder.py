@@ -6,8 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from npu_sparse.schedule import builder, testing
-from npu_sparse.schedule.builder import ScopBuilder
+from npu_sparse.schedule import testing
+from npu_sparse.schedule.frontend import builder
+from npu_sparse.schedule.frontend.builder import ScopBuilder
 from npu_sparse.schedule.scop import ScopError
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pycparser import c_ast, c_parser
 
-from .scop import ScopError
+from npu_sparse.schedule.scop import ScopError
 
 # Strings and characters first, so that nothing inside of them counts as a comment or a name.
 TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|/\*.*?\*/|//[^\n]*|[A-Za-z_]\w*|\.?\d(?:[eEpP][+-]|[\w.])*', re.S)
