@@ -1,13 +1,5 @@
 """Figures of a report in the house look."""
 
-import json
-import os
-import platform
-import subprocess
-import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from .store import write_bytes
 
 

@@ -1,10 +1,8 @@
 """What a figure was measured on: processor or card, versions, commit."""
 
-import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

@@ -1,13 +1,6 @@
 """Pages of a report, and lines for the person who waits."""
 
-import json
-import os
-import platform
-import subprocess
 import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 
 def markdown_table(rows: list[dict], columns: dict[str, str] | None = None) -> str:
