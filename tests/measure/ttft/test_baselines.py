@@ -9,7 +9,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import DynamicCache
 
 from npu_sparse import Budget, SparsePrefill, selectors
-from npu_sparse.bench import dense
+from npu_sparse.measure.ttft import baselines as dense
 from npu_sparse.testing import assert_accurate, attention_inputs, tiny_model
 
 

@@ -1,7 +1,7 @@
 import pytest
 
 from npu_sparse import Budget
-from npu_sparse.bench.variants import budget_of, budget_words, check_names, in_order, variant_named
+from npu_sparse.measure.variants import budget_of, budget_words, check_names, in_order, variant_named
 
 COMMON = Budget(k=64, block=16, reduce="mean", candidates=256)
 

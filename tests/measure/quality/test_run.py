@@ -5,18 +5,14 @@ import pytest
 import torch
 
 from npu_sparse import Indexer
-from npu_sparse.bench import quality
-from npu_sparse.bench.quality import (
-    EvalConfig,
-    adopt_records,
-    generate_texts,
-    prepare_prompts,
-    report_eval,
-    run_eval,
-)
 from npu_sparse.indexer import AdapterError
-from npu_sparse.report import RunError
-from npu_sparse.tasks import encode, generate
+from npu_sparse.measure.decode import generate_texts
+from npu_sparse.measure.quality import MACRO, EvalConfig, adopt_records, prepare_prompts, report_eval, run_eval
+from npu_sparse.measure.quality import run as quality
+from npu_sparse.measure.quality.page import tabulate
+from npu_sparse.runs import stats
+from npu_sparse.runs.store import RunError
+from npu_sparse.tasks import encode, generate, score
 
 CONFIG = EvalConfig(
     model="tiny", tasks=("niah_single_1", "vt"), length=900, count=3, k=32, block=16, batch=2, max_new_tokens=6,
@@ -152,11 +148,11 @@ def test_macro_average_and_gaps_take_only_tasks_that_dense_solves():
     config = replace(CONFIG, tasks=("vt", "fwe", "cwe"), variants=("dense", "oracle"), min_dense_score=0.5)
     scores = {"vt": ([1, 1, 1], [1, 0, 0]), "fwe": ([1, 1, 0], [1, 1, 0]), "cwe": ([0, 0, 1], [1, 1, 1])}
     cells = {(t, v): record(t, v, s) for t, both in scores.items() for v, s in zip(("dense", "oracle"), both)}
-    result = quality._tabulate(config, cells)
-    macro = {row["variant"]: row["score"]["value"] for row in result["rows"] if row["task"] == quality.MACRO}
+    result = tabulate(config, cells)
+    macro = {row["variant"]: row["score"]["value"] for row in result["rows"] if row["task"] == MACRO}
     assert macro == pytest.approx({"dense": (1 + 2 / 3) / 2, "oracle": (1 / 3 + 2 / 3) / 2})
     change = {gap["task"]: gap["change"]["value"] for gap in result["gaps"]}
-    assert change == pytest.approx({quality.MACRO: -1 / 3, "vt": -2 / 3, "fwe": 0, "cwe": 2 / 3})
+    assert change == pytest.approx({MACRO: -1 / 3, "vt": -2 / 3, "fwe": 0, "cwe": 2 / 3})
     assert [gap["gap"] for gap in result["gaps"]] == ["oracle gap"] * 4
 
 
@@ -197,12 +193,12 @@ def test_an_options_change_is_paired_by_prompt():
 
     scores = {"dense": [1, 1, 0, 1], "oracle": [1, 0, 0, 1], "oracle+k=64": [0, 1, 1, 1]}
     config = replace(CONFIG, tasks=("vt",), count=4, variants=tuple(scores))
-    result = quality._tabulate(config, {("vt", name): record(name, found) for name, found in scores.items()})
+    result = tabulate(config, {("vt", name): record(name, found) for name, found in scores.items()})
     changes = {(entry["from"], entry["task"]): entry["change"] for entry in result["options"]}
     assert changes["oracle", "vt"]["value"] == pytest.approx(1 / 4)
     assert changes["dense", "vt"]["value"] == pytest.approx(0)
-    assert changes["oracle", quality.MACRO] == changes["oracle", "vt"]
-    paired = quality.stats.macro_difference([scores["oracle"]], [scores["oracle+k=64"]], seed=config.seed)
+    assert changes["oracle", MACRO] == changes["oracle", "vt"]
+    paired = stats.macro_difference([scores["oracle"]], [scores["oracle+k=64"]], seed=config.seed)
     assert (changes["oracle", "vt"]["low"], changes["oracle", "vt"]["high"]) == (paired.low, paired.high)
     assert paired.low < 0 < paired.high
 
@@ -225,7 +221,7 @@ def test_batches_and_early_stops_do_not_change_what_is_found(model, tokenizer, m
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs))
     early = generate_texts(model, tokenizer, found, ids, batch=5)
     for example, text, whole in zip(found, early, plain):
-        assert whole.startswith(text) and quality.score(example, text) == 1
+        assert whole.startswith(text) and score(example, text) == 1
     assert len(steps) < 12
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
-from npu_sparse.bench import stats
-from npu_sparse.bench.stats import macro_difference, macro_mean, ratio_of_medians, summary
+from npu_sparse.runs import stats
+from npu_sparse.runs.stats import macro_difference, macro_mean, ratio_of_medians, summary
 
 
 def test_summary_of_known_values():

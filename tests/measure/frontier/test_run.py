@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 
-from npu_sparse.bench import frontier, quality, ttft
-from npu_sparse.bench.frontier import FrontierConfig, join, run_frontier
-from npu_sparse.bench.quality import GAPS
-from npu_sparse.report import RunError
+from npu_sparse.measure.frontier import FrontierConfig, join, run_frontier
+from npu_sparse.measure.frontier.config import timed_variant
+from npu_sparse.measure.quality import GAPS, MACRO
+from npu_sparse.measure.quality import run as quality
+from npu_sparse.measure.ttft import run as ttft
+from npu_sparse.runs.store import RunError
 
 CONFIG = FrontierConfig(
     model="tiny", length=900, ks=(32, 64), blocks=(1, 16), tasks=("niah_single_1", "vt"), count=2, batch=2,
@@ -69,11 +71,11 @@ def test_each_point_joins_the_scores_gaps_and_times_of_its_own_budget(pairs):
             gap["change"] = {"value": next(numbers)}
     for row, (scored, timed) in zip(join(pairs)["rows"][3:], pairs):
         variant = "indexer" if row["block"] == 1 else "indexer-shared"
-        (score,) = [r["score"] for r in scored["rows"] if r["variant"] == variant and r["task"] == quality.MACRO]
+        (score,) = [r["score"] for r in scored["rows"] if r["variant"] == variant and r["task"] == MACRO]
         times = {r["variant"]: r for r in timed["rows"]}
         assert (row["score"], row["ttft_s"]) == (score, times[variant]["ttft_s"])
         assert (row["speed_up"], row["dense_ttft_s"]) == (times[variant]["speed_up"], times["dense"]["ttft_s"])
-        macro = {gap["gap"]: gap["change"] for gap in scored["gaps"] if gap["task"] == quality.MACRO}
+        macro = {gap["gap"]: gap["change"] for gap in scored["gaps"] if gap["task"] == MACRO}
         assert row["gaps"] == {name: change for name, change in macro.items() if name in GAPS}
 
 
@@ -161,4 +163,4 @@ def test_a_frontier_needs_an_indexer(tmp_path):
 
 def test_config_survives_json():
     assert FrontierConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
-    assert frontier.timed_variant(1) == "indexer"
+    assert timed_variant(1) == "indexer"

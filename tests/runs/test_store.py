@@ -6,17 +6,7 @@ import signal
 
 import pytest
 
-from npu_sparse import report
-from npu_sparse.report import (
-    RunError,
-    machine,
-    machine_line,
-    markdown_table,
-    open_run,
-    write_bytes,
-    write_json,
-    write_text,
-)
+from npu_sparse.runs.store import RunError, open_run, write_bytes, write_json, write_text
 
 CONFIG = {"model": "tiny", "k": [512, 1024], "budget": {"sink": 4}, "seed": 0}
 
@@ -144,34 +134,3 @@ def test_what_is_not_json_is_refused_and_nothing_is_written(tmp_path, value):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", value)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_figure_is_a_png(tmp_path):
-    figure, axes = report.new_figure(columns=2)
-    assert axes.shape == (1, 2)
-    axes[0, 0].plot([1, 2], [3, 4])
-    report.write_figure(tmp_path / "a.png", figure)
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
-
-
-# Saying
-
-
-def test_the_machine_is_named_with_its_versions_and_commit():
-    found = machine()
-    assert {"processor", "cores", "python", "device", "commit", "dirty", "date", "torch", "transformers"} <= set(found)
-    json.dumps(found)
-    line = machine_line({**found, "commit": "abc", "dirty": True})
-    assert "commit abc+changes" in line and f"torch {found['torch']}" in line
-
-
-def test_a_machine_without_git_is_still_named(monkeypatch):
-    monkeypatch.setenv("PATH", "")
-    assert "commit unknown;" in machine_line(machine())
-
-
-def test_a_table_has_a_row_for_each_dict():
-    rows = [{"k": 512, "score": 0.123456}, {"k": None, "score": True}]
-    table = markdown_table(rows, {"k": "budget", "score": "F1"})
-    assert table == "| budget | F1 |\n| --- | --- |\n| 512 | 0.1235 |\n|  | True |\n"
-    assert markdown_table(rows).startswith("| k | score |")

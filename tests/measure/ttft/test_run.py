@@ -7,12 +7,13 @@ import torch
 
 from npu_sparse import Indexer
 from npu_sparse.architectures import text_config
-from npu_sparse.bench import ttft
-from npu_sparse.bench.timing import StageTimer, amdahl_ceiling, dense_attention_timed
-from npu_sparse.bench.ttft import STAGES, TtftConfig, prompt_ids, run_ttft, time_to_first_token
-from npu_sparse.bench.variants import Subject
 from npu_sparse.indexer import AdapterError
-from npu_sparse.report import RunError
+from npu_sparse.measure.clocks import StageTimer, amdahl_ceiling, dense_attention_timed
+from npu_sparse.measure.prompts import prompt_ids
+from npu_sparse.measure.ttft import STAGES, TtftConfig, page, run_ttft, time_to_first_token
+from npu_sparse.measure.ttft import run as ttft
+from npu_sparse.measure.variants import Subject
+from npu_sparse.runs.store import RunError
 
 CONFIG = TtftConfig(
     model="tiny", lengths=(96, 200), k=32, block=16, runs=3, warmup=1, stage_runs=2, prompt="random", overhead=True,
@@ -57,7 +58,7 @@ def test_warm_up_rounds_are_run_and_not_reported(model, indexer, tmp_path, monke
     config = replace(CONFIG, lengths=(96,), variants=("dense",), overhead=False, runs=2, warmup=3, stage_runs=1)
     clock = iter(range(100))
     monkeypatch.setattr(ttft, "time_to_first_token", lambda model, ids: (float(next(clock)), 0))
-    monkeypatch.setattr(ttft, "_breakdown", lambda runs: {"attention": 1.0, "total": 2.0, **dict.fromkeys(STAGES, 0.5)})
+    monkeypatch.setattr(page, "_breakdown", lambda runs: {"attention": 1.0, "total": 2.0, **dict.fromkeys(STAGES, 0.5)})
     run_ttft(config, tmp_path, model=model)
     assert record(tmp_path, 96)["seconds"] == {"dense": [3.0, 4.0]}
 

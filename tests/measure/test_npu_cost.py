@@ -2,7 +2,7 @@
 
 import pytest
 
-from npu_sparse.bench import cost
+from npu_sparse.measure import npu_cost as cost
 
 COLUMNS = ["step", "pipe", "opcode", "line", "id", "repeats", "m", "n", "k", "bursts", "burst_bytes", "read", "written", "after"]
 SPACES = ["UB", "L1", "L0A", "L0B", "L0C", "BT", "FB", "GM", "WORKSPACE"]
