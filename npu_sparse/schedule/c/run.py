@@ -99,7 +99,8 @@ def run(
     expected = repeats * len(threads) * len(variants)
     if len(records) != expected:
         name = list(variants)[len(records) % len(variants)]
-        raise RunError(f"{scop.function} must return from all {expected} runs, got {len(records)}: the program ends itself in {name}")
+        got = f"{len(records)}: the program ends itself in {name}"
+        raise RunError(f"{scop.function} must return from all {expected} runs, got {got}")
     return _results(records, list(variants))
 
 
