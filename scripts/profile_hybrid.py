@@ -25,9 +25,9 @@ from unittest import mock
 import torch
 
 from npu_sparse import FastHybrid, report
-from npu_sparse.architectures import delta_net_modules, gated_mlp_modules, norm_modules
 from npu_sparse.bench.shapes import SIZES, qwen35
 from npu_sparse.bench.timing import stage_timer
+from npu_sparse.models.architectures import delta_net_modules, gated_mlp_modules, norm_modules
 from npu_sparse.testing import rms_error
 
 STAGES = ("gdn projections", "gdn convolution", "gdn gates", "gdn delta rule", "gdn norm", "gdn output")
@@ -235,7 +235,7 @@ def roofline(args) -> dict:
 
 def tiles(args, size: str, length: int) -> list[dict]:
     """Milliseconds of the kernels under other tiles, `(elements or tokens, warps)`; the shipped one is marked."""
-    from npu_sparse.hybrid import triton as kernels
+    from npu_sparse.models.hybrid import triton as kernels
 
     model, module = layer(args, size)
     module.model_config = model.config

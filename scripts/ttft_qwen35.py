@@ -31,8 +31,7 @@ from pathlib import Path
 
 import torch
 
-from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill, checkpoints, crossover, report
-from npu_sparse.architectures import delta_net_modules, describe, gated_mlp_modules, norm_modules
+from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill, checkpoints, report
 from npu_sparse.bench import dense, stats
 from npu_sparse.bench.shapes import SIZES, qwen35
 from npu_sparse.bench.timing import (
@@ -44,6 +43,8 @@ from npu_sparse.bench.timing import (
     stage_timer,
 )
 from npu_sparse.bench.ttft import time_to_first_token
+from npu_sparse.models import crossover
+from npu_sparse.models.architectures import delta_net_modules, describe, gated_mlp_modules, norm_modules
 
 STARTED = time.monotonic()
 UNFINISHED = 3  # exit status where --budget-s left lengths out

@@ -11,9 +11,9 @@ import torch
 from torch import distributed
 
 from .. import checkpoints, report
-from ..architectures import describe
 from ..budget import Budget
 from ..indexer import Indexer
+from ..models.architectures import describe
 from .config import DistillConfig
 from .data import Contexts, batches, row_segments
 from .loss import DistillLoss

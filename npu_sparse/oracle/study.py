@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import checkpoints, report, tasks
-from ..architectures import Architecture, describe
 from ..budget import Budget
+from ..models.architectures import Architecture, describe
 from ..ops.dispatch import require_kernels, uses_kernel
 from ..selectors import Local, Oracle, Random, Selector
 from ..tasks.catalogue import task_named

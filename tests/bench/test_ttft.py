@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from npu_sparse import Indexer
-from npu_sparse.architectures import text_config
 from npu_sparse.bench import ttft
 from npu_sparse.bench.timing import StageTimer, amdahl_ceiling, dense_attention_timed
 from npu_sparse.bench.ttft import STAGES, TtftConfig, prompt_ids, run_ttft, time_to_first_token
 from npu_sparse.bench.variants import Subject
 from npu_sparse.indexer import AdapterError
+from npu_sparse.models.architectures import text_config
 from npu_sparse.report import RunError
 
 CONFIG = TtftConfig(
