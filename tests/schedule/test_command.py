@@ -6,7 +6,7 @@ import pytest
 
 from npu_sparse import cli
 from npu_sparse.schedule import command, config
-from npu_sparse.schedule.run import Result
+from npu_sparse.schedule.c.run import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE = """
