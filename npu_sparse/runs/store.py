@@ -2,11 +2,6 @@
 
 import json
 import os
-import platform
-import subprocess
-import sys
-import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 

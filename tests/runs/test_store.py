@@ -6,11 +6,7 @@ import signal
 
 import pytest
 
-
-from npu_sparse.runs.figures import new_figure, write_figure
 from npu_sparse.runs.store import RunError, open_run, write_bytes, write_json, write_text
-from npu_sparse.runs.machine import machine, machine_line
-from npu_sparse.runs.page import markdown_table
 
 CONFIG = {"model": "tiny", "k": [512, 1024], "budget": {"sink": 4}, "seed": 0}
 
