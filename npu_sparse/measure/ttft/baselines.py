@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 
-from ..models.attention import register_dense
+from ...models.attention import register_dense
 
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 
