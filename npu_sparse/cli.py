@@ -152,7 +152,7 @@ def _schedule(
     try:
         from npu_sparse.schedule.command import schedule_file
     except ModuleNotFoundError as error:
-        raise ValueError(f"scheduling needs {error.name}: pip install 'npu-sparse[schedule]'") from error
+        raise ValueError(f"scheduling needs {error.name}: pip install -e '.[schedule]' in a clone of npu-sparse") from error
     try:
         values = {name.strip(): float(value) for name, value in _pairs(sizes).items()} if sizes else None
     except ValueError as error:
