@@ -43,15 +43,15 @@ COMMANDS = {
     ),
     "eval": Command(
         "Score dense, oracle, indexer and controls on the same prompts, with the three gaps.",
-        "npu_sparse.bench.quality", "EvalConfig", "run_eval",
+        "npu_sparse.measure.quality", "EvalConfig", "run_eval",
     ),
     "ttft": Command(
         "Time to first token of dense and sparse prefill, interleaved, with the stage breakdown.",
-        "npu_sparse.bench.ttft", "TtftConfig", "run_ttft",
+        "npu_sparse.measure.ttft", "TtftConfig", "run_ttft",
     ),
     "frontier": Command(
         "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
-        "npu_sparse.bench.frontier", "FrontierConfig", "run_frontier",
+        "npu_sparse.measure.frontier", "FrontierConfig", "run_frontier",
     ),
     "schedule": Command("Reorder, tile and parallelise the loops of a C file: a configurable polyhedral scheduler."),
     "build": Command("Compile the AscendC kernels, for the host emulation or for the card."),
@@ -152,7 +152,7 @@ def _schedule(
     try:
         from npu_sparse.schedule.command import schedule_file
     except ModuleNotFoundError as error:
-        raise ValueError(f"scheduling needs {error.name}: pip install 'npu-sparse[schedule]'") from error
+        raise ValueError(f"scheduling needs {error.name}: pip install -e '.[schedule]' in a clone of npu-sparse") from error
     try:
         values = {name.strip(): float(value) for name, value in _pairs(sizes).items()} if sizes else None
     except ValueError as error:
@@ -276,7 +276,8 @@ def _show(output: Path) -> None:
 def _status(error: Exception) -> int | None:
     """The exit status of an error that a user can act on, None for a bug."""
     from npu_sparse.checkpoints import CheckpointError
-    from npu_sparse.report import RunError
+
+    from .runs.store import RunError
 
     if isinstance(error, CheckpointError):
         return FAILURE

@@ -68,7 +68,7 @@ def first_faster(dense_s: Mapping[int, float], sparse_s: Mapping[int, float]) ->
 
 def merge(path: Path, found: Sequence[dict]) -> None:
     """Adds figures to a file of them, in place of those with the same KEY."""
-    from .report import write_text
+    from .runs.store import write_text
 
     kept = {tuple(one[name] for name in KEY): one for one in (entries(path) if path.exists() else [])}
     kept |= {tuple(one[name] for name in KEY): one for one in found}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .report import replace_files
+from .runs.store import replace_files
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "adapters"  # adapters of the demo checkpoints, by name

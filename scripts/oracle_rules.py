@@ -18,10 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npu_sparse import checkpoints, report, tasks
+from npu_sparse import checkpoints, tasks
 from npu_sparse.architectures import attention_modules, attention_selection, text_config
-from npu_sparse.bench import stats
 from npu_sparse.prefill import dense_attention
+from npu_sparse.runs import stats
+from npu_sparse.runs.machine import machine as this_machine
+from npu_sparse.runs.machine import machine_line
+from npu_sparse.runs.page import markdown_table, say
+from npu_sparse.runs.store import open_run, write_json, write_text
 
 ROWS = 512
 MOST_NEW = 24
@@ -211,7 +215,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
     config = {"stage": "oracle_rules", **{name: value for name, value in vars(args).items() if name != "output"}}
-    directory = report.open_run(args.output, config)
+    directory = open_run(args.output, config)
     model, tokenizer = checkpoints.load(args.model, dtype=args.dtype, device=args.device)
     needs_text = tasks.TASKS[args.task].needs == "haystack"
     examples = tasks.generate(
@@ -233,8 +237,8 @@ def main(arguments=None) -> int:
                 found = {name: lab.follow(ids, after, **options) for name, options in wanted.items()}
             finally:
                 model.set_attn_implementation(attention_selection(model, "sdpa"))
-        report.write_json(path, found)
-        report.say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in found.values())}")
+        write_json(path, found)
+        say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in found.values())}")
     return summarise(directory, config, list(wanted))
 
 
@@ -248,8 +252,8 @@ def summarise(directory: Path, config: dict, names: list[str]) -> int:
         shortfall = stats.macro_mean([[cell["dense"][0] - cell[name][0] for cell in solved]])
         same = stats.macro_mean([[float(cell[name][1]) for cell in solved]])
         rows.append({"rule": name, "same": same.to_dict(), "shortfall": shortfall.to_dict()})
-    machine = report.machine(config["device"])
-    report.write_json(directory / "report.json", {"config": config, "solved": len(solved), "rows": rows, "machine": machine})
+    machine = this_machine(config["device"])
+    write_json(directory / "report.json", {"config": config, "solved": len(solved), "rows": rows, "machine": machine})
     table = [
         {
             "rule": row["rule"],
@@ -264,9 +268,9 @@ def summarise(directory: Path, config: dict, names: list[str]) -> int:
         f"# What should an oracle keep, and what becomes of the rest?\n\n{config['model']}, {config['task']}, {config['length']} "
         f"tokens, {config['dtype']}: the {len(solved)} of {len(found)} prompts that dense attention solves. Evidence: oracle. "
         "Prefill by each rule in all full-attention layers (or where it says), then dense attention's own answer, densely. 95% "
-        f"bootstrap intervals over prompts.\n\n{report.markdown_table(table)}\nMeasured on {report.machine_line(machine)}.\n"
+        f"bootstrap intervals over prompts.\n\n{markdown_table(table)}\nMeasured on {machine_line(machine)}.\n"
     )
-    report.write_text(directory / "report.md", text)
+    write_text(directory / "report.md", text)
     print(text)
     return 0
 

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from npu_sparse.report import write_text
 from npu_sparse.schedule import config, legality, openscop, render
-from npu_sparse.schedule.codegen import generate_file
-from npu_sparse.schedule.extract import parse_c
-from npu_sparse.schedule.run import run
+from npu_sparse.schedule.c.print import generate_file
+from npu_sparse.schedule.c.run import run
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
+
+from ..runs.store import write_text
 
 
 def schedule_file(

@@ -10,12 +10,13 @@ from npu_sparse import ops
 from npu_sparse.ops import KernelUnavailableError, dispatch, workspace
 from npu_sparse.testing import (
     DTYPES,
-    assert_accurate,
     index_inputs,
     naive_index_partition,
     naive_index_scores,
     normal,
+    over_seeds,
     padding,
+    plain_products,
 )
 
 reference = import_module("npu_sparse.ops.index_scores.reference")
@@ -36,9 +37,9 @@ class Case:
     given: bool = False  # the log-partition of softmax_max, far from the exact one
     dtype: torch.dtype = torch.float32
 
-    def inputs(self, device="cpu"):
+    def inputs(self, device="cpu", seed=0):
         qi, ki, w = index_inputs(
-            self.B, self.Hi, self.Tq, self.Tk, self.Di, dtype=self.dtype, device=device, strided=self.strided
+            self.B, self.Hi, self.Tq, self.Tk, self.Di, dtype=self.dtype, device=device, strided=self.strided, seed=seed
         )
         valid = padding(self.B, self.Tk, self.side, device=device) if self.side else None
         given = normal(self.B, self.Tq, device=device, seed=5, strided=self.strided) * 3 if self.given else None
@@ -104,15 +105,21 @@ def served(backend, case):
 
 
 def check(case, impl="reference", device="cpu", factor=2.0):
-    qi, ki, w, options = case.inputs(device)
+    over_seeds(lambda seed: computed(case, impl, device, seed), device, factor)
+
+
+def computed(case, impl, device, seed):
+    qi, ki, w, options = case.inputs(device, seed)
     actual = ops.index_scores(qi, ki, w, impl=impl, **options)
     exact = naive_index_scores(qi, ki, w, **options)
     if impl == "reference":
-        yardstick = naive_index_scores(qi, ki, w, dtype=case.dtype, **options)
+        yardsticks = [naive_index_scores(qi, ki, w, dtype=case.dtype, **options)]
     else:
-        yardstick = ops.index_scores(qi, ki, w, impl="reference", **options)
+        yardsticks = [ops.index_scores(qi, ki, w, impl="reference", **options)]
+    if device == "cuda":
+        yardsticks.append(naive_index_scores(qi, ki, w, dtype=torch.float32, products=plain_products, **options))
     assert actual.dtype == torch.float32
-    assert_accurate(actual, exact, yardstick, factor)
+    return actual, exact, *yardsticks
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -225,17 +232,23 @@ def test_scores_are_logarithms_of_the_largest_softmax_weights(partitions):
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.given], ids=str)
 def test_partitions_are_as_accurate_as_the_yardstick(partitions, case):
-    case = partitions.fit(case)
-    qi, ki, w, options = case.inputs(partitions.device)
-    valid = options["valid"]
-    actual = ops.index_partition(qi, ki, w, valid=valid, impl=partitions.impl)
-    exact = naive_index_partition(qi, ki, w, valid=valid)
-    if partitions.impl == "reference":
-        yardstick = naive_index_partition(qi, ki, w, valid=valid, dtype=case.dtype)
-    else:
-        yardstick = ops.index_partition(qi, ki, w, valid=valid, impl="reference")
-    assert actual.dtype == torch.float32 and actual.shape == (case.B, case.Tq)
-    assert_accurate(actual, exact, yardstick)
+    case, impl = partitions.fit(case), partitions.impl
+
+    def partitions_of(seed):
+        qi, ki, w, options = case.inputs(partitions.device, seed)
+        valid = options["valid"]
+        actual, exact = ops.index_partition(qi, ki, w, valid=valid, impl=impl), naive_index_partition(qi, ki, w, valid=valid)
+        if impl == "reference":
+            yardsticks = [naive_index_partition(qi, ki, w, valid=valid, dtype=case.dtype)]
+        else:
+            yardsticks = [ops.index_partition(qi, ki, w, valid=valid, impl="reference")]
+        if partitions.device == "cuda":
+            plain = naive_index_partition(qi, ki, w, valid=valid, dtype=torch.float32, products=plain_products)
+            yardsticks.append(plain)
+        assert actual.dtype == torch.float32 and actual.shape == (case.B, case.Tq)
+        return actual, exact, *yardsticks
+
+    over_seeds(partitions_of, partitions.device)
 
 
 def test_partitions_in_float64_are_exact():

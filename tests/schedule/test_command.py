@@ -6,7 +6,7 @@ import pytest
 
 from npu_sparse import cli
 from npu_sparse.schedule import command, config
-from npu_sparse.schedule.run import Result
+from npu_sparse.schedule.c.run import Result
 
 ROOT = Path(__file__).resolve().parents[2]
 SCALE = """
@@ -85,7 +85,7 @@ def test_missing_package_is_named(kernel, capsys, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "npu_sparse.schedule.command", None)
-    assert "pip install 'npu-sparse[schedule]'" in refusal(capsys, kernel)
+    assert "pip install -e '.[schedule]' in a clone of npu-sparse" in refusal(capsys, kernel)
 
 
 def test_page_names_every_key():
