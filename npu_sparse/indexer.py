@@ -54,8 +54,8 @@ class IndexerConfig:
 
 
 class PartitionHead(nn.Module):
-    """The log-partition of every query's index scores, predicted: `c = <a, x> + b + g log n` of its hidden state x and of the number
-    n of keys that it sees.
+    """The log-partition of every query's index scores, predicted: `c = <a, x> + b + g log n` of its hidden state x and of the
+    number n of keys that it sees.
 
     Least squares fit it (`distill.partition`), so that it takes no gradient. Unfitted it is log n, which is exact for an indexer
     whose scores are all zero.

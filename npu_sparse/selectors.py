@@ -69,10 +69,12 @@ class Oracle:
         self.name = "oracle per KV group" if per_kv else "oracle"
 
     def select(self, inputs: LayerInputs, budget: Budget) -> Support:
+        reduce = "max" if budget.reduce == "softmax_max" else budget.reduce
+
         def mass(start, stop, end, valid):
             return ops.attention_mass(
                 inputs.q[:, :, start:stop], inputs.k[:, :, :end], scale=inputs.scale, reduce_block=budget.block,
-                reduce="max" if budget.reduce == "softmax_max" else budget.reduce, per_kv=self.per_kv, valid=valid, impl=inputs.impl,
+                reduce=reduce, per_kv=self.per_kv, valid=valid, impl=inputs.impl,
             )  # fmt: skip
 
         return _select(inputs, budget, mass, heads=inputs.k.shape[1] if self.per_kv else 1)
@@ -113,8 +115,8 @@ def learns_partition(budget: Budget, indexer: IndexerModule | None) -> bool:
     learned = budget.partition == "learned" or (budget.partition == "auto" and head)
     if budget.candidates and not learned:
         raise ValueError(
-            "partition must be learned by the adapter for softmax_max with candidates, where the exact one would take the scores of "
-            f"all keys, got {budget.partition} for an adapter {'with' if head else 'without'} a partition head"
+            "partition must be learned by the adapter for softmax_max with candidates, where the exact one would take the scores "
+            f"of all keys, got {budget.partition} for an adapter {'with' if head else 'without'} a partition head"
         )
     return learned
 

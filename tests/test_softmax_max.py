@@ -1,10 +1,13 @@
 """Budget.reduce = "softmax_max": every query's index scores less its own log-partition, exact or learned by the adapter."""
 
+import json
+
 import pytest
 import torch
 from transformers import DynamicCache
 
 from npu_sparse import Budget, Indexer, SparsePrefill, native, ops, selectors
+from npu_sparse.architectures import attention_modules
 from npu_sparse.indexer import AdapterError, IndexerConfig, PartitionHead
 from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.ops.masks import keys_seen
@@ -70,7 +73,7 @@ def test_every_layer_subtracts_the_partition_that_the_budget_names(models, ids, 
     _, seen = prefill(models(name), BUDGET.replace(partition=partition), ids, indexer)
     options, raw = dict(k=24, block=16, sink=2, recent=4), 0
     assert len(seen) > 1
-    for layer, (inputs, support) in seen.items():
+    for inputs, support in seen.values():
         if partition == "exact":
             assert inputs.partition is None
             own = naive_index_partition(*inputs.index).float()
@@ -86,11 +89,12 @@ def test_every_layer_subtracts_the_partition_that_the_budget_names(models, ids, 
 @every_model
 def test_the_learned_partition_is_that_of_the_layers_hidden_states(models, ids, name):
     model, indexer, hidden = models(name), indexer_for(models(name)), {}
-    from npu_sparse.architectures import attention_modules
+
+    def remember(n):
+        return lambda module, args, kwargs: hidden.update({n: kwargs["hidden_states"]})
 
     handles = [
-        module.register_forward_pre_hook(lambda _, args, kwargs, n=n: hidden.update({n: kwargs["hidden_states"]}), with_kwargs=True)
-        for n, module in attention_modules(model).items()
+        module.register_forward_pre_hook(remember(n), with_kwargs=True) for n, module in attention_modules(model).items()
     ]
     mask = torch.ones_like(ids)
     mask[0, :30] = 0
@@ -213,8 +217,6 @@ def test_an_adapter_keeps_its_heads(models, ids, tmp_path):
 
 
 def test_an_adapter_from_before_there_were_heads_is_read(models, tmp_path):
-    import json
-
     directory = indexer_for(models("llama"), partition=False).save_pretrained(tmp_path)
     config = json.loads((directory / "config.json").read_text())
     del config["indexer"]["partition"]
@@ -223,8 +225,6 @@ def test_an_adapter_from_before_there_were_heads_is_read(models, tmp_path):
 
 
 def test_an_adapter_whose_head_is_missing_is_refused(models, tmp_path):
-    import json
-
     directory = indexer_for(models("llama"), partition=False).save_pretrained(tmp_path)
     config = json.loads((directory / "config.json").read_text())
     config["indexer"]["partition"] = True
@@ -238,7 +238,7 @@ def test_an_adapter_whose_head_is_missing_is_refused(models, tmp_path):
 
 def test_a_learned_partition_takes_an_adapter_with_heads(models):
     model = models("llama")
-    with pytest.raises(AdapterError, match="partition must be auto or exact for an adapter without a partition head, got learned"):
+    with pytest.raises(AdapterError, match="must be auto or exact for an adapter without a partition head, got learned: distil"):
         SparsePrefill.attach(model, indexer_for(model, partition=False), BUDGET.replace(partition="learned"))
     SparsePrefill.attach(model, indexer_for(model, partition=False), BUDGET.replace(partition="learned", reduce="max")).detach()
 
@@ -246,7 +246,7 @@ def test_a_learned_partition_takes_an_adapter_with_heads(models):
 @pytest.mark.parametrize("head, partition", [(False, "auto"), (False, "exact"), (True, "exact")])
 def test_candidates_take_a_learned_partition(models, head, partition):
     model, budget = models("llama"), BUDGET.replace(candidates=32, key_block=16, partition=partition)
-    with pytest.raises(ValueError, match=f"partition must be learned by the adapter for softmax_max with candidates.*got {partition}"):
+    with pytest.raises(ValueError, match=f"must be learned by the adapter for softmax_max with candidates.*got {partition}"):
         SparsePrefill.attach(model, indexer_for(model, partition=head), budget)
 
 

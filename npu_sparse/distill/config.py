@@ -83,7 +83,8 @@ class DistillConfig:
             object.__setattr__(self, name, tuple(value))
         for name, least in (
             ("tokens", 1), ("micro_batch", 1), ("rows", 0), ("segment", 1), ("steps", 1), ("warmup", 0), ("heads", 1),
-            ("sparse_k", 1), ("partition_steps", 0), ("validation_prompts", 1), ("save_every", 1), ("validate_every", 1), ("seed", 0),
+            ("sparse_k", 1), ("validation_prompts", 1), ("save_every", 1), ("validate_every", 1), ("seed", 0),
+            ("partition_steps", 0),
         ):  # fmt: skip
             _whole(name, getattr(self, name), least)
         for length in (*self.lengths, self.validation_length):

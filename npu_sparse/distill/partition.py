@@ -59,7 +59,7 @@ class LeastSquares:
 
 @torch.no_grad()
 def fit_partition(model, indexer: Indexer, contexts: Contexts) -> None:
-    """Fits every layer's PartitionHead on `partition_steps` batches that training has not seen, in supervised rows as in training."""
+    """Fits every layer's PartitionHead on `partition_steps` batches that training has not seen, on as many rows of each."""
     config: DistillConfig = contexts.config
     served = indexer.copy_for(model)
     fits = {layer: LeastSquares() for layer in indexer.config.layers}

@@ -240,8 +240,8 @@ def _partition_words(result: dict) -> str:
     if found is None:
         return "\nIt has no partition heads.\n"
     return (
-        f"\nPartition heads, by least squares over {result['config']['partition_steps']} more steps' batches: on the same held-out "
-        f"documents they miss the exact log-partition by {found['residual']:.3f} nats (root mean square; "
+        f"\nPartition heads, by least squares over {result['config']['partition_steps']} more steps' batches: on the same "
+        f"held-out documents they miss the exact log-partition by {found['residual']:.3f} nats (root mean square; "
         f"{found['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {found['spread']:.3f}.\n"
     )
 

@@ -12,7 +12,9 @@ from types import MappingProxyType
 from ..budget import Budget
 
 LOCAL_SINK = 4
-OPTIONS = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "partition", "tail")  # of variants
+OPTIONS = (  # of variants
+    "k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "partition", "tail"
+)  # fmt: skip
 INDEX_OPTIONS = ("candidates", "key_block", "partition")  # these say how an indexer works
 
 

@@ -46,7 +46,9 @@ class Limits:
     reductions: tuple[str, ...] = REDUCTIONS
 
 
-ASCENDC = Limits((torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032, reductions=("max", "mean"))
+ASCENDC = Limits(
+    (torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032, reductions=("max", "mean")
+)
 LIMITS = {"npu": ASCENDC, "cpu": ASCENDC}  # the emulation runs the same sources
 
 
@@ -118,7 +120,9 @@ def require_kernel(op: str, device_type: str, advice: str) -> None:
         raise KernelUnavailableError(f"{_unavailable(op, device_type)}, {advice}")
 
 
-def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, reduce: str = "max", **dims: int) -> None:
+def check_limits(
+    device_type: str, *, dtype: torch.dtype, block: int, k: int, reduce: str = "max", **dims: int
+) -> None:
     """Raises TypeError or ValueError where the kernels of this device do not take these sizes; `dims` by their names.
 
     For callers who want to know before there are tensors; a kernel checks again what it gets.

@@ -212,8 +212,9 @@ def test_a_loud_query_does_not_own_its_block(backend):
     options["partition"] = naive_index_partition(qi, ki).float()
     kept = dict(k=8, block=8, impl=backend.impl)
     raw = ops.select_by_index(qi, ki, reduce="max", **kept).member_mask(64)[0, 0, 0].cpu()
-    fair = ops.select_by_index(qi, ki, reduce="softmax_max", partition=options["partition"], **kept).member_mask(64)[0, 0, 0].cpu()
-    weights = naive_index_scores(qi, ki, block=8, reduce="softmax_max").exp()[0, 0].cpu()  # the largest softmax weight of every key
+    fair = ops.select_by_index(qi, ki, reduce="softmax_max", partition=options["partition"], **kept)
+    fair = fair.member_mask(64)[0, 0, 0].cpu()
+    weights = naive_index_scores(qi, ki, block=8, reduce="softmax_max").exp()[0, 0].cpu()  # every key's largest softmax weight
     z = naive_index_scores(qi, ki)[0].cpu()
     assert set(z[0].topk(7).indices.tolist()) <= set(raw.nonzero()[:, 0].tolist())  # all but one key are the loud query's
     assert set(weights.topk(8).indices.tolist()) == set(fair.nonzero()[:, 0].tolist())
@@ -323,7 +324,7 @@ def test_select_by_index_names_its_stages():
         ({"w": torch.zeros(1, 2, 37)}, ValueError, r"w must have shape \(1, 37, 2\), got \(1, 2, 37\)"),
         ({"block": 0}, ValueError, "block must be >= 1, got 0"),
         ({"reduce": "sum"}, ValueError, "reduce must be one of max, mean, softmax_max, got 'sum'"),
-        ({"partition": torch.zeros(1, 37)}, ValueError, "partition must be None unless reduce is softmax_max, got a tensor for max"),
+        ({"partition": torch.zeros(1, 37)}, ValueError, "partition must be None unless reduce is softmax_max, got a tensor"),
         (
             {"partition": torch.zeros(1, 36), "reduce": "softmax_max"}, ValueError,
             r"partition must have shape \(1, 37\), got \(1, 36\)",

@@ -58,7 +58,7 @@ def index_scores(
         ki: `[B, Tk, Di]` index keys, one head.
         w: `[B, Tq, Hi]` head weights, or None for ones.
         valid: bool `[B, Tk]`, False for padding.
-        partition: float32 `[B, Tq]`, the c of "softmax_max"; None = the exact one, by `index_partition`. It is subtracted in fp32.
+        partition: float32 `[B, Tq]`, the c of "softmax_max"; None = the exact one, by `index_partition`. Subtracted in fp32.
         impl: "auto", "reference" or "kernel". Products accumulate in fp32; the reference then rounds each z to the input
             dtype, as `torch.matmul` does.
     """

@@ -12,8 +12,8 @@ from .blocks import blocks_scored, group_size, sink_blocks
 
 def two_levels(
     qi: Tensor, ki: Tensor, w: Tensor | None, k: int, candidates: int, key_block: int, block: int, reduce: str, sink: int,
-    recent: int, valid: Tensor | None, partition: Tensor | None, *, impl: str, block_bounds: Callable, block_scores: Callable, candidate_scores: Callable,
-    keys_of_slots: Callable,
+    recent: int, valid: Tensor | None, partition: Tensor | None, *, impl: str, block_bounds: Callable, block_scores: Callable,
+    candidate_scores: Callable, keys_of_slots: Callable,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`(indices [B, 1, Nq, K], count [B, 1, Nq])` of the operator, its scores by these functions and its choices by `impl`."""
     B, _, Tq, _ = qi.shape

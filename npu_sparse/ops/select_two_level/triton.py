@@ -37,8 +37,8 @@ def _bound(ki, valid, out, Tk, k_b, k_t, k_d, v_b, v_t, D: tl.constexpr, DP: tl.
 def _rank(qi, bounds, w, kinds, valid, norm, out, R, Nc, Ng, position, key_block, reach, q_b, q_h, q_t, q_d, w_b, w_t, w_h, v_b,
           v_t, HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, NORMAL: tl.constexpr,
           WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The rank of COLS key blocks for a group of ROWS queries; `reach`: how far before it the group keeps everything. With NORMAL,
-    scores are less each query's `norm [B, Ng, ROWS]`."""
+    """The rank of COLS key blocks for a group of ROWS queries; `reach`: how far before it the group keeps everything. With
+    NORMAL, scores are less each query's `norm [B, Ng, ROWS]`."""
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1)
     first_block = tl.program_id(0) * COLS
     c = first_block + tl.arange(0, COLS)
@@ -165,8 +165,8 @@ def _score(qi, ki, w, chosen, held, valid, ends, norm, out, R, Tk, Ng, W, positi
 @triton.jit
 def _reduced(z, high, speaking, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr,
              NORMAL: tl.constexpr):  # fmt: skip
-    """`[BLOCKS, C]`: the largest score of every block of queries, with NORMAL less each query's `high`, or the mean of its softmax
-    weights."""
+    """`[BLOCKS, C]`: the largest score of every block of queries, with NORMAL less each query's `high`, or the mean of its
+    softmax weights."""
     if NORMAL:
         z = tl.where(z > float("-inf"), z - high[:, None], float("-inf"))
     best = tl.max(tl.reshape(z, [BLOCKS, SPLIT, C]), 1)
