@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache
 
 from npu_sparse import Budget, Indexer, SparsePrefill, native, ops, selectors
-from npu_sparse.architectures import attention_modules
 from npu_sparse.indexer import AdapterError, IndexerConfig, PartitionHead
+from npu_sparse.models.architectures import attention_modules
 from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.ops.masks import keys_seen
 from npu_sparse.selectors import learns_partition
