@@ -26,11 +26,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, selectors, tasks
-from npu_sparse.architectures import attention_selection, text_config
 from npu_sparse.measure.teacher_forced import forced, read_states, score_forced, write_states
 from npu_sparse.measure.ttft import time_to_first_token
 from npu_sparse.measure.ttft.baselines import register
 from npu_sparse.measure.variants import adapter_fingerprint
+from npu_sparse.models.architectures import attention_selection, text_config
 from npu_sparse.runs import stats
 from npu_sparse.runs.figures import new_figure, write_figure
 from npu_sparse.runs.machine import machine, machine_line
