@@ -261,7 +261,8 @@ def markdown(found: dict) -> str:
     ]  # fmt: skip
     text = (
         f"# Quality and TTFT of the same path\n\n{config['model']}, {config['dtype']}. Quality: teacher-forced, "
-        f"{config['length']} tokens, {config['count']} prompts a task, means over {', '.join(found['solved']) or 'no task that dense solves'}; 95% "
+        f"{config['length']} tokens, {config['count']} prompts a task, means over "
+        f"{', '.join(found['solved']) or 'no task that dense solves'}; 95% "
         f"bootstrap intervals, differences paired. TTFT: batch 1, {config['rounds']} interleaved rounds, medians; dense is the "
         f"fastest of {', '.join(config['dense'])}.\n\n{markdown_table(lines)}\n## Single tasks (right of 100, KL in nats)\n\n"
         f"{markdown_table(single)}\n"
