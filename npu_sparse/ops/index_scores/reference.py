@@ -38,7 +38,7 @@ def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: s
             else:
                 reduced = _mean_of_weights(padded_to_blocks(z.float(), block, float("-inf")))
             if relu_last:
-                reduced = torch.where(reduced > float("-inf"), reduced.relu(), reduced)
+                reduced = torch.where(reduced == float("-inf"), reduced, reduced.relu())
             scores[b, start // block : -(-stop // block), :end] = reduced
     return scores
 
@@ -54,7 +54,7 @@ def _max_over_rows(z: Tensor) -> Tensor:
 
 def _mean_of_weights(z: Tensor) -> Tensor:
     """The mean over a block's queries of softmax(z), -inf where no query of the block sees the key."""
-    live = z.amax(-1, keepdim=True) > float("-inf")
-    weights = torch.softmax(z, -1).masked_fill(~live, 0.0)
+    live = z.amax(-1, keepdim=True) != float("-inf")
+    weights = torch.softmax(z, -1).masked_fill(z == float("-inf"), 0.0)
     mean = weights.sum(-2) / live.sum(-2).clamp(min=1)
     return mean.masked_fill(z.amax(-2) == float("-inf"), float("-inf"))
