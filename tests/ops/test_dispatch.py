@@ -60,6 +60,16 @@ def tail_arguments(at, block=8):
     return *sparse_arguments(at, block), padding(2, 30, "left", device=at.device)
 
 
+def sparse_backward_arguments(at, block=8):
+    inputs = sparse_arguments(at, block)
+    return dispatch.call("sparse_attention", at.impl, at.device, *inputs), *inputs
+
+
+def tail_backward_arguments(at, block=8):
+    inputs = tail_arguments(at, block)
+    return dispatch.call("sparse_attention", at.impl, at.device, *inputs[:-1]), *inputs
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
     "index_kl": kl_arguments,
@@ -69,7 +79,9 @@ ARGUMENTS = {
     "select_tokens": select_arguments,
     "select_two_level": two_level_arguments,
     "sparse_attention": sparse_arguments,
+    "sparse_attention_backward": sparse_backward_arguments,
     "sparse_attention_with_tail": tail_arguments,
+    "sparse_attention_with_tail_backward": tail_backward_arguments,
 }
 
 
@@ -122,9 +134,17 @@ def sparse_attention_with_tail(q, k, v, indices, count, block, scale, valid, imp
     return ops.sparse_attention_with_tail(q, k, v, support, scale=scale, valid=valid, impl=impl)
 
 
+def sparse_attention_backward(*arguments, impl):
+    return dispatch.call("sparse_attention_backward", impl, arguments[0].device.type, *arguments)
+
+
+def sparse_attention_with_tail_backward(*arguments, impl):
+    return dispatch.call("sparse_attention_with_tail_backward", impl, arguments[0].device.type, *arguments)
+
+
 FUNCTIONS = (
     attention_mass, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, select_two_level,
-    sparse_attention, sparse_attention_with_tail,
+    sparse_attention, sparse_attention_backward, sparse_attention_with_tail, sparse_attention_with_tail_backward,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)

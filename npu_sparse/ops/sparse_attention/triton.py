@@ -125,18 +125,20 @@ def _mend(
     Hq: tl.constexpr, Hkv: tl.constexpr, HEADS_PER_SUPPORT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Of TOKENS queries of one head, those whose result holds NaN: attention over what each of them sees, and nothing else read."""
+    """Of TOKENS queries of one head, those whose result holds NaN: attention over what each sees, and nothing else read."""
     b, head = (tl.program_id(1) // Hq).to(tl.int64), tl.program_id(1) % Hq
     h = head // (Hq // Hkv)
-    first, stop = tl.program_id(0) * TOKENS, tl.minimum((tl.program_id(0) + 1) * TOKENS, Tq)
+    first = tl.program_id(0) * TOKENS
     token = first + tl.arange(0, TOKENS)
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
     out += b * o_b + head * o_h
-    found = tl.load(out + token[:, None].to(tl.int64) * o_t + dv[None, :], mask=(token < Tq)[:, None] & (dv < DV)[None, :], other=0.0)
+    found = out + token[:, None].to(tl.int64) * o_t + dv[None, :]
+    found = tl.load(found, mask=(token < Tq)[:, None] & (dv < DV)[None, :], other=0.0)
     found = tl.max(tl.where(found != found, 1, 0), 1)
     if tl.max(found, 0) > 0:
         keys, values = k + b * k_b + h * k_h, v + b * v_b + h * v_h
-        for t in range(first, stop):
+        for n in range(0, TOKENS):
+            t = first + n
             if tl.sum(tl.where(token == t, found, 0), 0) > 0:
                 row = t // block
                 support = indices + b * i_b + (h // HEADS_PER_SUPPORT) * i_h + row.to(tl.int64) * i_n
