@@ -1,7 +1,9 @@
 """Budget: how many keys a query may read, and how queries share them."""
 
+import inspect
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 KEY_BLOCKS = (16, 32, 64, 128)
@@ -11,6 +13,9 @@ REDUCTIONS = ("max", "mean")
 @dataclass(frozen=True)
 class Budget:
     """How much of dense attention a prefill may spend.
+
+    One spelling everywhere, `Budget.parse("k=1024,block=64")` and `str(budget)`: FIELD=VALUE joined by commas; fields left out
+    keep their default. Tiers of k and layers of per_layer are joined by plus: `k=0:512+65536:1024`, `per_layer=3:256+7:512`.
 
     Attributes:
         k: keys per support row, sinks and recent keys included. An int, or a mapping `{from_length: k}` whose entry with
@@ -91,6 +96,39 @@ class Budget:
         if k > length:
             raise ValueError(f"k must not exceed the context, got k = {k} for {length} tokens: lower k or run dense")
 
+    @classmethod
+    def parse(cls, text: str, base: "Budget | None" = None) -> "Budget":
+        """The Budget that `text` spells: `base` (None = the defaults) with the fields named there changed.
+
+        Raises ValueError with one sentence that names the field; TypeError where `text` is no string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"budget must be a text such as 'k=1024,block=64', got {type(text).__name__}")
+        known = {f.name: f for f in fields(cls)}
+        changes: dict[str, object] = {}
+        for item in text.split(",") if text.strip() else ():
+            name, equals, value = (part.strip() for part in item.partition("="))
+            if not name:
+                raise ValueError(f"budget must be FIELD=VALUE joined by commas, such as 'k=1024,block=64', got {text!r}")
+            if name not in known:
+                raise ValueError(f"budget must name fields among {', '.join(known)}, got {name!r}")
+            if name in changes:
+                raise ValueError(f"{name} must be given once, got {text!r}")
+            default = known[name].default
+            changes[name] = _flag(name, value, equals) if isinstance(default, bool) else _value(name, value, default)
+        return replace(base if base is not None else cls(), **changes)
+
+    def __str__(self) -> str:
+        """The shortest text that `parse` reads back: the fields that differ from their defaults; "" where none does."""
+        return ",".join(_spelled(f.name, getattr(self, f.name)) for f in fields(self) if getattr(self, f.name) != _default(f))
+
+    @classmethod
+    def field_help(cls) -> dict[str, str]:
+        """What every field does, in the words of this class's documentation."""
+        section = inspect.getdoc(cls).partition("Attributes:")[2]
+        entries = re.findall(r"^ {4}(\w+): (.*(?:\n {8,}.*)*)", section, re.M)
+        return {name: " ".join(words.split()) for name, words in entries}
+
     def replace(self, **changes) -> "Budget":
         """A copy with some fields changed, validated again."""
         return replace(self, **changes)
@@ -122,3 +160,58 @@ def _whole(name: str, value, least: int) -> int:
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
     return value
+
+
+def _default(f):
+    return f.default if f.default is not MISSING else f.default_factory()
+
+
+def _spelled(name: str, value) -> str:
+    if isinstance(value, bool):
+        return name if value else f"{name}=false"
+    if isinstance(value, Mapping):
+        value = "+".join(f"{key}:{value[key]}" for key in sorted(value))
+    return f"{name}={value}"
+
+
+def _flag(name: str, value: str, equals: str) -> bool:
+    if not equals:
+        return True
+    if value not in ("true", "false"):
+        raise ValueError(f"{name} must stand alone or be true or false, got {value!r}")
+    return value == "true"
+
+
+def _value(name: str, value: str, default):
+    """The value of a field that is no flag; its rules are checked by the Budget that is made of it."""
+    if not value:
+        raise ValueError(f"{name} must have a value, such as {name}={_EXAMPLES.get(name, default)}, got none")
+    if name == "per_layer" or (name == "k" and ":" in value):
+        return _table(name, value)
+    if isinstance(default, str) or (name == "dense_below" and value == "auto"):
+        return value
+    if not (number := _number(value)):
+        example = "0:512+65536:1024" if name == "k" else '"auto"' if name == "dense_below" else None
+        raise ValueError(f"{name} must be a whole number{f' or {example}' if example else ''}, got {value!r}")
+    return int(number)
+
+
+def _table(name: str, value: str) -> dict[int, int]:
+    found: dict[int, int] = {}
+    for item in value.split("+"):
+        key, _, k = (_number(part) for part in item.partition(":"))
+        if not key or not k:
+            rule = "FROM:K, such as 0:512+65536:1024" if name == "k" else "LAYER:K, such as 3:256+7:512"
+            raise ValueError(f"{name} must be whole numbers {rule}, got {value!r}")
+        if int(key) in found:
+            raise ValueError(f"{name} must name {key} once, got {value!r}")
+        found[int(key)] = int(k)
+    return found
+
+
+def _number(text: str) -> str | None:
+    """`text` without spaces where it is a whole number of at most 18 digits."""
+    return text.strip() if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text) else None
+
+
+_EXAMPLES = {"per_layer": "3:256+7:512"}

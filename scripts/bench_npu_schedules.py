@@ -3,10 +3,10 @@
 
     python scripts/bench_npu_schedules.py --output docs/results/npu-schedules
 
-Every schedule goes through the same generator (npu_sparse.schedule.npu_vector), runs on the host emulation of AscendC, is
-compared with fp64 there, and its instruction streams are replayed on the pipes of an Ascend 910B (npu_sparse.bench.cost), on
---cores vector cores and on one. There is no card here. Scalar arithmetic and loop control cost nothing in that model, which
-favours schedules that run on the scalar unit.
+Every schedule goes through the same generator (npu_sparse.schedule.ascend.kernel), runs on the host emulation of AscendC, is
+compared with fp64 there, and its instruction streams are replayed on the pipes of an Ascend 910B
+(npu_sparse.measure.npu_cost), on --cores vector cores and on one. There is no card here. Scalar arithmetic and loop control
+cost nothing in that model, which favours schedules that run on the scalar unit.
 
 * npu-vector: the strategy's plan; a turn of a core takes as many rows as leave every core one turn.
 * pluto: without its tiles, whose sizes are for the caches of a CPU.
@@ -28,9 +28,18 @@ from pathlib import Path
 
 import islpy as isl
 
-from npu_sparse import report
-from npu_sparse.bench import cost
-from npu_sparse.schedule import builder, codegen, config, emulate, npu_memory, npu_vector, operator_reference
+from npu_sparse.measure import npu_cost as cost
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table
+from npu_sparse.runs.store import open_run, write_json, write_text
+from npu_sparse.schedule import config, operator_reference
+from npu_sparse.schedule.ascend import emulate, memory
+from npu_sparse.schedule.ascend.kernel import Kernel, compile_plan, compile_tree, generate
+from npu_sparse.schedule.c.isolate import sets
+from npu_sparse.schedule.frontend import builder
+from npu_sparse.schedule.isl_baseline import isl_tree
+from npu_sparse.schedule.loop_analysis import Dependences, union
 from npu_sparse.schedule.operator_reference import REFERENCES
 from npu_sparse.schedule.plan import Band, Plan
 from npu_sparse.schedule.scheduler import schedule
@@ -70,15 +79,15 @@ def cases() -> list[Case]:
 # ---- one case ---------------------------------------------------------------------------------------------------------------
 
 
-def kernels(case: Case, cores: int) -> dict[str, npu_vector.Kernel]:
+def kernels(case: Case, cores: int) -> dict[str, Kernel]:
     """The case's kernel under every schedule."""
     untiled = replace(config.load("pluto"), tiling=config.Tiling())
-    tree = codegen.isl_tree(case.scop)
+    tree = isl_tree(case.scop)
     return {
-        "npu-vector": npu_vector.compile_plan(schedule(case.scop, "npu-vector"), case.sizes, cores),
-        "pluto": npu_vector.compile_tree(case.scop, schedule(case.scop, untiled).tree(), case.sizes, "pluto"),
-        "isl": npu_vector.compile_tree(case.scop, tree, case.sizes, "isl"),
-        "isl, re-examined": npu_vector.compile_tree(case.scop, tree, case.sizes, "isl", per_loop=True),
+        "npu-vector": compile_plan(schedule(case.scop, "npu-vector"), case.sizes, cores),
+        "pluto": compile_tree(case.scop, schedule(case.scop, untiled).tree(), case.sizes, "pluto"),
+        "isl": compile_tree(case.scop, tree, case.sizes, "isl"),
+        "isl, re-examined": compile_tree(case.scop, tree, case.sizes, "isl", per_loop=True),
     }
 
 
@@ -107,11 +116,11 @@ def ideal_bytes(scop: Scop, sizes: dict[str, int]) -> int:
     """Every element that holds a value needed from before read once, and every one written that lives on written once."""
     values = " and ".join(f"{name} = {value}" for name, value in sizes.items()) or "true"
     fixed = isl.Set(f"[{', '.join(sizes)}] -> {{ : {values} }}")
-    check, elements = codegen.Dependences(scop), 0
+    check, elements = Dependences(scop), 0
     for name, array in scop.arrays.items():
         if not array.shape:
             continue
-        reads = codegen.union(a.relation.intersect_domain(s.domain) for s in scop.statements for a in s.reads if a.array == name)
+        reads = union(a.relation.intersect_domain(s.domain) for s in scop.statements for a in s.reads if a.array == name)
         if name in check.written:
             writes, flows, _ = check.written[name]
             fresh = [read.subtract_domain(flow.range()) for read, flow in flows]
@@ -121,14 +130,14 @@ def ideal_bytes(scop: Scop, sizes: dict[str, int]) -> int:
     return 4 * elements
 
 
-def operand_bytes(kernel: npu_vector.Kernel) -> int:
+def operand_bytes(kernel: Kernel) -> int:
     """Every array that enters read once, every one that leaves written once, whole."""
     return 4 * sum({"read": 1, "write": 1, "readwrite": 2, "workspace": 0}[a.use] * a.floats for a in kernel.arguments)
 
 
 def _count(elements: isl.UnionSet, fixed: isl.Set) -> int:
     total = 0
-    for piece in codegen.sets(elements.intersect_params(fixed)):
+    for piece in sets(elements.intersect_params(fixed)):
         total += piece.project_out(isl.dim_type.param, 0, piece.dim(isl.dim_type.param)).count_val().to_python()
     return total
 
@@ -138,7 +147,7 @@ def properties(case: Case) -> dict:
     plan = schedule(case.scop, "npu-vector")
     texts = [text for _, band in plan.bands() for loop in band.loops for text in loop.exprs.values()]
     factors = [int(n) for text in texts for n in re.findall(r"\b(\d+)\w", re.sub(r"/\d+", "", text))]
-    text = npu_vector.generate(plan, case.sizes)
+    text = generate(plan, case.sizes)
     return {
         "one_nest": text.count("void Nest") == 1,
         "outer_parallel": isinstance(plan.root, Band) and plan.root.loops[0].parallel or _parallel_tile(plan),
@@ -179,7 +188,7 @@ def summary(rows: list[dict]) -> dict:
         "bars": {
             f"modelled cycles, geomean over isl on AKG's set at least {AKG_BAR}": over.get("isl", 0) >= AKG_BAR,
             f"GM bytes at most {GM_BAR} of the ideal": max(o["gm_ratio"] for o in ours) <= GM_BAR,
-            "UB within capacity": max(o["ub_bytes"] for o in ours) <= npu_memory.UB_BYTES,
+            "UB within capacity": max(o["ub_bytes"] for o in ours) <= memory.UB_BYTES,
             f"results within {ACCURACY}": max(s["error"] for row in rows for s in row["schedules"].values()) <= ACCURACY,
             "one nest each": all(row["one_nest"] for row in rows),
             "cores share the outermost loop, lu_decomp excepted, which has no parallel one":
@@ -218,31 +227,31 @@ def _markdown(result: dict) -> str:
     return f"""# Modelled: NPU operators by schedule
 
 **No card was used: all cycles below are modelled**, from the instruction streams of the host emulation on
-{result["config"]["cores"]} vector cores of an Ascend 910B (`npu_sparse.bench.cost`). Scalar arithmetic and loop control cost
-nothing in the model, which favours schedules that end on the scalar unit. Every kernel ran with hazard checks first, and
+{result["config"]["cores"]} vector cores of an Ascend 910B (`npu_sparse.measure.npu_cost`). Scalar arithmetic and loop control
+cost nothing in the model, which favours schedules that end on the scalar unit. Every kernel ran with hazard checks first, and
 was compared with fp64. All schedules go through the same generator.
 
 Geometric means of the speed-up of npu-vector, modelled (the paper: 7.66 over isl, on hardware):
 
-{report.markdown_table(over)}
+{markdown_table(over)}
 {bars}
 
 isl's loops are parallel where its schedule's are, as a backend that goes by the schedule takes them. "isl, re-examined" asks
 again, loop by loop, after code generation: then lu_decomp and trsmU_T under isl become vector instructions as well; the last
 column says what is left of the difference.
 
-{report.markdown_table(cycles)}
+{markdown_table(cycles)}
 GM bytes are those of one core; with all cores each core reads what they share (the triangular matrix). The ideal counts
 elements that are used: a rectangle around a triangular matrix holds almost twice as many. Whole operands are arrays in and out,
 every element once.
 
-{report.markdown_table(traffic)}
-Modelled on {report.machine_line(result["machine"])}.
+{markdown_table(traffic)}
+Modelled on {machine_line(result["machine"])}.
 """
 
 
 def _figure(rows: list[dict]):
-    figure, axes = report.new_figure(1, width=11, height=4)
+    figure, axes = new_figure(1, width=11, height=4)
     axis = axes[0][0]
     for n, label in enumerate(("pluto", "isl", "isl, re-examined")):
         heights = [row["schedules"][label]["cycles"] / row["schedules"]["npu-vector"]["cycles"] for row in rows]
@@ -260,19 +269,19 @@ def main(arguments=None) -> int:
     parser.add_argument("--only", nargs="+", help="operators, by the first word of their case; default: all")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
-    directory = report.open_run(args.output, {"stage": "npu-schedules", "cores": args.cores, "only": args.only})
+    directory = open_run(args.output, {"stage": "npu-schedules", "cores": args.cores, "only": args.only})
     chosen = [case for case in cases() if not args.only or case.name.split()[0] in args.only]
     with tempfile.TemporaryDirectory() as folder:
         built = {f"{case.name}, {label}": kernel for case in chosen for label, kernel in kernels(case, args.cores).items()}
         program = emulate.build(built, Path(folder), EMULATION)
         rows = [measure(case, program, args.cores) for case in chosen]
     result = {
-        "config": {"cores": args.cores, "only": args.only}, "evidence": "modelled", "machine": report.machine(),
+        "config": {"cores": args.cores, "only": args.only}, "evidence": "modelled", "machine": machine(),
         "rates": asdict(cost.Rates()), "rows": rows, "summary": summary(rows),
     }  # fmt: skip
-    report.write_json(directory / "report.json", result)
-    report.write_text(directory / "report.md", _markdown(result))
-    report.write_figure(directory / "report.png", _figure(rows))
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", _markdown(result))
+    write_figure(directory / "report.png", _figure(rows))
     print((directory / "report.md").read_text())
     return 0
 

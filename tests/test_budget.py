@@ -104,3 +104,85 @@ def test_a_broken_rule_is_named(fields, error, message):
 def test_unknown_fields_are_refused():
     with pytest.raises(ValueError, match=r"budget has unknown fields \['kk'\]"):
         Budget.from_dict({"kk": 3})
+
+
+@given(budget=budgets())
+def test_a_budget_survives_its_spelling(budget):
+    assert Budget.parse(str(budget)) == budget
+
+
+@pytest.mark.parametrize(
+    "text, budget",
+    [
+        ("", Budget()),
+        ("k=1024", Budget(k=1024)),
+        ("k=1024,block=16,reduce=mean", Budget(k=1024, block=16, reduce="mean")),
+        ("k=0:512+65536:1024", Budget(k={0: 512, 65536: 1024})),
+        ("k=0:512", Budget(k={0: 512})),
+        ("per_layer=3:256+7:640", Budget(per_layer={3: 256, 7: 640})),
+        ("sink=4,recent=64,share_layers=2,tail", Budget(sink=4, recent=64, share_layers=2, tail=True)),
+        ("dense_below=auto", Budget(dense_below="auto")),
+        ("dense_below=4096,candidates=2048,key_block=32", Budget(dense_below=4096, candidates=2048, key_block=32)),
+    ],
+)  # fmt: skip
+def test_a_text_spells_a_budget_and_the_budget_spells_that_text(text, budget):
+    assert Budget.parse(text) == budget
+    assert set(str(budget).split(",")) == set(text.split(","))
+
+
+def test_a_spelling_takes_spaces_defaults_and_any_order():
+    assert Budget.parse(" block = 16 , k = 0 : 512 + 4096 : 768 ") == Budget(k={0: 512, 4096: 768}, block=16)
+    assert Budget.parse("tail=true") == Budget.parse("tail") == Budget(tail=True)
+    assert Budget.parse("tail=false,block=64") == Budget()
+    assert str(Budget.parse("k=512,reduce=max")) == ""
+
+
+def test_a_spelling_changes_the_base_it_is_given():
+    base = Budget(k=256, block=16, tail=True, per_layer={3: 128})
+    assert Budget.parse("", base) == base
+    assert Budget.parse("block=1,tail=false", base) == Budget(k=256, block=1, per_layer={3: 128})
+
+
+@pytest.mark.parametrize(
+    "text, sentence",
+    [
+        ("1024", "budget must name fields among k, block, .*, got '1024'"),
+        ("kk=1024", "budget must name fields among k, block, .*, got 'kk'"),
+        ("k=1024,,block=2", "budget must be FIELD=VALUE joined by commas, .*, got 'k=1024,,block=2'"),
+        ("=1024", "budget must be FIELD=VALUE"),
+        ("k=1,k=2", "k must be given once, got 'k=1,k=2'"),
+        ("block", "block must have a value, such as block=64, got none"),
+        ("reduce=", "reduce must have a value, such as reduce=max, got none"),
+        ("per_layer=", "per_layer must have a value, such as per_layer=3:256\\+7:512, got none"),
+        ("block=x", "block must be a whole number, got 'x'"),
+        ("sink=1.5", "sink must be a whole number, got '1.5'"),
+        ("recent=\u0663", "recent must be a whole number"),  # a digit, but no spelling of ours
+        ("k=" + "9" * 5000, "k must be a whole number or 0:512"),
+        ("k=many", "k must be a whole number or 0:512\\+65536:1024, got 'many'"),
+        ("k=0:512+65536", "k must be whole numbers FROM:K, such as 0:512\\+65536:1024, got '0:512\\+65536'"),
+        ("k=0:512+0:256", "k must name 0 once, got '0:512\\+0:256'"),
+        ("k=4096:512", "k must have a tier that starts at length 0"),
+        ("per_layer=256", "per_layer must be whole numbers LAYER:K, such as 3:256\\+7:512, got '256'"),
+        ("per_layer=3:0", "per_layer: k must be >= 1, got 0"),
+        ("tail=yes", "tail must stand alone or be true or false, got 'yes'"),
+        ("dense_below=off", "dense_below must be a whole number or \"auto\", got 'off'"),
+        ("reduce=sum", "reduce must be one of .*, got 'sum'"),
+        ("block=3", "block .* must be one of .*, got 3"),
+        ("sink=-1", "sink must be >= 0, got -1"),
+    ],
+)  # fmt: skip
+def test_a_bad_spelling_is_refused_in_one_sentence(text, sentence):
+    with pytest.raises(ValueError, match=f"^{sentence}") as refused:
+        Budget.parse(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_budget_is_spelled_in_text_only():
+    with pytest.raises(TypeError, match="budget must be a text such as 'k=1024,block=64', got dict"):
+        Budget.parse({"k": 1024})
+
+
+def test_every_field_says_what_it_does():
+    told = Budget.field_help()
+    assert list(told) and set(told) == set(Budget.__dataclass_fields__)
+    assert told["sink"] == "the first `sink` valid keys are always kept."

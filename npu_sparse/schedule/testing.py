@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import islpy as isl
 from pycparser import c_ast
 
-from .extract import parse_function
-from .preprocess import constant, is_integer
+from .frontend.preprocess import constant, is_integer
+from .frontend.regions import parse_function
 from .scop import Scop
 
 Element = tuple[str, tuple[int, ...]]  # an array and indices

@@ -6,8 +6,8 @@ import islpy as isl
 
 from npu_sparse.schedule.config import Config, Tiling
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Node, Plan, Sequence
-from npu_sparse.schedule.scheduler import step
 from npu_sparse.schedule.scop import Scop, Statement
+from npu_sparse.schedule.solve.costs import step
 
 CHUNK = 64  # iterations of a vector loop that one thread takes at a time: some cache lines
 

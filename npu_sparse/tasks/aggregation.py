@@ -1,7 +1,7 @@
 """Aggregation tasks: the most common words of a numbered list, and of a stream of coded words."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 from string import ascii_lowercase
 
@@ -39,9 +39,8 @@ def common_words(request: Request, source: None = None) -> Draft:
     often, rarely = (6, 1) if short else (30, 3)
     words = _rare_last(request.random("words"))
     example_words = [next(words) for _ in range(20 if short else 40)]
-    example_list = _numbered(example_words, *((3, 1) if short else (10, 3)), request.random("example"))
-    example_answer = " ".join(f"{i}. {word}" for i, word in enumerate(example_words[:COMMON], start=1))
-    example = f"{COMMON_TASK.format(context=example_list)}{COMMON_PREFIX} {example_answer}"
+    example_list = _shuffled(example_words, *((3, 1) if short else (10, 3)), request.random("example"))
+    example = f"{COMMON_TASK.format(context=example_list)}{COMMON_PREFIX} {numbered(example_words[:COMMON])}"
     drawn: list[str] = []
 
     def body(n: int) -> str:
@@ -49,7 +48,7 @@ def common_words(request: Request, source: None = None) -> Draft:
             word = next(words)
             if not any(_confusable(word, common) for common in drawn[:COMMON]):
                 drawn.append(word)
-        context = _numbered(drawn[: COMMON + n], often, rarely, request.random(f"order {n}"))
+        context = _shuffled(drawn[: COMMON + n], often, rarely, request.random(f"order {n}"))
         return f"{example}\n{COMMON_TASK.format(context=context)}"
 
     body(1)
@@ -74,10 +73,15 @@ def frequent_words(request: Request, source: None = None) -> Draft:
     return Draft(body, FREQUENT_PREFIX, answers=tuple(vocabulary[1 : FREQUENT + 1]), least=least)
 
 
-def _numbered(words: list[str], often: int, rarely: int, rng: Random) -> str:
+def numbered(words: Sequence[str]) -> str:
+    """"1. a 2. b 3. c"."""
+    return " ".join(f"{i}. {word}" for i, word in enumerate(words, start=1))
+
+
+def _shuffled(words: list[str], often: int, rarely: int, rng: Random) -> str:
     entries = words[:COMMON] * often + words[COMMON:] * rarely
     rng.shuffle(entries)
-    return " ".join(f"{i}. {word}" for i, word in enumerate(entries, start=1))
+    return numbered(entries)
 
 
 def _rare_last(rng: Random) -> Iterator[str]:

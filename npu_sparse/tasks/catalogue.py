@@ -1,13 +1,13 @@
 """The thirteen RULER tasks by name: what each asks of a model and what it needs from its user."""
 
 import difflib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from npu_sparse.tasks.aggregation import common_words, frequent_words
-from npu_sparse.tasks.draft import Draft, Request
+from npu_sparse.tasks.aggregation import common_words, frequent_words, numbered
+from npu_sparse.tasks.draft import Draft, Request, first, listed
 from npu_sparse.tasks.retrieval import Needles, in_needles, in_noise, in_text
 from npu_sparse.tasks.tracing import variable_tracking
 
@@ -18,7 +18,8 @@ NEEDS = ("haystack", "qa_file")
 class Task:
     """`needs` is None, "haystack" (text from the user) or "qa_file" (a question file from the user).
 
-    `draft` makes one prompt from a Request and the text; question answering drafts from its file instead.
+    `draft` makes one prompt from a Request and the text; question answering drafts from its file instead. `write` makes one text
+    of the answers; those of a task that is not `ordered` are written in the order in which they first occur in the prompt.
     """
 
     name: str
@@ -26,6 +27,8 @@ class Task:
     max_new_tokens: int
     draft: Callable[[Request, Any], Draft] | None
     needs: str | None = None
+    write: Callable[[Sequence[str]], str] = listed
+    ordered: bool = True
 
     @property
     def comparable_with_published(self) -> bool:
@@ -40,7 +43,8 @@ class Task:
 
 def _niah(name: str, summary: str, draft: Callable[..., Draft], **needles: int | str) -> Task:
     needs = "haystack" if draft is in_text else None
-    return Task(name, summary, max_new_tokens=128, draft=partial(draft, Needles(**needles)), needs=needs)
+    hidden = Needles(**needles)
+    return Task(name, summary, 128, partial(draft, hidden), needs, ordered=hidden.values == 1)
 
 
 TASKS: dict[str, Task] = {
@@ -54,11 +58,11 @@ TASKS: dict[str, Task] = {
         _niah("niah_multikey_3", "one UUID among other UUID needles", in_needles, key="uuid", value="uuid"),
         _niah("niah_multivalue", "the four numbers of one key in text", in_text, values=4),
         _niah("niah_multiquery", "the numbers of four keys in text", in_text, keys=4, queries=4),
-        Task("vt", "a chain of five variables in repeated sentences", 30, variable_tracking),
-        Task("cwe", "the ten most common words of a list", 120, common_words),
+        Task("vt", "a chain of five variables in repeated sentences", 30, variable_tracking, write=" ".join),
+        Task("cwe", "the ten most common words of a list", 120, common_words, write=numbered, ordered=False),
         Task("fwe", "the three most frequent coded words", 50, frequent_words),
-        Task("qa_1", "a question over SQuAD paragraphs", 32, None, needs="qa_file"),
-        Task("qa_2", "a question over HotpotQA paragraphs", 32, None, needs="qa_file"),
+        Task("qa_1", "a question over SQuAD paragraphs", 32, None, needs="qa_file", write=first),
+        Task("qa_2", "a question over HotpotQA paragraphs", 32, None, needs="qa_file", write=first),
     )
 }
 

@@ -1,6 +1,6 @@
 """Draft: a prompt whose haystack can grow one unit at a time until it fills the length asked for."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -45,3 +45,15 @@ def insert_at(units: list[str], inserts: list[str], depths: list[float]) -> list
         merged.append(insert)
         taken = place
     return merged + units[taken:]
+
+
+def listed(items: Sequence[str]) -> str:
+    """"a", "a and b", or "a, b, and c"."""
+    if len(items) < 3:
+        return " and ".join(items)
+    return ", ".join(items[:-1]) + ", and " + items[-1]
+
+
+def first(items: Sequence[str]) -> str:
+    """The first of several answers that are as good as each other."""
+    return items[0]

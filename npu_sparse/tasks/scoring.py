@@ -1,5 +1,10 @@
-"""RULER's scores: whether an output contains the answers, ignoring case. More output never lowers a score."""
+"""RULER's scores: whether an output contains the answers, ignoring case. More output never lowers a score.
 
+And the one text of the answers that teacher forcing reads, which has to be fixed before any model has answered.
+"""
+
+import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from npu_sparse.tasks.catalogue import task_named
@@ -25,3 +30,40 @@ def string_match_part(output_text: str, answers: tuple[str, ...]) -> float:
     """1 if any answer occurs in the output, ignoring case, else 0."""
     lowered = output_text.lower()
     return float(any(answer.lower() in lowered for answer in answers))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The text that follows a prompt in a right answer, and where in it the answers themselves stand: `(start, end)` each.
+
+    What lies between them is form ("a, b, and c"), which models choose differently: they go on with one that has begun, but may
+    begin another.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def reference_answer(example: "Example") -> Reference:
+    """All answers as the task's template writes them, after a space.
+
+    Several values are "a, b, and c"; chains of variables "A B C" and common words "1. a 2. b", as in the solved example that the
+    prompt begins with; of a question's accepted answers, the first. Answers that have no order of their own (the values of one
+    key, common words) are in the order in which they first occur in the prompt.
+    """
+    task = task_named(example.task)
+    answers = example.answers if task.ordered else sorted(example.answers, key=lambda answer: _place(answer, example.prompt))
+    text = " " + task.write(answers)
+    spans, end = [], 0
+    for answer in answers:
+        start = text.find(answer, end)
+        if start < 0:  # one of several accepted answers
+            continue
+        end = start + len(answer)
+        spans.append((start, end))
+    return Reference(text, tuple(spans))
+
+
+def _place(answer: str, prompt: str) -> int:
+    found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt)
+    return found.start() if found else len(prompt)

@@ -67,7 +67,7 @@ def check(case, impl="reference", device="cpu", factor=2.0):
     else:
         yardstick = ops.attention_mass(q, k, impl="reference", **options)
     assert actual.dtype == torch.float32
-    assert_accurate(actual, exact, yardstick, factor)
+    assert_accurate(actual, exact, yardstick, factor=factor)
     return actual
 
 

@@ -70,8 +70,21 @@ def tail_backward_arguments(at, block=8):
     return dispatch.call("sparse_attention", at.impl, at.device, *inputs[:-1]), *inputs
 
 
+def rows_arguments(at, block=8):
+    q, k, v = attention_inputs(2, 4, 2, 5, 30, 16, at.dim(24), dtype=at.dtype(), device=at.device, strided=True)
+    positions = torch.tensor([[29, 3, -1, 7, 28], [0, 1, 2, 12, 20]], dtype=torch.int32, device=at.device)
+    return q, k, v, positions, 0.25, padding(2, 30, "left", device=at.device)
+
+
+def rows_backward_arguments(at, block=8):
+    inputs = rows_arguments(at, block)
+    return dispatch.call("dense_rows", "reference", at.device, *inputs), *inputs
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
+    "dense_rows": rows_arguments,
+    "dense_rows_backward": rows_backward_arguments,
     "index_kl": kl_arguments,
     "index_kl_backward": kl_backward_arguments,
     "index_scores": index_arguments,
@@ -142,9 +155,17 @@ def sparse_attention_with_tail_backward(*arguments, impl):
     return dispatch.call("sparse_attention_with_tail_backward", impl, arguments[0].device.type, *arguments)
 
 
+def dense_rows(q, k, v, positions, scale, valid, impl):
+    return ops.dense_rows(q, k, v, positions, scale=scale, valid=valid, impl=impl)
+
+
+def dense_rows_backward(*arguments, impl):
+    return dispatch.call("dense_rows_backward", impl, arguments[0].device.type, *arguments)
+
+
 FUNCTIONS = (
-    attention_mass, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, select_two_level,
-    sparse_attention, sparse_attention_backward, sparse_attention_with_tail, sparse_attention_with_tail_backward,
+    attention_mass, dense_rows, dense_rows_backward, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens,
+    select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail, sparse_attention_with_tail_backward,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)

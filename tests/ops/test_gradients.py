@@ -131,3 +131,22 @@ def test_a_selection_is_a_constant(candidates):
     assert not ops.index_scores(qi, ki, w, block=4).requires_grad and not mass.requires_grad
     select = partial(ops.select_two_level, candidates=candidates, key_block=16) if candidates else ops.select_by_index
     assert not select(qi, ki, w, k=8, block=4).indices.requires_grad
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+def test_gradients_of_dense_rows_are_those_of_dense_attention(side, monkeypatch):
+    q, k, v = attention_inputs(2, 4, 2, 5, 30, 8, 12, dtype=torch.float64)
+    positions = torch.tensor([[29, 3, -1, 7, 28], [0, 1, 2, 12, 20]], dtype=torch.int32)
+    valid = None if side is None else padding(2, 30, side)
+    towards = torch.randn(2, 4, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def plain(q, k, v):
+        sees = torch.arange(30) <= positions[..., None]
+        sees = (sees if valid is None else sees & valid[:, None])[:, None]
+        scores = (q @ k.repeat_interleave(2, 1).mT * 0.3).masked_fill(~sees, float("-inf"))
+        return torch.softmax(scores, -1).nan_to_num(0.0) @ v.repeat_interleave(2, 1)
+
+    for size in (workspace.SIZE, 1):
+        monkeypatch.setattr(workspace, "SIZE", size)
+        found = gradients(lambda q, k, v: ops.dense_rows(q, k, v, positions, scale=0.3, valid=valid), (q, k, v), towards)
+        torch.testing.assert_close(found, gradients(plain, (q, k, v), towards), rtol=1e-10, atol=1e-12)

@@ -1,4 +1,5 @@
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 
 import pytest
@@ -6,7 +7,15 @@ import torch
 
 from npu_sparse import ops
 from npu_sparse.ops import KernelUnavailableError, dispatch
-from npu_sparse.testing import DTYPES, assert_accurate, attention_inputs, index_inputs, naive_attention_mass, naive_index_scores
+from npu_sparse.testing import (
+    DTYPES,
+    attention_inputs,
+    index_inputs,
+    naive_attention_mass,
+    naive_index_scores,
+    over_seeds,
+    plain_products,
+)
 
 reference = import_module("npu_sparse.ops.index_kl.reference")
 
@@ -25,10 +34,10 @@ class Case:
     strided: bool = False
     dtype: torch.dtype = torch.float32
 
-    def inputs(self, device="cpu"):
+    def inputs(self, device="cpu", seed=0):
         options = dict(dtype=self.dtype, device=device, strided=self.strided)
-        q, k, _ = attention_inputs(self.B, self.Hq, self.Hkv, self.T, self.T, self.D, **options)
-        qi, ki, w = index_inputs(self.B, self.Hi, self.T, self.T, self.Di, seed=7, **options)
+        q, k, _ = attention_inputs(self.B, self.Hq, self.Hkv, self.T, self.T, self.D, seed=seed, **options)
+        qi, ki, w = index_inputs(self.B, self.Hi, self.T, self.T, self.Di, seed=7 + seed, **options)
         return q, k, qi, ki, w if self.weighted else None
 
 
@@ -60,12 +69,12 @@ def losses(inputs, case, impl):
     return loss.detach(), [None if x is None else x.grad for x in learned]
 
 
-def naive(inputs, case, dtype=torch.float64):
+def naive(inputs, case, dtype=torch.float64, products=None):
     """The same by definition, over whole matrices in `dtype`: in float64 the exact answer."""
     q, k, *learned = [None if x is None else x.to(dtype) for x in inputs]
-    learned = [None if x is None else x.requires_grad_() for x in learned]
+    learned = [None if x is None else x.clone().requires_grad_() for x in learned]
     mass = naive_attention_mass(q, k, scale=case.D**-0.5, dtype=dtype)[:, 0]
-    z = naive_index_scores(*learned, dtype=dtype)
+    z = naive_index_scores(*learned, dtype=dtype, products=products)
     rows = torch.cat([torch.arange(start, stop) for start, stop in case.segments])
     log_indexer = z.log_softmax(-1).masked_fill(z == float("-inf"), 0.0)
     loss = (torch.xlogy(mass, mass) - mass * log_indexer).sum(-1)[:, rows]
@@ -78,17 +87,23 @@ def shares(loss):
 
 
 def check(case, impl, device, factor=2.0):
-    inputs = case.inputs(device)
-    wanted, gradients = naive(inputs, case)
-    found, found_gradients = losses(inputs, case, impl)
-    yardstick = naive(inputs, case, torch.float32) if impl == "reference" else losses(inputs, case, "reference")
-    assert found.dtype == torch.float32
-    assert_accurate(found, wanted, yardstick[0], factor)
-    for true, gradient, theirs in zip(gradients, found_gradients, yardstick[1]):
-        if true is None:
-            assert gradient is None
+    computed = cache(lambda seed: compute(case, impl, device, seed))
+    for place in range(4):  # losses, and the gradients of qi, ki and w
+        if computed(0)[0][place] is None:
+            assert all(found[place] is None for found in computed(0))
         else:
-            assert_accurate(gradient, true, theirs, factor)
+            over_seeds(lambda seed, place=place: [found[place] for found in computed(seed)], device, factor)
+
+
+def compute(case, impl, device, seed):
+    """Losses and gradients: as found, exact, and of the yardsticks."""
+    inputs = case.inputs(device, seed)
+    found = losses(inputs, case, impl)
+    assert found[0].dtype == torch.float32
+    yardsticks = [naive(inputs, case, torch.float32) if impl == "reference" else losses(inputs, case, "reference")]
+    if device == "cuda":
+        yardsticks.append(naive(inputs, case, torch.float32, plain_products))
+    return [(loss, *gradients) for loss, gradients in (found, naive(inputs, case), *yardsticks)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

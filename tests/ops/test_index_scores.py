@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from npu_sparse import ops
 from npu_sparse.ops import workspace
-from npu_sparse.testing import DTYPES, assert_accurate, index_inputs, naive_index_scores, padding
+from npu_sparse.testing import DTYPES, index_inputs, naive_index_scores, over_seeds, padding, plain_products
 
 reference = import_module("npu_sparse.ops.index_scores.reference")
 
@@ -27,9 +27,9 @@ class Case:
     strided: bool = False
     dtype: torch.dtype = torch.float32
 
-    def inputs(self, device="cpu"):
+    def inputs(self, device="cpu", seed=0):
         qi, ki, w = index_inputs(
-            self.B, self.Hi, self.Tq, self.Tk, self.Di, dtype=self.dtype, device=device, strided=self.strided
+            self.B, self.Hi, self.Tq, self.Tk, self.Di, dtype=self.dtype, device=device, strided=self.strided, seed=seed
         )
         valid = padding(self.B, self.Tk, self.side, device=device) if self.side else None
         return qi, ki, w if self.weighted else None, dict(block=self.block, reduce=self.reduce, valid=valid)
@@ -60,15 +60,21 @@ SHAPES = st.builds(
 
 
 def check(case, impl="reference", device="cpu", factor=2.0):
-    qi, ki, w, options = case.inputs(device)
+    over_seeds(lambda seed: computed(case, impl, device, seed), device, factor)
+
+
+def computed(case, impl, device, seed):
+    qi, ki, w, options = case.inputs(device, seed)
     actual = ops.index_scores(qi, ki, w, impl=impl, **options)
     exact = naive_index_scores(qi, ki, w, **options)
     if impl == "reference":
-        yardstick = naive_index_scores(qi, ki, w, dtype=case.dtype, **options)
+        yardsticks = [naive_index_scores(qi, ki, w, dtype=case.dtype, **options)]
     else:
-        yardstick = ops.index_scores(qi, ki, w, impl="reference", **options)
+        yardsticks = [ops.index_scores(qi, ki, w, impl="reference", **options)]
+    if device == "cuda":
+        yardsticks.append(naive_index_scores(qi, ki, w, dtype=torch.float32, products=plain_products, **options))
     assert actual.dtype == torch.float32
-    assert_accurate(actual, exact, yardstick, factor)
+    return actual, exact, *yardsticks
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -19,6 +19,7 @@ from npu_sparse.testing import (
     index_inputs,
     naive_select_two_level,
     padding,
+    plain_products,
     whole_index_inputs,
 )
 
@@ -153,8 +154,8 @@ def scores_of(backend):
     return reference if backend.impl == "reference" else import_module("npu_sparse.ops.select_two_level.triton")
 
 
-def naive_block_scores(case, device, dtype):
-    """Ranks of the blocks that lie before a group, by definition, in `dtype`; NaN for all others."""
+def naive_block_scores(case, device, dtype, products=None):
+    """Ranks of the blocks that lie before a group, by definition, in `dtype`; NaN for all others. `products` as for scores."""
     qi, ki, w = case.inputs(device, index_inputs)
     options = case.options(device)
     bounds = block_bounds(ki, case.key_block, options["valid"])
@@ -165,9 +166,13 @@ def naive_block_scores(case, device, dtype):
         rows = slice(n * group, (n + 1) * group)
         z = 0
         for h in range(case.Hi):
-            q = qi[:, h, rows].to(dtype)[:, :, None]  # [B, R, 1, Di]
-            high, low = bounds[:, None, :before].to(dtype).unbind(3)
-            part = torch.where(q > 0, q * high, q * low).sum(-1).clamp(min=0)
+            if products is not None:
+                q = qi[:, h, rows]
+                part = products(torch.cat([q.clamp(min=0), q.clamp(max=0)], -1), bounds[:, :before].flatten(2)).clamp(min=0)
+            else:
+                q = qi[:, h, rows].to(dtype)[:, :, None]  # [B, R, 1, Di]
+                high, low = bounds[:, None, :before].to(dtype).unbind(3)
+                part = torch.where(q > 0, q * high, q * low).sum(-1).clamp(min=0)
             z = z + (part if w is None else part * w[:, rows, h, None].to(dtype))
         out[:, n, :before] = z.amax(1)
     return out
@@ -200,10 +205,12 @@ def test_blocks_are_ranked_as_accurately_as_the_yardstick(two_level, dtype):
     qi, ki, w = case.inputs(device, index_inputs)
     bounds, sinks = block_bounds(ki, 16, None), sink_blocks(2, 400, 16, 0, None, device)
     actual = scores_of(two_level).block_scores(qi, bounds, w, sinks, 270, 16, 64, 0, None)
-    exact, naive = naive_block_scores(case, device, torch.float64), naive_block_scores(case, device, torch.float32)
+    exact, *naive = (naive_block_scores(case, device, dtype) for dtype in (torch.float64, torch.float32))
+    if device == "cuda":
+        naive.append(naive_block_scores(case, device, torch.float32, plain_products))
     competing = ~exact.isnan() & ~sinks[:, None]
     assert int(competing.sum()) == 2 * (15 + 19 + 23)
-    assert_accurate(actual[competing], exact[competing], naive[competing])
+    assert_accurate(actual[competing], exact[competing], *(each[competing] for each in naive))
     rest = actual[~competing]  # of the first keys, of the group and ahead of it
     assert set(rest[rest.isfinite()].tolist()) == {torch.finfo(torch.float32).max}
     assert bool((actual[:, :, -1] == torch.tensor([float("-inf")] + [float("inf")] * 2, device=device)).all())

@@ -97,7 +97,7 @@ def check(case, impl="reference", device="cpu", factor=2.0):
     else:
         yardstick = ops.sparse_attention(q, k, v, support, scale=scale, impl="reference")
     assert actual.dtype == case.dtype
-    assert_accurate(actual, exact, yardstick, factor)
+    assert_accurate(actual, exact, yardstick, factor=factor)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

@@ -6,9 +6,10 @@ import islpy as isl
 import pytest
 
 import npu_sparse.schedule
-from npu_sparse.schedule import builder, testing
+from npu_sparse.schedule import testing
 from npu_sparse.schedule.dependences import dependences
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend import builder
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.scop import ScopError
 
 KERNELS = sorted((Path(npu_sparse.schedule.__file__).parent / "kernels").glob("*.c"))

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import npu_sparse.schedule
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend.c import parse_c
 
 KERNELS = Path(npu_sparse.schedule.__file__).parent / "kernels"
 MANIFEST = yaml.safe_load((KERNELS / "manifest.yaml").read_text())

@@ -7,8 +7,9 @@ import islpy as isl
 import pytest
 
 import npu_sparse.schedule
-from npu_sparse.schedule import builder, testing
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule import testing
+from npu_sparse.schedule.frontend import builder
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.legality import check
 from npu_sparse.schedule.scop import ScopError
 

@@ -2,7 +2,7 @@ import islpy as isl
 import pytest
 
 from npu_sparse.schedule import config, openscop
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.scheduler import schedule
 
 TRIANGLE = """

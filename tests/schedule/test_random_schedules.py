@@ -8,9 +8,10 @@ pytest.importorskip("highspy")
 from hypothesis import HealthCheck, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-from npu_sparse.schedule import codegen, config, legality, scheduler  # noqa: E402
+from npu_sparse.schedule import config, legality, scheduler  # noqa: E402
+from npu_sparse.schedule.c.print import generate  # noqa: E402
 from npu_sparse.schedule.config import Config, ConfigError, Constraint, Dimension, Directive, Fusion, Tiling  # noqa: E402
-from npu_sparse.schedule.extract import parse_c  # noqa: E402
+from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
 
 subscripts = st.sampled_from(["i", "i - 1", "i + 1", "j", "j - 1", "j + 1", "i + j", "n - 1 - i", "n - i", "2 * j", "0", "3"])
 names = st.sampled_from("abc")
@@ -77,7 +78,7 @@ def test_plan_is_legal_and_made_by_the_strategy(text, chosen):
     plan = scheduler.schedule(parse_c(text), chosen)
     assert not legality.check(plan.scop, plan.union_map(), chosen.relax_reductions)
     assert not any("illegal schedule" in note for note in plan.notes), "the fallback hid a mistake of the scheduler"
-    assert codegen.generate(plan.scop, plan.tree()), "code generation refuses a parallel or vector mark that does not hold"
+    assert generate(plan.scop, plan.tree()), "code generation refuses a parallel or vector mark that does not hold"
 
 
 requests = st.one_of(

@@ -1,7 +1,9 @@
 import pytest
 
-from npu_sparse.schedule import codegen, config, render
-from npu_sparse.schedule.extract import parse_c
+from npu_sparse.schedule import config, render
+from npu_sparse.schedule.frontend.c import parse_c
+from npu_sparse.schedule.isl_baseline import isl_tree
+from npu_sparse.schedule.loop_analysis import flow
 from npu_sparse.schedule.scheduler import schedule
 
 CHAIN = """
@@ -26,7 +28,7 @@ void f(int n, double C[n][n], double A[n][n], double B[n][n]) {
 
 def test_tree_shows_loops_marks_and_order():
     scop = parse_c(CHAIN)
-    assert render.show_tree(codegen.isl_tree(scop)).splitlines()[0] == "statements S0, S1"
+    assert render.show_tree(isl_tree(scop)).splitlines()[0] == "statements S0, S1"
     shown = render.show_tree(schedule(scop, "pluto").tree())
     assert shown.splitlines() == [
         "statements S0, S1", "one after the other", "  S0", "    band", "      S0: i   [parallel, carries nothing]",
@@ -36,7 +38,7 @@ def test_tree_shows_loops_marks_and_order():
 
 def test_tree_shows_tiles():
     scop = parse_c(PRODUCT)
-    shown = render.show_tree(codegen.isl_tree(scop, (4, 8)))
+    shown = render.show_tree(isl_tree(scop, (4, 8)))
     assert "S0: i / 4   [parallel, carries nothing]" in shown and "S0: j / 8" in shown and "S0: k / 8" in shown
     assert shown.count("band, permutable") == 2
 
@@ -55,7 +57,7 @@ def test_points_arrows_and_ranks_are_the_programs():
     values = {"n": 4}
     points, labels, _ = render._places(scop, values, render._original_rows(scop))
     assert points == {(name, (i,)): (i, 0) for name in ("S0", "S1") for i in range(4)} and labels == ("i", "")
-    arrows = render._pairs(codegen.flow(scop).intersect_params(render._fixed(scop, values)))
+    arrows = render._pairs(flow(scop).intersect_params(render._fixed(scop, values)))
     assert sorted(arrows) == [(("S0", (i,)), ("S1", (3 - i,))) for i in range(4)]
     before, after = render._ranks(scop.original(), scop, values), render._ranks(plan.union_map(), scop, values)
     assert [before["S0", (i,)] for i in range(4)] == [0, 1, 2, 3] and [before["S1", (i,)] for i in range(4)] == [4, 5, 6, 7]

@@ -9,8 +9,10 @@ pytest.importorskip("highspy")
 
 from npu_sparse.schedule import config, kernels, scheduler  # noqa: E402
 from npu_sparse.schedule.dependences import dependences  # noqa: E402
-from npu_sparse.schedule.extract import parse_c  # noqa: E402
+from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
+from npu_sparse.schedule.isl_baseline import from_isl  # noqa: E402
 from npu_sparse.schedule.plan import Plan  # noqa: E402
+from npu_sparse.schedule.solve.problem import prepare  # noqa: E402
 
 STRATEGIES = ("pluto", "pluto-plus", "feautrier", "tensor-scheduler", "cpu-vector", "npu-vector")
 KERNELS = sorted(Path(kernels.__path__[0]).glob("*.c"))
@@ -104,8 +106,8 @@ def coincident(plan: Plan) -> dict[str, int]:
 def test_isl_strategy_has_as_many_coincident_dimensions_as_isl(path):
     program = parse_c(path)
     found = dependences(program)
-    problem = scheduler.prepare(program, config.load("isl"))
-    theirs = scheduler.from_isl(program, scheduler.split(problem, found))
+    problem = prepare(program, config.load("isl"), found)
+    theirs = from_isl(program, problem.dependences)
     ours = scheduler.schedule(program, "isl", found)
     assert theirs is not None and not ours.notes
     expected = coincident(theirs)
@@ -150,7 +152,7 @@ def test_cpu_vector_does_not_skew_a_stencil():
 
 @pytest.mark.parametrize("name", ["lu_decomp", "trsmL_off_diag", "trsmU_T", "trsmL"])
 def test_npu_vector_returns_permutations_for_small_solvers(name):
-    from npu_sparse.schedule import builder
+    from npu_sparse.schedule.frontend import builder
 
     program = getattr(builder, name)()
     iterators = {name for statement in program.statements for name in statement.iterators}
@@ -163,7 +165,7 @@ def test_npu_vector_returns_permutations_for_small_solvers(name):
 
 @pytest.mark.parametrize("name", ["softmax", "rms_norm_residual", "rope", "indexer"])
 def test_npu_vector_fuses_an_operator_under_one_parallel_row_loop(name):
-    from npu_sparse.schedule import builder
+    from npu_sparse.schedule.frontend import builder
 
     program = getattr(builder, name)()
     names, band = next(scheduler.schedule(program, "npu-vector").bands())

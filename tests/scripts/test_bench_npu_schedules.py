@@ -26,9 +26,9 @@ def test_the_ideal_counts_elements_that_enter_and_leave():
 def test_operands_are_counted_whole():
     bench = load()
     plan = bench.schedule(bench.builder.trsmL_off_diag(16, n=4), "npu-vector")
-    assert bench.operand_bytes(bench.npu_vector.compile_plan(plan, {}, 1)) == 4 * (16 + 2 * 64)  # b enters and leaves
+    assert bench.operand_bytes(bench.compile_plan(plan, {}, 1)) == 4 * (16 + 2 * 64)  # b enters and leaves
     plan = bench.schedule(bench.builder.softmax(), "npu-vector")
-    assert bench.operand_bytes(bench.npu_vector.compile_plan(plan, {"R": 3, "C": 5}, 1)) == 4 * 2 * 15
+    assert bench.operand_bytes(bench.compile_plan(plan, {"R": 3, "C": 5}, 1)) == 4 * 2 * 15
 
 
 def test_the_sizes_are_those_of_akg():

@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 
-from npu_sparse.tasks import Example, score
+from npu_sparse.tasks import Example, reference_answer, score
 
 
 def example(task: str, *answers: str) -> Example:
@@ -30,3 +32,23 @@ def test_score_is_rulers(task, answers, output, expected):
 def test_score_of_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="task must be a known name"):
         score(example("niah", "1"), "1")
+
+
+@pytest.mark.parametrize(
+    "task, prompt, answers, expected",
+    [
+        ("niah_single_1", "", ["1234567"], " 1234567"),
+        ("niah_multiquery", "c b a d", ["a", "b", "c", "d"], " a, b, c, and d"),  # in the order they were asked for
+        ("niah_multivalue", "33 is x33, 11 and 4, 22.", ["22", "4", "33", "11"], " 33, 11, 4, and 22"),
+        ("vt", "E D C", ["A", "B", "C"], " A B C"),
+        ("cwe", "1. lamp 2. tree 3. seas 4. sea", ["sea", "tree"], " 1. tree 2. sea"),
+        ("fwe", "bb aa cc", ["aa", "bb", "cc"], " aa, bb, and cc"),
+        ("qa_1", "the city of Paris", ["Paris", "the city of Paris"], " Paris"),
+    ],
+)
+def test_the_reference_answer_is_written_as_the_template_writes_it(task, prompt, answers, expected):
+    found = reference_answer(dataclasses.replace(example(task, *answers), prompt=prompt))
+    assert found.text == expected
+    assert score(example(task, *answers), expected) == 1.0
+    stand = [expected[start:end] for start, end in found.spans]
+    assert stand == answers[:1] if task == "qa_1" else sorted(stand) == sorted(answers)

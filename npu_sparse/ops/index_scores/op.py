@@ -40,8 +40,8 @@ def index_scores(
 
     `z[t, s] = sum_h w[t, h] ReLU(<qi[t, h], ki[s]> / sqrt(Di))` (one head without weights: arXiv 2606.07703, "Indexer";
     several with weights: arXiv 2606.22874), reduced over the block's queries t >= s: "max" takes the largest z, "mean" the
-    mean of softmax_{s <= t}(z[t]). -inf where no query of the block sees the key; a padding query sees nothing. What is made of a NaN is NaN,
-    in the "mean" all scores of a row that a query with one sees.
+    mean of softmax_{s <= t}(z[t]). -inf where no query of the block sees the key; a padding query sees nothing. What is
+    made of a NaN is NaN, in the "mean" all that a query with one sees.
 
     Args:
         qi: `[B, Hi, Tq, Di]` index queries after rotary embedding, the last Tq of Tk positions; fp16, bf16 or fp32.

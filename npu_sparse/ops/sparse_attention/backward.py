@@ -43,11 +43,10 @@ def gradients(
             tail_keys, tail_values = (x[:, :, n].to(wide)[:, :, None] for x in (tail.keys, tail.values))  # [B, Hkv, 1, R, D]
             score = (queries * tail_keys).sum(-1, keepdim=True) * scale + number.log()[:, :, None, :, None]
             scores = torch.cat([scores, score], -1)
-        weights = torch.softmax(scores, -1).masked_fill(scores == float("-inf"), 0.0)  # [B, Hkv, G, R, U (+ 1)]
         towards = above @ values.mT
         if tail is not None:
             towards = torch.cat([towards, (above * tail_values).sum(-1, keepdim=True)], -1)
-        flow = weights * (towards - (weights * towards).sum(-1, keepdim=True)) * scale
+        weights, flow = through_softmax(scores, towards, scale)  # [B, Hkv, G, R, U (+ 1)]
         if tail is not None:
             weights, rest = weights[..., :-1], weights[..., -1:]
             flow, drift = flow[..., :-1], flow[..., -1:]
@@ -57,6 +56,15 @@ def gradients(
         dk.index_add_(2, union, (flow.mT @ queries).sum(2))
         dv.index_add_(2, union, (weights.mT @ above).sum(2))
     return tuple(results)
+
+
+def through_softmax(scores: Tensor, towards: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """The weights of scores, zero where those are -inf, and the gradient of the products that `scale` made them of.
+
+    towards: the gradient of the weights.
+    """
+    weights = torch.softmax(scores, -1).masked_fill(scores == float("-inf"), 0.0)
+    return weights, weights * (towards - (weights * towards).sum(-1, keepdim=True)) * scale
 
 
 def sparse_attention_backward(

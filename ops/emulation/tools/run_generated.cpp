@@ -1,5 +1,6 @@
-// Runs kernels that npu_sparse.schedule.npu_vector generated on emulated vector cores. npu_sparse/schedule/emulate.py compiles it
-// with CASES, a header that includes the kernels and defines EACH_CASE(X): X(number, function, arrays, scalars) for each of them.
+// Runs kernels that npu_sparse.schedule.ascend.kernel generated on emulated vector cores. npu_sparse/schedule/ascend/emulate.py
+// compiles it with CASES, a header that includes the kernels and defines EACH_CASE(X): X(number, function, arrays, scalars) for
+// each of them.
 //
 //   run_generated CASE FOLDER blocks seed trace USE:FLOATS ... SCALAR ...
 //

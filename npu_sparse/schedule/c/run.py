@@ -1,0 +1,196 @@
+"""Compiles an original kernel and generated ones into one program, runs them in turn, compares every live-out array bitwise."""
+
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import islpy as isl
+
+from npu_sparse.schedule.c.driver import CALLER, driver, parameter
+from npu_sparse.schedule.c.print import identifiers
+from npu_sparse.schedule.c.process import interrupted_by_termination, wait_for
+from npu_sparse.schedule.scop import Scop
+
+MERGE = ("-Wl,--allow-multiple-definition",)  # the variants are copies of one file: its other functions are the same
+COMPILE_S = 120  # of one source, at most
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-std=gnu11")
+
+
+class RunError(ValueError):
+    """A program that could not be compiled or did not end well; the compiler's or the program's own words are in it."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One variant with one number of threads.
+
+    Attributes:
+        difference: "" where every live-out array is bitwise that of the first variant, otherwise the first difference.
+        wall_s: seconds of each run.
+        cpu_s: of each run, the CPU seconds of the busiest thread; it leaves out what other processes of the machine took.
+    """
+
+    variant: str
+    threads: int
+    difference: str
+    wall_s: tuple[float, ...]
+    cpu_s: tuple[float, ...]
+
+    @property
+    def wall(self) -> float:
+        return median(self.wall_s)
+
+    @property
+    def cpu(self) -> float:
+        return median(self.cpu_s)
+
+
+def run(
+    scop: Scop,
+    variants: dict[str, str],
+    sizes: dict[str, float],
+    *,
+    scalars: dict[str, float] | None = None,
+    threads: tuple[int, ...] = (1,),
+    repeats: int = 5,
+    flags: tuple[str, ...] = FLAGS,
+    timeout_s: float = 300,
+) -> list[Result]:
+    """Runs `variants` (name -> C source with the kernel's function), the first being the reference.
+
+    The arrays of every run start from the source's own `init_<name>` where it has one for `kernel_<name>`, and otherwise from
+    fixed values. Runs of the variants are interleaved: all variants once, `repeats` times, for each number of threads.
+
+    Raises:
+        RunError: a compiler or a program fails or takes longer than `timeout_s`; a program leaves before all of its runs have
+            been compared; sizes for which there is nothing to compare, or that the arguments' types cannot hold.
+    """
+    if not scop.function:
+        raise RunError(f"{scop.source} must define the SCoP inside of a function to be run")
+    values = _checked(scop, {**sizes, **(scalars or {})})
+    passed = {a.name for a in scop.arguments if a.shape}
+    results = [a.name for a in scop.arrays.values() if a.live_out]
+    hidden = [name for name in results if name not in passed]
+    if hidden:
+        raise RunError(f"results must be array arguments of {scop.function} to be compared, got {', '.join(hidden)}")
+    if not results:
+        raise RunError(f"{scop.function} must have results to be compared, got none that lives after its loops")
+    with interrupted_by_termination(), tempfile.TemporaryDirectory(prefix="schedule-") as directory:
+        program = _compile(Path(directory), scop, variants, values, flags)
+        environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_DYNAMIC": "false", "OMP_PROC_BIND": "false"}
+        environment[CALLER] = str(os.getpid())
+        written = Path(directory) / "records"
+        command = [str(program), str(written), str(repeats), *map(str, threads)]
+        try:
+            status, errors = wait_for(command, timeout_s, environment)
+        except TimeoutError as error:
+            raise RunError(f"{scop.function} {error}") from error
+        records = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
+    if records and "refused" in records[0]:
+        raise RunError(_refusal(scop, records[0]))
+    if status:
+        raise RunError(f"{scop.function} must exit with 0, got {status}: {errors.strip()[-500:]}")
+    expected = repeats * len(threads) * len(variants)
+    if len(records) != expected:
+        name = list(variants)[len(records) % len(variants)]
+        got = f"{len(records)}: the program ends itself in {name}"
+        raise RunError(f"{scop.function} must return from all {expected} runs, got {got}")
+    return _results(records, list(variants))
+
+
+def _checked(scop: Scop, values: dict[str, float]) -> dict[str, float]:
+    """The values of the scalar arguments, whole numbers as int, when the loops do something for them."""
+    names = [a.name for a in scop.arguments if not a.shape]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise RunError(f"sizes must give a value for {', '.join(missing)}")
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        known = ", ".join(names) or "none"
+        raise RunError(f"sizes must name scalar arguments of {scop.function} ({known}), got {', '.join(unknown)}")
+    endless = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
+    if endless:
+        raise RunError(f"sizes must be finite numbers, got {', '.join(endless)}")
+    values = {name: int(value) if float(value).is_integer() else value for name, value in values.items()}
+    fixed = {name: values[name] for name in scop.parameters if name in values}
+    broken = [f"{name}={value}" for name, value in fixed.items() if not isinstance(value, int)]
+    if broken:
+        raise RunError(f"sizes must be whole numbers for parameters of loops, got {', '.join(broken)}")
+    given = ", ".join(f"{name}={value}" for name, value in fixed.items())
+    possible = _at(scop.context, fixed)
+    if possible.is_empty():
+        wanted = str(scop.context).partition(":")[2].strip(" }")
+        raise RunError(f"sizes must satisfy {wanted}, which {scop.function} needs, got {given}")
+    if all(_at(statement.domain, fixed).intersect_params(possible).is_empty() for statement in scop.statements):
+        raise RunError(f"sizes must let some statement of {scop.function} run, got {given}")
+    return values
+
+
+def _at(points: isl.Set, values: dict[str, int]) -> isl.Set:
+    for name, value in values.items():
+        place = points.find_dim_by_name(isl.dim_type.param, name)
+        if place >= 0:
+            points = points.fix_val(isl.dim_type.param, place, isl.Val(value))
+    return points
+
+
+def _refusal(scop: Scop, record: dict) -> str:
+    if record["refused"] == "memory":
+        return f"arrays of {scop.function} must fit into the machine's memory, got {float(record['value']):.3g} bytes"
+    a, value = scop.arguments[record["argument"]], f"{float(record['value']):.17g}"
+    if record["refused"] == "value":
+        return f"{a.name} must be a value of {a.ctype}, got {value}"
+    return f"extent {a.shape[record['dimension']]} of {a.name} must be positive, got {value}"
+
+
+def _results(records: list[dict], names: list[str]) -> list[Result]:
+    grouped: dict[tuple[int, int], list[dict]] = {}
+    for record in records:
+        grouped.setdefault((record["threads"], record["variant"]), []).append(record)
+    return [
+        Result(
+            names[variant], threads, next((r["difference"] for r in found if r["difference"]), ""),
+            tuple(r["wall_s"] for r in found), tuple(r["cpu_s"] for r in found),
+        )
+        for (threads, variant), found in grouped.items()
+    ]  # fmt: skip
+
+
+def _compile(directory: Path, scop: Scop, variants: dict[str, str], values: dict, flags) -> Path:
+    if shutil.which("gcc") is None:
+        raise RunError("gcc must be installed to compile what was generated")
+    init = _init_function(scop, next(iter(variants.values())))
+    objects = []
+    for n, (name, source) in enumerate(variants.items()):
+        path = directory / f"v{n}.c"
+        text = source if "malloc" not in source else "#include <stdlib.h>\n" + source
+        if init and not n:  # the compiler then sees to it that it takes what it will be given
+            text += f"\nvoid {init}({', '.join(map(parameter, scop.arguments))});\n"
+        path.write_text(text)
+        renames = [f"-D{scop.function}=variant_{n}"] + ([f"-D{init}=init_{n}"] if init else [])
+        _gcc([*flags, *renames, "-c", path, "-o", path.with_suffix(".o")], name)
+        objects.append(path.with_suffix(".o"))
+    main = directory / "driver.c"
+    main.write_text(driver(scop, len(variants), values, bool(init)))
+    _gcc(["-O1", "-fopenmp", "-std=gnu11", main, *objects, "-lm", *MERGE, "-o", directory / "program"], "the driver")
+    return directory / "program"
+
+
+def _init_function(scop: Scop, source: str) -> str:
+    name = re.sub("^kernel", "init", scop.function)
+    return name if name != scop.function and name in identifiers(source) else ""
+
+
+def _gcc(arguments: list, name: str) -> None:
+    try:
+        status, errors = wait_for(["gcc", "-fmax-errors=20", *map(str, arguments)], COMPILE_S)
+    except TimeoutError as error:
+        raise RunError(f"{name} must compile within {COMPILE_S} s, and did not") from error
+    if status:
+        raise RunError(f"{name} must compile, got: {errors.strip()[:2000]}")

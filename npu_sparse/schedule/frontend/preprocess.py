@@ -1,0 +1,189 @@
+"""The part of the C preprocessor that loop nests need: comments, #define, #undef, #if and its relatives, #pragma scop.
+
+The text keeps its lines, so that the parser's positions are the file's. #include is skipped and every other pragma dropped;
+a file whose macros come from headers goes through a real preprocessor (`run_cpp`).
+"""
+
+import re
+import subprocess
+from pathlib import Path
+
+from pycparser import c_ast, c_parser
+
+from npu_sparse.schedule.scop import ScopError
+
+# Strings and characters first, so that nothing inside of them counts as a comment or a name.
+TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|/\*.*?\*/|//[^\n]*|[A-Za-z_]\w*|\.?\d(?:[eEpP][+-]|[\w.])*', re.S)
+KEPT_PRAGMA = re.compile(r"\s*#\s*pragma\s+(scop|endscop)\b")
+
+
+def preprocess(text: str, source: str) -> str:
+    """C text without comments and directives, macros expanded, every line where it was."""
+    if (start := _open_comment(text)) is not None:
+        raise ScopError(f"{source}:{text.count(chr(10), 0, start) + 1}: comment must end with */, got the end of the file")
+    text = TOKEN.sub(lambda m: " " + "\n" * m[0].count("\n") if m[0].startswith("/") else m[0], text)
+    macros, taken, out = {}, [], []  # taken: for every open #if, [is this branch taken, was any]
+    lines = text.split("\n")
+    at = 0
+    while at < len(lines):
+        number, line = at + 1, lines[at]
+        at += 1
+        while line.endswith("\\") and at < len(lines):
+            line = line[:-1] + " " + lines[at]
+            at += 1
+        active = all(branch[0] for branch in taken)
+        if line.lstrip().startswith("#"):
+            if KEPT_PRAGMA.match(line):
+                out.append(line if active else "")
+            else:
+                _directive(line.strip()[1:].strip(), macros, taken, f"{source}:{number}")
+                out.append("")
+        else:
+            if active and any(isinstance(macros.get(name), tuple) for name in re.findall(r"\w+", line)):
+                while line.count("(") > line.count(")") and at < len(lines):  # arguments of a macro on further lines
+                    line += " " + lines[at]
+                    at += 1
+            out.append(_expand(line, macros, (), f"{source}:{number}") if active else "")
+        out += [""] * (at - len(out))
+    if taken:
+        raise ScopError(f"{source}:{len(lines)}: #if must end with #endif, got the end of the file")
+    return "\n".join(out)
+
+
+def run_cpp(path: Path, options: tuple[str, ...]) -> str:
+    """The file after `gcc -E` with these options; lines that come from headers are left out, the others keep their places."""
+    done = subprocess.run(["gcc", "-E", *options, str(path)], capture_output=True, text=True)
+    if done.returncode:
+        raise ScopError(f"{path}: preprocessor must succeed, got {next(iter(done.stderr.splitlines()), 'no message')}")
+    out, number, inside = {}, 1, True
+    for line in done.stdout.split("\n"):
+        if marker := re.match(r'#\s+(\d+)\s+"(.*?)"', line):
+            number, inside = int(marker[1]), marker[2] == str(path)
+            continue
+        if inside and (not line.lstrip().startswith("#") or KEPT_PRAGMA.match(line)):
+            out[number] = out.get(number, "") + line
+        number += 1
+    return "\n".join(out.get(number, "") for number in range(1, max(out, default=0) + 1))
+
+
+def constant(node: c_ast.Node, values: dict[str, int]) -> int | None:
+    """The value of an integer constant expression, with C's division; None where it is none."""
+    if isinstance(node, c_ast.Constant) and "int" in node.type:
+        digits = node.value.rstrip("uUlL")
+        return int(digits, 8 if re.fullmatch(r"0\d+", digits) else 0)
+    if isinstance(node, c_ast.ID):
+        return values.get(node.name)
+    if isinstance(node, c_ast.Cast):
+        return constant(node.expr, values) if is_integer(node.to_type) else None
+    if isinstance(node, c_ast.UnaryOp) and node.op in ("-", "+", "!"):
+        value = constant(node.expr, values)
+        return None if value is None else {"-": -value, "+": value, "!": int(not value)}[node.op]
+    if isinstance(node, c_ast.BinaryOp):
+        left, right = constant(node.left, values), constant(node.right, values)
+        if left is None or right is None:
+            return None
+        if node.op in ("/", "%"):
+            if not right:
+                return None
+            quotient = abs(left) // abs(right) * (1 if (left < 0) == (right < 0) else -1)
+            return quotient if node.op == "/" else left - quotient * right
+        operators = {"+": int.__add__, "-": int.__sub__, "*": int.__mul__, "<": int.__lt__, "<=": int.__le__, ">": int.__gt__,
+                     ">=": int.__ge__, "==": int.__eq__, "!=": int.__ne__, "&&": lambda a, b: bool(a and b),
+                     "||": lambda a, b: bool(a or b)}
+        return int(operators[node.op](left, right)) if node.op in operators else None
+    return None
+
+
+def is_integer(kind: c_ast.Node) -> bool:
+    """Whether a declared type is an integer, or one of the usual typedefs of one."""
+    while isinstance(kind, c_ast.Typename):
+        kind = kind.type
+    names = set(getattr(getattr(kind, "type", None), "names", ())) - {"const"}
+    usual = {"int", "long", "short", "unsigned", "signed", "size_t", "ptrdiff_t"}
+    return bool(names) and all(name in usual or re.fullmatch(r"u?int\d+_t", name) for name in names)
+
+
+def _open_comment(text: str) -> int | None:
+    start = TOKEN.sub(lambda m: " " * len(m[0]), text).find("/*")
+    return None if start < 0 else start
+
+
+def _directive(line: str, macros: dict, taken: list, where: str) -> None:
+    word, _, rest = line.partition(" ") if " " in line else (line, "", "")
+    if match := re.match(r"(\w+)(.*)", line):
+        word, rest = match[1], match[2].strip()
+    active = all(branch[0] for branch in taken)
+    if word in ("ifdef", "ifndef", "if"):
+        holds = active and (_holds(rest, macros, where) if word == "if" else (rest in macros) == (word == "ifdef"))
+        taken.append([holds, holds])
+    elif word in ("else", "elif", "endif"):
+        if not taken:
+            raise ScopError(f"{where}: #{word} must follow #if, got none")
+        if word == "endif":
+            taken.pop()
+            return
+        enclosing = all(branch[0] for branch in taken[:-1])
+        holds = enclosing and not taken[-1][1] and (word == "else" or _holds(rest, macros, where))
+        taken[-1] = [holds, taken[-1][1] or holds]
+    elif active and word == "define":
+        match = re.match(r"([A-Za-z_]\w*)(?:\(([\w\s,]*)\))?(.*)", rest)
+        if not match:
+            raise ScopError(f"{where}: #define must name a macro, got {rest!r}")
+        name, arguments, body = match[1], match[2], match[3].strip()
+        macros[name] = body if arguments is None else ([a.strip() for a in arguments.split(",") if a.strip()], body)
+    elif active and word == "undef":
+        macros.pop(rest, None)
+    elif active and word == "error":
+        raise ScopError(f"{where}: #error must not be reached, got {rest!r}")
+
+
+def _holds(text: str, macros: dict, where: str) -> bool:
+    text = re.sub(r"defined\s*(?:\(\s*(\w+)\s*\)|(\w+))", lambda m: str(int((m[1] or m[2]) in macros)), text)
+    text = re.sub(r"\b[A-Za-z_]\w*", "0", _expand(text, macros, (), where))
+    try:
+        declaration = c_parser.CParser().parse(f"int x = {text};").ext[0]
+        value = constant(declaration.init, {})
+    except (c_parser.ParseError, AttributeError):
+        value = None
+    if value is None:
+        raise ScopError(f"{where}: condition of #if must be an integer constant, got {text!r}")
+    return bool(value)
+
+
+def _expand(line: str, macros: dict, hidden: tuple[str, ...], where: str) -> str:
+    out, at = [], 0
+    for match in TOKEN.finditer(line):
+        if match.start() < at:  # inside the arguments of a call that is expanded already
+            continue
+        out.append(line[at:match.start()])
+        at = match.end()
+        name = match[0]
+        body = macros.get(name) if name not in hidden else None
+        if isinstance(body, str):
+            out.append(_expand(body, macros, (*hidden, name), where))
+        elif body is not None and (call := _arguments(line, at)):
+            formal, text = body
+            actual, at = call
+            if len(actual) != len(formal):
+                raise ScopError(f"{where}: {name} must have {len(formal)} arguments, got {len(actual)}")
+            values = dict(zip(formal, (_expand(value, macros, hidden, where) for value in actual)))
+            text = TOKEN.sub(lambda m: values.get(m[0], m[0]), text)  # noqa: B023 - used at once
+            out.append(_expand(text, macros, (*hidden, name), where))
+        else:
+            out.append(name)
+    return "".join([*out, line[at:]])
+
+
+def _arguments(line: str, at: int) -> tuple[list[str], int] | None:
+    match = re.compile(r"\s*\(").match(line, at)
+    if not match:
+        return None
+    depth, start, found = 1, match.end(), []
+    for position in range(match.end(), len(line)):
+        depth += {"(": 1, ")": -1}.get(line[position], 0)
+        if depth == 0 or (depth == 1 and line[position] == ","):
+            found.append(line[start:position].strip())
+            start = position + 1
+        if depth == 0:
+            return ([] if found == [""] else found), position + 1
+    return None

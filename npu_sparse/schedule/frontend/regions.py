@@ -1,0 +1,93 @@
+"""Where the region between `#pragma scop` and `#pragma endscop` stands in a file, and the tree of the function around it."""
+
+import re
+from collections.abc import Iterator
+
+from pycparser import c_ast, c_parser
+
+from npu_sparse.schedule.frontend.preprocess import TOKEN, preprocess
+from npu_sparse.schedule.scop import ScopError
+
+# Names of types that C programs use and headers define; only what a loop nest may mention.
+TYPES = "size_t ssize_t ptrdiff_t int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t bool FILE".split()
+SCOP, ENDSCOP = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+scop\b", re.M), re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+endscop\b", re.M)
+
+
+def parse_function(text: str, source: str, function: str | None = None) -> tuple[c_ast.FileAST, c_ast.FuncDef]:
+    """The file's declarations and the function that holds the scop."""
+    tree = _parse(_relevant(preprocess(text, source), source, function), source)
+    return tree, next(node for node in tree.ext if isinstance(node, c_ast.FuncDef))
+
+
+def _relevant(text: str, source: str, function: str | None) -> str:
+    """The text with every function blanked but the one that holds the scop: headers are not read, so others may not parse."""
+    def number(position):
+        return text.count("\n", 0, position) + 1
+
+    starts, ends = ([m.start() for m in pattern.finditer(text)] for pattern in (SCOP, ENDSCOP))
+    if not starts:
+        where = f"{source}:{number(ends[0])}: #pragma endscop must follow #pragma scop" if ends else \
+            f"{source}: source must hold #pragma scop"
+        raise ScopError(f"{where}, got none")
+    found, out = {}, list(text)
+    for begin, end, header in _definitions(text, source):
+        inside = [at for at in starts if begin <= at < end]
+        name = ([n for n in re.findall(r"([A-Za-z_]\w*)\s*\(", header) if n != "__attribute__"] or [""])[0]
+        if inside:
+            found[name] = (begin, end, inside, [at for at in ends if begin <= at < end])
+    if not found:
+        raise ScopError(f"{source}:{number(starts[0])}: #pragma scop must stand in a function, got it outside")
+    if function is None and len(found) > 1:
+        raise ScopError(f"{source}: function must be named where several hold a scop, got {', '.join(found)}")
+    if function is not None and function not in found:
+        raise ScopError(f"{source}: function must hold a scop ({', '.join(found)}), got {function}")
+    name = function or next(iter(found))
+    begin, end, inside, closing = found[name]
+    if len(inside) > 1:
+        raise ScopError(f"{source}:{number(inside[1])}: function must hold one scop, got a second in {name}")
+    if not closing or closing[0] < inside[0]:
+        raise ScopError(f"{source}:{number(inside[0])}: #pragma scop must end with #pragma endscop in {name}, got none")
+    for other, stop, _ in _definitions(text, source):
+        if other != begin:
+            out[other:stop] = [c if c == "\n" else " " for c in text[other:stop]]
+    return "".join(out)
+
+
+def _definitions(text: str, source: str) -> Iterator[tuple[int, int, str]]:
+    """Begin, end and header of every function definition, and of every declaration of a function."""
+    depth, start, header, opened = 0, 0, None, 0
+    for match in re.finditer(r"^[ \t]*#[^\n]*|[{};]|" + TOKEN.pattern, text, re.M | re.S):
+        token = match[0]
+        if token == "{":
+            if depth == 0:
+                header, opened = text[start:match.start()], match.start()
+            depth += 1
+        elif token == "}":
+            depth -= 1
+            if depth < 0:
+                raise ScopError(f"{source}:{text.count(chr(10), 0, match.start()) + 1}: braces must match, got an extra }}")
+            if depth == 0 and header is not None and "(" in header and "=" not in header:
+                yield start, match.end(), header
+                start, header = match.end(), None
+        elif token == ";" and depth == 0:
+            declared = text[start:match.start()]
+            if declared.rstrip().endswith(")") and "=" not in declared:
+                yield start, match.end(), ""
+            start, header = match.end(), None
+    if depth:
+        raise ScopError(f"{source}:{text.count(chr(10), 0, opened) + 1}: braces must match, got {{ without an end")
+
+
+def _parse(text: str, source: str) -> c_ast.FileAST:
+    prelude = "".join(f"typedef int {name}; " for name in TYPES) + "\n"
+    parser = c_parser.CParser()
+    try:
+        tree = parser.parse(prelude + f'#line 1 "{source}"\n' + text, source)
+    except c_parser.ParseError as error:
+        match = re.match(r"(.+?:\d+)(?::\d+)?: (.*)", str(error))
+        message = match[2] if match else str(error).rpartition(": ")[2]
+        # Where the parser does not say, it stopped where the lexer is; pycparser 3 has no public name for that.
+        line = getattr(parser.clex, "_lineno", None)
+        where = match[1] if match else f"{source}:{line}" if line else source
+        raise ScopError(f"{where}: source must be C, got {message[:1].lower() + message[1:]}") from error
+    return c_ast.FileAST([node for node in tree.ext if not (isinstance(node, c_ast.Typedef) and node.name in TYPES)])

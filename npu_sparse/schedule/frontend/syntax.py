@@ -1,0 +1,76 @@
+"""What the front end asks of pycparser's trees: their text, the names in them, what they assign."""
+
+from collections.abc import Callable, Iterator
+
+from pycparser import c_ast, c_generator
+
+
+class Printer(c_generator.CGenerator):
+    """C text; names may be replaced."""
+
+    def __init__(self, names: Callable[[str], str] = str):
+        super().__init__()
+        self.names = names
+
+    def visit_ID(self, node):
+        return self.names(node.name)
+
+    def visit_FuncCall(self, node):  # the function's own name stays
+        arguments = ", ".join(self.visit(argument) for argument in node.args.exprs) if node.args else ""
+        return f"{node.name.name if isinstance(node.name, c_ast.ID) else self.visit(node.name)}({arguments})"
+
+
+def show(node: c_ast.Node) -> str:
+    """The first line of a node's C text."""
+    return Printer().visit(node).strip().split("\n")[0]
+
+
+def nodes(node: c_ast.Node, kind: type | tuple = c_ast.Node) -> Iterator[c_ast.Node]:
+    if isinstance(node, kind):
+        yield node
+    for _, child in node.children():
+        yield from nodes(child, kind)
+
+
+def loop_steps(node: c_ast.Node) -> Iterator[c_ast.Node]:
+    for loop in nodes(node, c_ast.For):
+        yield from (part for part in (loop.init, loop.next) if part is not None)
+
+
+def assigned(node: c_ast.Node) -> Iterator[tuple[str, c_ast.Node]]:
+    """Names that are assigned, incremented or have their address taken, with the node that does so."""
+    for item in nodes(node, (c_ast.Assignment, c_ast.UnaryOp)):
+        target = item.lvalue if isinstance(item, c_ast.Assignment) else \
+            item.expr if item.op in ("p++", "++", "p--", "--", "&") else None
+        if isinstance(target, c_ast.ID):
+            yield target.name, item
+
+
+def first_use(node: c_ast.Node, name: str) -> str | None:
+    """Whether code first reads or first writes a variable; None where it does neither."""
+    if isinstance(node, c_ast.Assignment) and node.op == "=" and isinstance(node.lvalue, c_ast.ID) and node.lvalue.name == name:
+        return first_use(node.rvalue, name) or "write"
+    if isinstance(node, c_ast.ID) and node.name == name:
+        return "read"
+    return next((use for _, child in node.children() if (use := first_use(child, name))), None)
+
+
+def reduction_of(node: c_ast.Assignment) -> str | None:
+    """The operator of x op= e, x = x op e or x = fmax(x, e), where x is written as on the left and only once."""
+    x = show(node.lvalue)
+    uses = [show(part) for part in nodes(node.rvalue, (c_ast.ID, c_ast.ArrayRef))]
+    if node.op != "=":
+        return {"+=": "+", "-=": "+", "*=": "*", "/=": "*"}.get(node.op) if x not in uses else None
+    value = node.rvalue
+    if uses.count(x) != 1:
+        return None
+    if isinstance(value, c_ast.FuncCall) and value.args and len(value.args.exprs) == 2:
+        operator = {"fmax": "max", "fmaxf": "max", "max": "max", "fmin": "min", "fminf": "min", "min": "min"}
+        return operator.get(show(value.name)) if x in map(show, value.args.exprs) else None
+    for operator, others in (("+", "+-"), ("*", "*/")):
+        part = value
+        while isinstance(part, c_ast.BinaryOp) and part.op in others:
+            if show(part.left) == x or part.op == operator and show(part.right) == x:
+                return operator
+            part = part.left
+    return None

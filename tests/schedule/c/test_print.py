@@ -1,0 +1,333 @@
+import random
+import re
+from dataclasses import replace
+
+import islpy as isl
+import pytest
+
+from npu_sparse.schedule import config
+from npu_sparse.schedule.c import print as printer
+from npu_sparse.schedule.c.marks import CodegenError
+from npu_sparse.schedule.c.print import generate, generate_file
+from npu_sparse.schedule.c.run import FLAGS, run
+from npu_sparse.schedule.config import HEURISTICS, Tiling
+from npu_sparse.schedule.frontend.c import parse_c
+from npu_sparse.schedule.isl_baseline import isl_tree, mark_parallel, tile_bands
+from npu_sparse.schedule.plan import Band, Leaf, Loop, Plan, original
+from npu_sparse.schedule.scheduler import schedule
+from npu_sparse.schedule.testing import random_scop
+
+QUICK = ("-O1", *FLAGS[1:])
+SIZES = {"n": 13, "m": 9}
+
+PRODUCT = """
+void f(int n, int m, double C[n][n], double A[n][m], double B[m][n]) {
+#pragma scop
+  for (int i = 0; i < n; i++)
+    for (int k = 0; k < m; k++)
+      for (int j = 0; j < n; j++)
+        C[i][j] += A[i][k] * B[k][j];
+#pragma endscop
+}
+"""
+TRIANGLE = """
+void f(int n, int m, double C[n][n], double A[n][m]) {
+#pragma scop
+  for (int i = 0; i < n; i++) {
+    for (int j = 0; j <= i; j++) C[i][j] *= 1.5;
+    for (int k = 0; k < m; k++)
+      for (int j = 0; j <= i; j++)
+        C[i][j] += A[i][k] * A[j][k];
+  }
+#pragma endscop
+}
+"""
+TEMPORARIES = """
+void f(int n, int m, double A[n][m], double B[n][m], double row[m]) {
+  double s;
+#pragma scop live_out(B)
+  for (int i = 0; i < n; i++) {
+    s = 0.0;
+    for (int j = 0; j < m; j++) s += A[i][j];
+    for (int j = 0; j < m; j++) row[j] = A[i][j] * s;
+    for (int j = 0; j < m; j++) B[i][j] = row[m - 1 - j];
+  }
+#pragma endscop
+}
+"""
+
+
+def same(text: str, variants: dict[str, str], sizes=SIZES, threads=(1, 2, 4), scalars=None) -> None:
+    """Every variant computes what the original does, bit for bit."""
+    results = run(parse_c(text), {"original": text, **variants}, sizes, threads=threads, repeats=1, flags=QUICK, scalars=scalars)
+    assert len(results) == (1 + len(variants)) * len(threads)
+    assert [(r.variant, r.threads, r.difference) for r in results if r.difference] == []
+
+
+def marked(scop, mark: str, depth: int = 0) -> isl.Schedule:
+    """The original tree with a mark above the band `depth` loops deep."""
+    node = original(scop).tree().get_root().child(0)
+    for _ in range(depth):
+        node = node.child(0)
+    return node.insert_mark(isl.Id(mark)).get_schedule()
+
+
+def in_bounds(text: str) -> str:
+    """A random scop with arrays so large that all of its subscripts hit, and values that stay finite."""
+    head, body = text.split("#pragma scop")
+    head = re.sub(r"\[\w+\]", "[140]", head)
+    return "#include <math.h>\n" + head + "#pragma scop" + re.sub(r"\[([^\]]*)\]", r"[\1 + 60]", body).replace("*=", "-=")
+
+
+def random_configuration(chance: random.Random):
+    sizes = tuple(chance.choice([1, 2, 3, 4, 7]) for _ in range(chance.randint(1, 3)))
+    tiling = Tiling(sizes, chance.choice([1, 2]), chance.random() < 0.6, chance.choice([0, 0, 2, 3]))
+    settings = config.load(chance.choice(config.shipped()))
+    return replace(settings, tiling=tiling, fusion_heuristic=chance.choice(HEURISTICS), parallel_work=chance.choice([0, 2]))
+
+
+def test_original_tree_gives_the_loops_as_written():
+    scop = parse_c(PRODUCT)
+    code = generate(scop, original(scop).tree())
+    assert re.findall(r"for \(long (\w+) = 0; \1 < (\w+)", code) == [("t0", "n"), ("t1", "m"), ("t2", "n")]
+    assert "#pragma" not in code and "S0(t0, t1, t2);" in code
+
+
+@pytest.mark.parametrize("text", [PRODUCT, TRIANGLE, TEMPORARIES])
+@pytest.mark.parametrize("separate", [False, True])
+def test_isl_schedules_tiled_and_separated_compute_the_same(text, separate):
+    scop = parse_c(text)
+    variants = {f"tile {tile}": generate_file(scop, text, isl_tree(scop, tile), separate=separate) for tile in (0, 4, (3, 5, 2))}
+    same(text, variants)
+
+
+def test_separation_gives_full_tiles_without_minima():
+    scop = parse_c(PRODUCT)
+    plain, separated = (generate(scop, isl_tree(scop, 4), separate=separate) for separate in (False, True))
+    full = re.search(r"for \(long (\w+) = 4 \* (\w+); \1 <= 4 \* \2 \+ 3; \1\+\+\)", separated)
+    assert full and not re.search(r"<= 4 \* \w+ \+ 3;", plain)
+
+
+def test_parallel_mark_that_carries_a_value_is_refused():
+    scop = parse_c(PRODUCT)
+    message = r"a parallel loop must carry nothing .* got a value of C from S0\[\d+, \d+, \d+\] to S0\["
+    with pytest.raises(CodegenError, match=message):
+        generate(scop, marked(scop, "parallel", depth=1))
+    generate(scop, marked(scop, "parallel", depth=2))
+
+
+def test_parallel_mark_that_overwrites_live_data_is_refused():
+    text = TEMPORARIES.replace("live_out(B)", "live_out(B, row)")
+    scop = parse_c(text)
+    with pytest.raises(CodegenError, match="same element of row"):
+        generate(scop, marked(scop, "parallel"))
+
+
+@pytest.mark.parametrize("mark", ["parallell", "unroll(x)", ""])
+def test_unknown_mark_is_refused(mark):
+    scop = parse_c(PRODUCT)
+    with pytest.raises(CodegenError, match="mark must be one of parallel, vector, unroll"):
+        generate(scop, marked(scop, mark))
+
+
+def test_temporaries_become_private():
+    scop = parse_c(TEMPORARIES)
+    tree = mark_parallel(scop, original(scop).tree())
+    inside, outlined = generate(scop, tree), generate_file(scop, TEMPORARIES, tree)
+    assert "private(s)" in inside and "double *row = malloc(sizeof(double) * (m));" in inside and "free(row);" in inside
+    same(TEMPORARIES, {"inside": printer.replace_scop(TEMPORARIES, inside), "outlined": outlined}, {"n": 40, "m": 30})
+
+
+def test_vector_loop_with_a_private_array_is_left_to_the_compiler():
+    scop = parse_c(TEMPORARIES)
+    assert "#pragma omp simd" not in generate(scop, marked(scop, "vector"))
+
+
+def test_value_from_outside_is_not_private():
+    text = TEMPORARIES.replace("s = 0.0;", "")
+    scop = parse_c(text)
+    assert "parallel" not in generate(scop, mark_parallel(scop, original(scop).tree())).split("S1(")[0].split("{", 1)[1]
+    with pytest.raises(CodegenError, match="a value of s"):
+        generate(scop, marked(scop, "parallel"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "for (int i = 0; i < n; i++) { if (i < 1) B[i][0] = s; s = A[i][0]; B[i][1] = s; }",
+        "for (int i = 0; i < n; i++) { s = A[i][0]; B[i][1] = s; }\n  B[0][0] = s;",
+    ],
+    ids=["value from before the loop", "value used after the loop"],
+)
+def test_temporary_with_a_life_outside_of_the_loop_is_not_private(body):
+    head = "void f(int n, int m, double A[n][m], double B[n][m]) {\n  double s = 3;\n#pragma scop\n"
+    text = head + body + "\n#pragma endscop\n}\n"
+    scop = parse_c(text)
+    code = generate_file(scop, text, mark_parallel(scop, original(scop).tree()))
+    assert "#pragma omp parallel" not in code
+    same(text, {"unchanged": code})
+
+
+def test_marks_become_pragmas():
+    scop = parse_c(PRODUCT)
+    assert "#pragma omp parallel for\n" in generate(scop, marked(scop, "parallel"))
+    assert "#pragma omp simd\n" in generate(scop, marked(scop, "vector", depth=2))
+    assert "#pragma GCC unroll 8\n" in generate(scop, marked(scop, "unroll(8)", depth=2))
+    assert "#pragma GCC unroll 4\n" in generate(scop, marked(scop, "unroll", depth=1))
+
+
+def test_small_parallel_loop_inside_a_sequential_one_keeps_its_threads_asleep():
+    text = PRODUCT.replace("C[i][j] += A[i][k] * B[k][j]", "C[k][j] = C[k][j] + A[i][k]")
+    scop = parse_c(text)
+    code = generate(scop, marked(scop, "parallel", depth=1))
+    assert f"#pragma omp parallel for if((m - 0) * (n - 0) >= {printer.PARALLEL_WORK})" in code
+    assert "#pragma omp parallel for\n" in generate(parse_c(PRODUCT), marked(parse_c(PRODUCT), "parallel"))
+
+
+def test_work_of_a_triangle_is_taken_at_the_middle_of_its_rows():
+    text = """
+void f(int n, int m, double A[n][n], double B[n][n]) {
+#pragma scop
+  for (int k = 0; k < m; k++) {
+    for (int i = 0; i < n; i++) for (int j = 0; j <= i; j++) A[i][j] *= 1.5;
+    for (int i = 0; i < n; i++) for (int j = 0; j <= i; j++) B[i][j] += 2 * A[j][i];
+  }
+#pragma endscop
+}
+"""
+    scop = parse_c(text)
+    tree = mark_parallel(scop, original(scop).tree())
+    code = generate(scop, tree, reserved={"t7m"})
+    assert code.count(f"if((n - 0) * (t_1m - 0 + 1) >= {printer.PARALLEL_WORK})") == 2
+    assert code.count("const long t_1m = (n + 0) / 2;") == 2
+    same(text, {"parallel": generate_file(scop, text, tree)})
+
+
+def test_mark_of_a_loop_that_isl_leaves_out_does_not_reach_the_loop_below():
+    """With one tile of i, the sequential loop over tiles of k would otherwise inherit the pragma."""
+    scop = parse_c(TRIANGLE)
+    code = generate(scop, isl_tree(scop, (4, 5, 8)), separate=True)
+    parallel = re.findall(r"#pragma omp parallel for.*\n *for \(long (\w+)", code)
+    assert parallel and set(parallel) == {"t0"}
+
+
+def test_unroll_and_jam_writes_full_strips_out():
+    scop = parse_c(PRODUCT)
+    loops = tuple(Loop({"S0": name}, unroll=factor, vector=name == "j") for name, factor in (("i", 3), ("k", 2), ("j", 0)))
+    tree = Plan(scop, Band(loops, Leaf(), permutable=True), "test").tree()
+    code = generate(scop, tree)
+    body = re.search(r"#pragma omp simd\n *for \(long t2 .*\n((?: *S0\(.*\n)+)", code)[1]
+    assert re.findall(r"S0\((.*)\);", body) == [
+        f"({i}), ({k}), t2" for i in ("3 * t0", "3 * t0 + 1", "3 * t0 + 2") for k in ("2 * t1", "2 * t1 + 1")
+    ]
+    for sizes in ({"n": 13, "m": 9}, {"n": 12, "m": 8}, {"n": 2, "m": 1}):
+        same(PRODUCT, {"unrolled": generate_file(scop, PRODUCT, tree)}, sizes)
+
+
+def test_budget_falls_back_to_simpler_code_and_says_so(monkeypatch):
+    scop = parse_c(TRIANGLE)
+    tree = isl_tree(scop, 4)
+    monkeypatch.setattr(printer, "SEPARATION", 1)
+    code = generate_file(scop, TRIANGLE, tree, separate=True)
+    assert "/* generated without separation of full tiles: the operation budget was exceeded */" in code
+    same(TRIANGLE, {"simple": code})
+    monkeypatch.setattr(printer, "UNROLLING", 1)
+    assert "without separation and unrolling" in generate(scop, tree)
+    monkeypatch.setattr(printer, "OPERATIONS", 1)
+    with pytest.raises(CodegenError, match="at most 1 isl operations"):
+        generate(scop, tree)
+    assert isl.DEFAULT_CONTEXT.get_max_operations() == 0
+    isl.Set("{ [i] : 0 <= i < 10 }").is_empty()  # the budget of the failure is gone
+
+
+def test_generated_names_capture_no_name_of_the_program():
+    text = """
+void S1(double *x) { *x += 1; }
+#define nest0 3
+void f(int n, int t1, double t0[n][n], double low, double table[n], double S0) {
+  double high = 2, t2, nest1 = 7;
+#pragma scop
+  for (int i = 0; i < n; i++) {
+    t2 = low * i + nest1;
+    for (int j = 0; j <= i && j < t1; j++)
+      t0[i][j] = t0[i][j] * t2 + high * table[j] + S0 + nest0;
+  }
+#pragma endscop
+}
+"""
+    scop = parse_c(text)
+    tree = mark_parallel(scop, original(scop).tree())
+    tiled = mark_parallel(scop, tile_bands(original(scop).tree(), 4))
+    variants = {"parallel": generate_file(scop, text, tree), "tiled": generate_file(scop, text, tiled)}
+    variants["isl"] = generate_file(scop, text, isl_tree(scop, 3))
+    same(text, variants, {"n": 11, "t1": 7}, scalars={"low": 0.5, "S0": 1.25})
+
+
+def test_arguments_of_macros_are_in_parentheses():
+    text = """
+void f(int n, double A[n], double B[3 * n]) {
+#pragma scop
+  for (int i = 0; i < n; i++)
+    A[n - 1 - i] = B[2 * i] * (i % 3) - i / 2.0;
+#pragma endscop
+}
+"""
+    scop = parse_c(text)
+    plan = Plan(scop, Band((Loop({"S0": "n - 2*i"}),), Leaf()), "test")
+    same(text, {"reversed": generate_file(scop, text, plan.tree())}, {"n": 17}, threads=(1,))
+
+
+def test_compiler_does_not_drop_the_call_of_a_nest():
+    """gcc 12 takes this nest for a function without effects when it may look into it: its addresses become 2 * p - A."""
+    text = """
+#include <math.h>
+void f(int m, double A[140][140]) {
+#pragma scop
+  for (int j = 0; j < 4; j++)
+    for (int k = 1; k <= m; k++)
+      A[2 * j + k + 60][2 * j + 61] = fmax(A[2 * k + 63][62], 1.0);
+#pragma endscop
+}
+"""
+    scop = parse_c(text)
+    same(text, {"nest": generate_file(scop, text, isl_tree(scop, 3))}, {"m": 4})
+
+
+def test_tiles_of_negative_places():
+    text = """
+void f(int n, int m, double A[n], double B[n]) {
+#pragma scop
+  for (int i = 0; i < n; i++)
+    for (int j = i; j < m; j++)
+      A[i] = A[i] * B[j] + 1;
+#pragma endscop
+}
+"""
+    scop = parse_c(text)
+    loops = (Loop({"S0": "-i - n"}, tile=4), Loop({"S0": "j - 2*n"}, tile=3))
+    tree = Plan(scop, Band(loops, Leaf(), permutable=True), "test").tree()
+    assert "floord(" in generate(scop, tree)
+    for sizes in ({"n": 13, "m": 14}, {"n": 8, "m": 9}, {"n": 1, "m": 1}):
+        same(text, {"tiled": generate_file(scop, text, tree)}, sizes, threads=(1,))
+
+
+def test_source_without_one_region_is_refused():
+    with pytest.raises(CodegenError, match="got 0"):
+        printer.replace_scop("int x;\n", "")
+    with pytest.raises(CodegenError, match="got 2"):
+        printer.replace_scop(PRODUCT + PRODUCT, "")
+
+
+@pytest.mark.parametrize(
+    "seed", [*range(10), 11, 486, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (10, *range(12, 200)))]
+)
+def test_random_program_under_random_configurations_computes_the_same(seed, monkeypatch):
+    monkeypatch.setattr(printer, "PARALLEL_WORK", 1)
+    chance, text = random.Random(seed), in_bounds(random_scop(seed))
+    scop = parse_c(text)
+    variants = {}
+    for n in range(3):
+        plan = schedule(scop, random_configuration(chance))
+        variants[f"{n}: {plan.strategy}"] = generate_file(scop, text, plan.tree(), separate=chance.random() < 0.5)
+    variants["in parallel"] = generate_file(scop, text, mark_parallel(scop, original(scop).tree()))
+    same(text, variants, {"n": 5, "m": 4}, threads=(1, 3), scalars={"x": 1.5, "y": 0.5})
