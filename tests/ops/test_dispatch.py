@@ -165,7 +165,8 @@ def dense_rows_backward(*arguments, impl):
 
 FUNCTIONS = (
     attention_mass, dense_rows, dense_rows_backward, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens,
-    select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail, sparse_attention_with_tail_backward,
+    select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail,
+    sparse_attention_with_tail_backward,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)
