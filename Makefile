@@ -29,7 +29,7 @@ test-npu: $(NPU_VENV)/.installed
 
 # The CUDA kernels without a GPU: Triton's interpreter, and NVRTC for what is written in CUDA C++
 test-triton: $(TRITON_VENV)/.installed
-	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops tests/hybrid \
+	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops tests/models/hybrid \
 	  -k "interpreted or test_hopper"
 
 lint: $(VENV)/.installed-dev

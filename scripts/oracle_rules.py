@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
-
-from npu_sparse import checkpoints, tasks
-from npu_sparse.architectures import attention_modules, attention_selection, text_config
-from npu_sparse.prefill import dense_attention
-from npu_sparse.runs import stats
 from npu_sparse.runs.machine import machine as this_machine
 from npu_sparse.runs.machine import machine_line
 from npu_sparse.runs.page import markdown_table, say
+from torch import Tensor
+
+from npu_sparse import checkpoints, tasks
+from npu_sparse.models.architectures import attention_modules, attention_selection, text_config
+from npu_sparse.models.attention import register_around
+from npu_sparse.runs import stats
 from npu_sparse.runs.store import open_run, write_json, write_text
 
 ROWS = 512
@@ -129,23 +129,18 @@ class Lab:
     """A model whose full-attention layers prefill by `rule(A, s, q, k, v, scale)`, in `layers` and `rows` only; None is dense."""
 
     def __init__(self, model):
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
         native = text_config(model)._attn_implementation
         layer_of = {id(module): layer for layer, module in attention_modules(model).items()}
         self.model, self.rule, self.layers, self.rows = model, None, None, None
 
-        def attention(module, q, k, v, mask, *, scaling=None, **kwargs):
+        def around(dense, module, q, k, v, mask, *, scaling=None, **kwargs):
             layer = layer_of.get(id(module))
             chosen = layer is not None and q.shape[2] > 1 and self.rule and (self.layers is None or layer in self.layers)
             if not chosen:
-                return dense_attention(native, module)(module, q, k, v, mask, scaling=scaling, **kwargs)
+                return dense(module, q, k, v, mask, scaling=scaling, **kwargs)
             return self.attend(q, k, v, scaling)[None].to(q.dtype).transpose(1, 2).contiguous(), None
 
-        AttentionInterface.register("npu_sparse_lab", attention)
-        AttentionMaskInterface.register("npu_sparse_lab", ALL_MASK_ATTENTION_FUNCTIONS[native])
-        model.set_attn_implementation(attention_selection(model, "npu_sparse_lab"))
+        model.set_attn_implementation(attention_selection(model, register_around(native, "lab", around)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         group, T = q.shape[1] // k.shape[1], q.shape[2]

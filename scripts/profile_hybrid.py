@@ -23,13 +23,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-
-from npu_sparse import FastHybrid
-from npu_sparse.architectures import delta_net_modules, gated_mlp_modules, norm_modules
-from npu_sparse.measure.clocks import stage_timer
-from npu_sparse.measure.ttft.shapes import SIZES, qwen35
 from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table
+
+from npu_sparse import FastHybrid
+from npu_sparse.measure.clocks import stage_timer
+from npu_sparse.measure.ttft.shapes import SIZES, qwen35
+from npu_sparse.models.architectures import delta_net_modules, gated_mlp_modules, norm_modules
 from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.testing import rms_error
 
@@ -238,7 +238,7 @@ def roofline(args) -> dict:
 
 def tiles(args, size: str, length: int) -> list[dict]:
     """Milliseconds of the kernels under other tiles, `(elements or tokens, warps)`; the shipped one is marked."""
-    from npu_sparse.hybrid import triton as kernels
+    from npu_sparse.models.hybrid import triton as kernels
 
     model, module = layer(args, size)
     module.model_config = model.config

@@ -11,9 +11,9 @@ import torch
 from torch import distributed
 
 from .. import checkpoints
-from ..architectures import describe
 from ..budget import Budget
 from ..indexer import Indexer
+from ..models.architectures import describe
 from ..runs.figures import new_figure, write_figure
 from ..runs.machine import machine, machine_line
 from ..runs.page import markdown_table

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -105,39 +105,22 @@ def dense_attention_timed(model, stage):
 
     Through transformers' registries only; leaving restores the model.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
-    from ..architectures import attention_modules, attention_selection, text_config
+    from ..models.architectures import attention_modules, attention_selection, text_config
+    from ..models.attention import register_around
 
     native = text_config(model)._attn_implementation
     timed = set(attention_modules(model).values())
 
-    def attention(module, *args, **kwargs):
-        run = _attention_function(native, module)
-        if module not in timed:
-            return run(module, *args, **kwargs)
-        with stage("attention"):
-            return run(module, *args, **kwargs)
+    def around(dense, module, *args, **kwargs):
+        with stage("attention") if module in timed else nullcontext():
+            return dense(module, *args, **kwargs)
 
-    name = f"npu_sparse_timed_{native}"
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[native])
+    name = register_around(native, "timed", around)
     model.set_attn_implementation(attention_selection(model, name))
     try:
         yield
     finally:
         model.set_attn_implementation(attention_selection(model, native))
-
-
-def _attention_function(native: str, module):
-    import sys
-
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if native == "eager":  # each modelling file has its own, in no registry
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[native]
 
 
 def amdahl_ceiling(total_s: float, attention_s: float) -> float:

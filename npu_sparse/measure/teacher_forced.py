@@ -91,7 +91,7 @@ def answer_states(
 
     Raises ValueError where the model changes its logits after the output embedding.
     """
-    from ..architectures import delta_net_modules
+    from ..models.architectures import delta_net_modules
 
     prompt, answer = (torch.tensor([ids], device=model.device) for ids in (asked.prompt, asked.answer))
     with _last_hidden(model) as last:

@@ -220,7 +220,7 @@ def attachable(subject: Subject, names, budget: Budget, impl: str) -> None:
 
 def check_context(model, length: int) -> None:
     """Raises ValueError where `length` tokens do not fit the model."""
-    from ..architectures import describe
+    from ..models.architectures import describe
 
     limit = describe(model.config).max_positions
     if length > limit:

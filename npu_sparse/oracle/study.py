@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import checkpoints, tasks
-from ..architectures import Architecture, describe
 from ..budget import Budget
+from ..models.architectures import Architecture, describe
 from ..ops.dispatch import require_kernels, uses_kernel
 from ..runs.figures import write_figure
 from ..runs.machine import machine

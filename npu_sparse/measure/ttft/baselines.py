@@ -11,6 +11,8 @@ from functools import cache
 
 import torch
 
+from ...models.attention import register_dense
+
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
 
 
@@ -21,19 +23,7 @@ def register(name: str) -> str:
     """
     if name not in DENSE:
         return name
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    function = DENSE[name]()
-
-    def attention(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
-        if attention_mask is not None:
-            raise ValueError(f"dense {name} must have prompts without padding, got a mask of {tuple(attention_mask.shape)}")
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return function(query, key, value, scale), None
-
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, _only_padding)
-    return name
+    return register_dense(name, DENSE[name]())
 
 
 def available(names: tuple[str, ...] = ("fa2", "cudnn", "fa3")) -> list[str]:
@@ -44,12 +34,6 @@ def available(names: tuple[str, ...] = ("fa2", "cudnn", "fa3")) -> list[str]:
 def fa3_module() -> str | None:
     """The installed module that has FlashAttention-3's functions."""
     return next((name for name in FA3_MODULES if importlib.util.find_spec(name) is not None), None)
-
-
-def _only_padding(**kwargs):
-    """None, or the 2-D padding mask where something is padded: no mask is ever Tq x Tk."""
-    padding = kwargs.get("attention_mask")
-    return None if padding is None or bool(padding.all()) else padding
 
 
 def _fa2() -> Callable:

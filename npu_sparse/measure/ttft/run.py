@@ -137,7 +137,7 @@ def _prefill(config: TtftConfig, subject: Subject, name: str, length: int, stage
 def _measure(config: TtftConfig, subject: Subject, length: int, ids) -> dict:
     import torch
 
-    from ...architectures import text_config
+    from ...models.architectures import text_config
 
     device = subject.model.device
     load_average = list(os.getloadavg())

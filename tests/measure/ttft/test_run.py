@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from npu_sparse import Indexer
-from npu_sparse.architectures import text_config
 from npu_sparse.indexer import AdapterError
 from npu_sparse.measure.clocks import StageTimer, amdahl_ceiling, dense_attention_timed
 from npu_sparse.measure.prompts import prompt_ids
 from npu_sparse.measure.ttft import STAGES, TtftConfig, page, run_ttft, time_to_first_token
 from npu_sparse.measure.ttft import run as ttft
 from npu_sparse.measure.variants import Subject
+from npu_sparse.models.architectures import text_config
 from npu_sparse.runs.store import RunError
 
 CONFIG = TtftConfig(

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.nn.functional import conv1d, pad, silu, softplus
 
-from npu_sparse.architectures import DeltaNet, delta_net
-from npu_sparse.hybrid import attach
+from npu_sparse.models.architectures import DeltaNet, delta_net
+from npu_sparse.models.hybrid import attach
 from npu_sparse.testing import DTYPES, assert_accurate, normal, rms_error
 
-reference = import_module("npu_sparse.hybrid.reference")
+reference = import_module("npu_sparse.models.hybrid.reference")
 
 
 # 16-bit results round where transformers rounds; in fp32 the order of sums and the device's exp are rounding too
@@ -34,7 +34,7 @@ def functions(request):
     dtypes = arguments.get("dtype"), getattr(arguments.get("case"), "dtype", None)
     if request.param == "interpreted" and torch.bfloat16 in dtypes:
         pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
-    module = import_module("npu_sparse.hybrid.triton")
+    module = import_module("npu_sparse.models.hybrid.triton")
     return SimpleNamespace(**vars(module), device="cuda" if request.param == "cuda" else "cpu", name=request.param)
 
 
@@ -230,7 +230,7 @@ def test_the_cuda_delta_rule_is_within_the_rounding_of_its_intermediates(case):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pytest.importorskip("fla")
-    kernels = import_module("npu_sparse.hybrid.triton")
+    kernels = import_module("npu_sparse.models.hybrid.triton")
     dtype = torch.bfloat16
     shapes = ((case.Hk, case.K), (case.Hk, case.K), (case.Hv, case.V))
     q, k, v = (normal(case.B, case.T, H, D, dtype=dtype, device="cuda", seed=n) for n, (H, D) in enumerate(shapes))

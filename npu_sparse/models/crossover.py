@@ -9,8 +9,8 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from ..budget import Budget
 from .architectures import describe
-from .budget import Budget
 
 PATH = Path(__file__).with_name("crossover.json")
 KEY = ("device", "query_heads", "kv_heads", "head_dim", "k", "block")
@@ -68,7 +68,7 @@ def first_faster(dense_s: Mapping[int, float], sparse_s: Mapping[int, float]) ->
 
 def merge(path: Path, found: Sequence[dict]) -> None:
     """Adds figures to a file of them, in place of those with the same KEY."""
-    from .runs.store import write_text
+    from ..runs.store import write_text
 
     kept = {tuple(one[name] for name in KEY): one for one in (entries(path) if path.exists() else [])}
     kept |= {tuple(one[name] for name in KEY): one for one in found}

@@ -4,13 +4,19 @@ They live on the cache's own layer object, so they are reordered by beam search,
 """
 
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .indexer import rotary_for
-
 PENDING_STEPS = 256  # dense steps whose hidden states are kept before they are turned into index keys
+
+
+class KeyMaker(Protocol):
+    """What makes index keys: the index head of a layer."""
+
+    def keys(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`[B, T, Di]` of hidden states `[B, T, hidden_size]` and the model's cos and sin `[B, T, rotary_dim]`."""
 
 
 class IndexKeyCache:
@@ -33,14 +39,14 @@ class IndexKeyCache:
                     setattr(holder, name, partial(method, holder))
         return holder.index_keys
 
-    def remember(self, hidden: Tensor, cos: Tensor, sin: Tensor, head) -> None:
+    def remember(self, hidden: Tensor, cos: Tensor, sin: Tensor, head: KeyMaker) -> None:
         """Keeps the hidden states of a dense step, so that a later sparse prefill can make index keys of them."""
         B = hidden.shape[0]
         self.pending.append((hidden, cos.expand(B, -1, -1), sin.expand(B, -1, -1)))
         if len(self.pending) > PENDING_STEPS:
             self.flush(head)
 
-    def extend(self, keys: Tensor, seen: int, head) -> Tensor:
+    def extend(self, keys: Tensor, seen: int, head: KeyMaker) -> Tensor:
         """Appends the index keys of new tokens and returns those of all `seen` + new tokens."""
         self.flush(head)
         held = 0 if self.keys is None else self.keys.shape[1]
@@ -51,12 +57,12 @@ class IndexKeyCache:
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
         return self.keys
 
-    def flush(self, head) -> None:
+    def flush(self, head: KeyMaker) -> None:
         """Turns remembered hidden states into index keys."""
         if not self.pending:
             return
         hidden, cos, sin = (torch.cat(parts, 1) for parts in zip(*self.pending))
-        keys = head.keys(hidden, rotary_for(cos, head.dim), rotary_for(sin, head.dim))
+        keys = head.keys(hidden, cos, sin)
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
         self.pending.clear()
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from npu_sparse import Budget, SparsePrefill, crossover, selectors
+from npu_sparse import Budget, SparsePrefill, selectors
+from npu_sparse.models import crossover
 from npu_sparse.testing import tiny_model
 
 HEADS = {"query_heads": 4, "kv_heads": 2, "head_dim": 32}

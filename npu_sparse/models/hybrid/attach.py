@@ -10,8 +10,8 @@ from types import MethodType
 import torch
 from torch.nn.functional import pad
 
+from ...ops.dispatch import KernelUnavailableError, uses_kernel
 from ..architectures import delta_net, delta_net_modules, gated_mlp_modules, norm_modules, project
-from ..ops.dispatch import KernelUnavailableError, uses_kernel
 
 LEAST_FLA = (0, 6)
 
@@ -152,7 +152,7 @@ def _functions(impl: str, device_type: str):
     if impl == "auto" and device_type != "cuda":
         impl = "reference"
     if not uses_kernel(impl, device_type):
-        return importlib.import_module("npu_sparse.hybrid.reference")
+        return importlib.import_module("npu_sparse.models.hybrid.reference")
     if device_type != "cuda":
         raise KernelUnavailableError(f"FastHybrid has kernels for cuda, got {device_type!r}: pass impl='reference'")
     for module, package in (("triton", "triton"), ("fla.ops.gated_delta_rule", "'flash-linear-attention>=0.6'")):
@@ -166,7 +166,7 @@ def _functions(impl: str, device_type: str):
         version = "0.0"
     if tuple(int(part) for part in version.split(".")[:2]) < LEAST_FLA:
         raise KernelUnavailableError(f"FastHybrid's kernels need fla-core 0.6 or newer, got {version}: pip install -U fla-core")
-    return importlib.import_module("npu_sparse.hybrid.triton")
+    return importlib.import_module("npu_sparse.models.hybrid.triton")
 
 
 def _missing(module: str) -> bool:

@@ -90,7 +90,7 @@ def attention_modules(model) -> dict:
     """`{layer index: self-attention module}` of the full-attention layers of a loaded model."""
     architecture = describe(model.config)
     try:
-        return {n: _decoder(model).layers[n].self_attn for n in architecture.layers}
+        return {n: decoder(model).layers[n].self_attn for n in architecture.layers}
     except AttributeError as error:
         raise UnsupportedArchitectureError(
             f"{type(model).__name__} must be a causal language model with decoder layers, got none ({error})"
@@ -156,12 +156,12 @@ def project(module, hidden):
 
 def delta_net_modules(model) -> dict:
     """`{layer index: Gated DeltaNet module}` of a loaded model; empty where it has none."""
-    return {n: layer.linear_attn for n, layer in enumerate(_decoder(model).layers) if hasattr(layer, "linear_attn")}
+    return {n: layer.linear_attn for n, layer in enumerate(decoder(model).layers) if hasattr(layer, "linear_attn")}
 
 
 def norm_modules(model) -> list:
     """The RMSNorms of a loaded hybrid model that scale by `1 + weight`: of hidden states, queries and keys."""
-    return [module for module in _decoder(model).modules() if type(module).__name__ in ZERO_CENTRED_NORMS]
+    return [module for module in decoder(model).modules() if type(module).__name__ in ZERO_CENTRED_NORMS]
 
 
 def gated_mlp_modules(model) -> list:
@@ -169,16 +169,17 @@ def gated_mlp_modules(model) -> list:
     from torch import nn
 
     found = []
-    for module in _decoder(model).modules():
+    for module in decoder(model).modules():
         if all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             if type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
                 found.append(module)
     return found
 
 
-def _decoder(model):
-    decoder = getattr(model, "model", model)
-    return getattr(decoder, "language_model", decoder)
+def decoder(model):
+    """The text decoder of a loaded model: what runs the layers."""
+    inner = getattr(model, "model", model)
+    return getattr(inner, "language_model", inner)
 
 
 def text_config(model):

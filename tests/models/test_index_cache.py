@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 
-from npu_sparse import index_cache
-from npu_sparse.index_cache import IndexKeyCache
 from npu_sparse.indexer import IndexerConfig, IndexHead
+from npu_sparse.models import index_cache
+from npu_sparse.models.index_cache import IndexKeyCache
 from npu_sparse.testing import normal
 
 

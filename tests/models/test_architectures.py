@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from npu_sparse.architectures import (
+from npu_sparse.models.architectures import (
     SUPPORTED,
     UnsupportedArchitectureError,
     attention_modules,

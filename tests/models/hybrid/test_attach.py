@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache
 
 from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill
-from npu_sparse.architectures import delta_net_modules, gated_mlp_modules, norm_modules
-from npu_sparse.hybrid import attach
+from npu_sparse.models.architectures import delta_net_modules, gated_mlp_modules, norm_modules
+from npu_sparse.models.hybrid import attach
 from npu_sparse.ops import KernelUnavailableError
 from npu_sparse.testing import tiny_model
 
@@ -37,8 +37,8 @@ def interpreted(monkeypatch):
     """Attaches with the Triton kernels in the interpreter, around the reference's delta rule."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton interprets its kernels on the CPU only under TRITON_INTERPRET=1: run `make test-triton`")
-    kernels = import_module("npu_sparse.hybrid.triton")
-    monkeypatch.setattr(kernels, "delta_rule", import_module("npu_sparse.hybrid.reference").delta_rule)
+    kernels = import_module("npu_sparse.models.hybrid.triton")
+    monkeypatch.setattr(kernels, "delta_rule", import_module("npu_sparse.models.hybrid.reference").delta_rule)
     monkeypatch.setattr(attach, "_functions", lambda impl, device_type: kernels)
     return FastHybrid.attach
 
@@ -279,7 +279,7 @@ def test_an_old_flash_linear_attention_is_refused(monkeypatch, version, served):
     monkeypatch.setattr(attach.importlib.metadata, "version", found)
     monkeypatch.setattr(attach.importlib, "import_module", lambda name: name)
     if served:
-        assert attach._functions("kernel", "cuda") == "npu_sparse.hybrid.triton"
+        assert attach._functions("kernel", "cuda") == "npu_sparse.models.hybrid.triton"
     else:
         with pytest.raises(KernelUnavailableError, match="need fla-core 0.6 or newer"):
             attach._functions("kernel", "cuda")
