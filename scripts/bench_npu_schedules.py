@@ -27,11 +27,11 @@ from functools import reduce
 from pathlib import Path
 
 import islpy as isl
+
+from npu_sparse.measure import npu_cost as cost
 from npu_sparse.runs.figures import new_figure, write_figure
 from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table
-
-from npu_sparse.measure import npu_cost as cost
 from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.schedule import config, operator_reference
 from npu_sparse.schedule.ascend import emulate, memory

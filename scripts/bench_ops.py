@@ -21,14 +21,14 @@ import sys
 from pathlib import Path
 
 import torch
-from npu_sparse.runs.figures import new_figure, write_figure
-from npu_sparse.runs.machine import machine, machine_line
-from npu_sparse.runs.page import markdown_table
 
 from npu_sparse import Budget, Support, ops
 from npu_sparse.indexer import IndexerConfig, IndexHead
 from npu_sparse.measure.ttft.baselines import DENSE, available
 from npu_sparse.runs import stats
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table
 from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.selectors import LayerInputs, Oracle
 

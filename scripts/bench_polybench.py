@@ -25,11 +25,11 @@ from pathlib import Path
 from statistics import fmean, geometric_mean
 
 import yaml
+
 from npu_sparse.runs.figures import new_figure, write_figure
 from npu_sparse.runs.machine import machine as this_machine
 from npu_sparse.runs.machine import machine_line
 from npu_sparse.runs.page import markdown_table, say
-
 from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.schedule import config
 from npu_sparse.schedule import kernels as shipped_kernels

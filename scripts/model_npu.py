@@ -25,11 +25,10 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+from npu_sparse.measure import npu_cost as cost
 from npu_sparse.runs.figures import new_figure, write_figure
 from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table
-
-from npu_sparse.measure import npu_cost as cost
 from npu_sparse.runs.store import open_run, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent

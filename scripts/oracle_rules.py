@@ -16,15 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from npu_sparse.runs.machine import machine as this_machine
-from npu_sparse.runs.machine import machine_line
-from npu_sparse.runs.page import markdown_table, say
 from torch import Tensor
 
 from npu_sparse import checkpoints, tasks
 from npu_sparse.models.architectures import attention_modules, attention_selection, text_config
 from npu_sparse.models.attention import register_around
 from npu_sparse.runs import stats
+from npu_sparse.runs.machine import machine as this_machine
+from npu_sparse.runs.machine import machine_line
+from npu_sparse.runs.page import markdown_table, say
 from npu_sparse.runs.store import open_run, write_json, write_text
 
 ROWS = 512

@@ -23,13 +23,13 @@ from pathlib import Path
 from unittest import mock
 
 import torch
-from npu_sparse.runs.machine import machine, machine_line
-from npu_sparse.runs.page import markdown_table
 
 from npu_sparse import FastHybrid
 from npu_sparse.measure.clocks import stage_timer
 from npu_sparse.measure.ttft.shapes import SIZES, qwen35
 from npu_sparse.models.architectures import delta_net_modules, gated_mlp_modules, norm_modules
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table
 from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.testing import rms_error
 

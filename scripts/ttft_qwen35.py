@@ -30,9 +30,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
-from npu_sparse.runs.figures import new_figure, write_figure
-from npu_sparse.runs.machine import machine, machine_line
-from npu_sparse.runs.page import markdown_table, say
 
 from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill, checkpoints
 from npu_sparse.measure.clocks import (
@@ -49,6 +46,9 @@ from npu_sparse.measure.ttft.shapes import SIZES, qwen35
 from npu_sparse.models import crossover
 from npu_sparse.models.architectures import delta_net_modules, describe, gated_mlp_modules, norm_modules
 from npu_sparse.runs import stats
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table, say
 from npu_sparse.runs.store import open_run, write_json, write_text
 
 STARTED = time.monotonic()

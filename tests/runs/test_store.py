@@ -310,7 +310,7 @@ def test_a_record_of_an_earlier_version_is_read_through_its_upgrade(cells, tmp_p
     old.write("vt-k8", RECORD)
     with pytest.raises(RunError, match=r"vt-k8.json must be the record of budget \{'k': 8\}, got None"):
         cells.read("vt-k8")
-    upgraded = Cells(cells.directory, CELLS, CELL_FORM, upgrade=lambda record: {"budget": {"k": 8}, **record})
+    upgraded = Cells(cells.directory, CELLS, CELL_FORM, upgrade=lambda name, record: {"budget": {"k": 8}, **record})
     assert upgraded.read("vt-k8")["budget"] == {"k": 8}
 
 
