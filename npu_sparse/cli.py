@@ -148,6 +148,7 @@ def _schedule(
     draw: Annotated[Path | None, typer.Option(help="Picture of the iterations before and after, .png or .svg.")] = None,
     openscop: Annotated[Path | None, typer.Option(help="Where an OpenScop text for other tools goes.")] = None,
     sizes: Annotated[str, typer.Option(help="ni=100,alpha=1.5: compile, run both programs and compare them.")] = "",
+    time_limit: Annotated[float, typer.Option(help="Seconds that the runs of --sizes may take.", min=0.1)] = 300,
 ) -> None:
     try:
         from npu_sparse.schedule.command import schedule_file
@@ -158,8 +159,9 @@ def _schedule(
     except ValueError as error:
         raise ValueError(f"sizes must be numbers, such as n=100,alpha=1.5, got {sizes!r}") from error
     text = schedule_file(
-        source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop, sizes=values
-    )
+        source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop,
+        sizes=values, time_limit_s=time_limit,
+    )  # fmt: skip
     if text:
         typer.echo(text)
 
@@ -246,6 +248,9 @@ def _pairs(value) -> dict:
     pairs = [part.partition("=") for part in str(value).split(",") if part]
     if any(not mark for _, mark, _ in pairs):
         raise typer.BadParameter(f"must be a comma-separated list of NAME=VALUE, got {value!r}")
+    names = [key.strip() for key, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"must have each name once, got {value!r}")
     return {key: item for key, _, item in pairs}
 
 
