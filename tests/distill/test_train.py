@@ -285,8 +285,8 @@ def test_a_full_disk_leaves_the_previous_checkpoint_usable(finished, run, monkey
 
 def fresh(config):
     """An untrained indexer of the tiny model's geometry and its optimizer."""
-    indexer = Indexer(IndexerConfig(32, (0, 1), 16, config.heads, config.dim))
-    return indexer, torch.optim.AdamW(indexer.parameters())
+    indexer = Indexer(IndexerConfig(32, (0, 1), 16, config.heads, config.dim, partition=True))
+    return indexer, torch.optim.AdamW([p for p in indexer.parameters() if p.requires_grad])
 
 
 def test_other_base_weights_or_texts_are_refused_and_change_nothing(make_config, run, stop_at, model, tokenizer, tmp_path):
