@@ -1,6 +1,7 @@
 """What a distillation run is made of."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ..indexer import DIMS
@@ -126,8 +127,15 @@ class DistillConfig:
         return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def to_dict(self) -> dict:
-        """Plain JSON types."""
+        """Plain JSON types; `from_dict` reads them back."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "DistillConfig":
+        """The DistillConfig that `to_dict` wrote; unknown fields are refused."""
+        if unknown := set(data) - set(cls.__dataclass_fields__):
+            raise ValueError(f"a distill config must have known fields only, got {', '.join(sorted(unknown))}")
+        return cls(**data)
 
 
 def _whole(name: str, value, least: int) -> int:

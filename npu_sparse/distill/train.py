@@ -17,7 +17,7 @@ from ..models.architectures import describe
 from ..runs.figures import new_figure, write_figure
 from ..runs.machine import machine, machine_line
 from ..runs.page import markdown_table
-from ..runs.store import RunError, open_run, write_bytes, write_json, write_text
+from ..runs.store import RunError, check, open_stage, write_bytes, write_json, write_text
 from .config import DistillConfig
 from .data import Contexts, batches, row_segments
 from .loss import DistillLoss
@@ -56,7 +56,7 @@ def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progres
         raise ValueError(f"lengths and validation_length must fit the model's {limit} positions, got {longest}")
     contexts = Contexts(config, tokenizer)
     if rank == 0:
-        open_run(output, {"stage": "distill", "processes": world, **config.to_dict()})
+        open_stage(output, "distill", config, processes=world)
     _barrier(world)
     indexer = Indexer.for_model(
         model, heads=config.heads, dim=config.dim, partition=config.partition_steps > 0, seed=config.seed
@@ -66,7 +66,10 @@ def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progres
     optimizer = torch.optim.AdamW(
         learned, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
     )
+    inputs = {"base weights": checkpoints.weights_fingerprint(model), "texts": contexts.digest()}
     state = _resume(output, indexer, optimizer)
+    _check_curve(state, output, config)
+    _require_same_inputs(state, output, inputs)
     _require_same_step(state["step"], output, world)
     if rank == 0:
         write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
@@ -137,12 +140,13 @@ def _save(output: Path, indexer: Indexer, optimizer, state: dict) -> None:
     tensors = {f"indexer.{name}": tensor.detach().cpu().contiguous() for name, tensor in indexer.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value.detach().cpu() for name, value in moments.items()})
-    metadata = {"curve": json.dumps({"step": state["step"], "metrics": state["metrics"]}), "sha256": _digest(tensors)}
+    curve = json.dumps({name: state[name] for name in ("step", "metrics", "inputs")})
+    metadata = {"curve": curve, "sha256": _digest(tensors, curve)}
     write_bytes(output / CHECKPOINT, save(tensors, metadata=metadata))
 
 
-def _digest(tensors: dict) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict, curve: str = "") -> str:
+    digest = hashlib.sha256(curve.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
@@ -152,13 +156,15 @@ def _digest(tensors: dict) -> str:
 def _append(path: Path, record: dict) -> None:
     """One more line for whoever watches; a line that a kill cuts short is rewritten from the checkpoint."""
     try:
-        with open(path, "a") as file:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise RunError(f"{path} could not be written ({error.strerror})") from error
 
 
 def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
+    """Where the run goes on: `{"step", "metrics"}` and, where something was trained, what it was trained on as "inputs"."""
     from safetensors import SafetensorError, safe_open
 
     path = output / CHECKPOINT
@@ -169,13 +175,42 @@ def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
             metadata = file.metadata()
             state = json.loads(metadata["curve"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata["sha256"] != _digest(tensors):
+        # checkpoints of version 0.1 do not say what they were trained on, and their digest is that of the tensors
+        told = "inputs" in state
+        if metadata["sha256"] != _digest(tensors, metadata["curve"] if told else ""):
             raise ValueError("its sha256 differs")
         _restore(indexer, optimizer, tensors)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise RunError(f"{path} is damaged ({reason}): delete it to begin again") from error
     return state
+
+
+def _check_curve(state, output: Path, config: DistillConfig) -> None:
+    """Raises RunError unless `state` holds all that the report reads."""
+    try:
+        _check_metrics(state, config)
+    except ValueError as error:
+        raise RunError(f"{output / CHECKPOINT} is damaged ({error}): delete it to begin again") from error
+
+
+def _require_same_inputs(state: dict, output: Path, inputs: dict[str, str]) -> None:
+    """Records what is trained on, or raises RunError where the checkpoint was trained on something else."""
+    told = state.setdefault("inputs", inputs)
+    if changed := [name for name in inputs if told.get(name) != inputs[name]]:
+        raise RunError(f"{output} was trained with other {' and '.join(changed)} than there are now: choose another directory")
+
+
+def _check_metrics(state, config: DistillConfig) -> None:
+    recall = {str(k): float for k in config.budgets}
+    part = {"kl": float, "mass_recall": recall, "support_recall": recall}
+    check(state, {"step": int, "metrics": [{"step": int, "loss": float, "lr": float}]})
+    check(state.get("inputs", {}), {str: str})
+    validations = [record["validation"] for record in state["metrics"] if "validation" in record]
+    check(validations, [{**part, "by_kind": {str: part}, "by_layer": [{"layer": int, **part}]}])
+    ended = state["step"] == config.steps
+    if not 0 <= state["step"] == len(state["metrics"]) <= config.steps or (ended and "validation" not in state["metrics"][-1]):
+        raise ValueError(f"its curve must have a record for each of {state['step']} steps, got {len(state['metrics'])}")
 
 
 def _restore(indexer: Indexer, optimizer, tensors: dict) -> None:
