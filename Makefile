@@ -8,7 +8,7 @@ TRITON_VENV := .venv-triton
 NPU_STUB := $(abspath build/npu_stub)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-npu test-triton lint clean
+.PHONY: demo test test-all test-npu test-triton lint results-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/npu-sparse demo
@@ -25,15 +25,19 @@ test-all: $(VENV)/.installed-dev
 test-npu: $(NPU_VENV)/.installed
 	$(NPU_VENV)/bin/python ops/emulation/runtime_stub/build.py $(NPU_STUB)
 	LD_LIBRARY_PATH=$(NPU_STUB) NPU_SPARSE_RUNTIME_STUB=$(NPU_STUB) \
-	  $(NPU_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/npu_stub tests/ops -k npu
+	  $(NPU_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/npu_stub tests/ops --backend npu
 
 # The CUDA kernels without a GPU: Triton's interpreter, and NVRTC for what is written in CUDA C++
 test-triton: $(TRITON_VENV)/.installed
-	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops tests/hybrid \
+	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops tests/models/hybrid \
 	  -k "interpreted or test_hopper"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
+
+# Every number of README.md and docs/results.md, looked up in the report.json that its section links to
+results-check: $(BIN)/python
+	$(BIN)/python scripts/check_results.py
 
 clean:
 	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) build ops/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage

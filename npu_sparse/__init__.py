@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from npu_sparse.budget import Budget
-    from npu_sparse.hybrid import FastHybrid
     from npu_sparse.indexer import Indexer, IndexerConfig
+    from npu_sparse.models.hybrid import FastHybrid
     from npu_sparse.prefill import SparsePrefill
     from npu_sparse.support import Support
 
@@ -18,7 +18,7 @@ __all__ = ["Budget", "FastHybrid", "Indexer", "IndexerConfig", "SparsePrefill", 
 
 _MODULE_OF = {
     "Budget": "budget",
-    "FastHybrid": "hybrid",
+    "FastHybrid": "models.hybrid",
     "Indexer": "indexer",
     "IndexerConfig": "indexer",
     "SparsePrefill": "prefill",

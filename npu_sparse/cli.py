@@ -43,15 +43,15 @@ COMMANDS = {
     ),
     "eval": Command(
         "Score dense, oracle, indexer and controls on the same prompts, with the three gaps.",
-        "npu_sparse.bench.quality", "EvalConfig", "run_eval",
+        "npu_sparse.measure.quality", "EvalConfig", "run_eval",
     ),
     "ttft": Command(
         "Time to first token of dense and sparse prefill, interleaved, with the stage breakdown.",
-        "npu_sparse.bench.ttft", "TtftConfig", "run_ttft",
+        "npu_sparse.measure.ttft", "TtftConfig", "run_ttft",
     ),
     "frontier": Command(
         "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
-        "npu_sparse.bench.frontier", "FrontierConfig", "run_frontier",
+        "npu_sparse.measure.frontier", "FrontierConfig", "run_frontier",
     ),
     "schedule": Command("Reorder, tile and parallelise the loops of a C file: a configurable polyhedral scheduler."),
     "build": Command("Compile the AscendC kernels, for the host emulation or for the card."),
@@ -148,18 +148,20 @@ def _schedule(
     draw: Annotated[Path | None, typer.Option(help="Picture of the iterations before and after, .png or .svg.")] = None,
     openscop: Annotated[Path | None, typer.Option(help="Where an OpenScop text for other tools goes.")] = None,
     sizes: Annotated[str, typer.Option(help="ni=100,alpha=1.5: compile, run both programs and compare them.")] = "",
+    time_limit: Annotated[float, typer.Option(help="Seconds that the runs of --sizes may take.", min=0.1)] = 300,
 ) -> None:
     try:
         from npu_sparse.schedule.command import schedule_file
     except ModuleNotFoundError as error:
-        raise ValueError(f"scheduling needs {error.name}: pip install 'npu-sparse[schedule]'") from error
+        raise ValueError(f"scheduling needs {error.name}: pip install -e '.[schedule]' in a clone of npu-sparse") from error
     try:
         values = {name.strip(): float(value) for name, value in _pairs(sizes).items()} if sizes else None
     except ValueError as error:
         raise ValueError(f"sizes must be numbers, such as n=100,alpha=1.5, got {sizes!r}") from error
     text = schedule_file(
-        source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop, sizes=values
-    )
+        source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop,
+        sizes=values, time_limit_s=time_limit,
+    )  # fmt: skip
     if text:
         typer.echo(text)
 
@@ -246,6 +248,9 @@ def _pairs(value) -> dict:
     pairs = [part.partition("=") for part in str(value).split(",") if part]
     if any(not mark for _, mark, _ in pairs):
         raise typer.BadParameter(f"must be a comma-separated list of NAME=VALUE, got {value!r}")
+    names = [key.strip() for key, _, _ in pairs]
+    if len(set(names)) < len(names):
+        raise typer.BadParameter(f"must have each name once, got {value!r}")
     return {key: item for key, _, item in pairs}
 
 
@@ -276,7 +281,8 @@ def _show(output: Path) -> None:
 def _status(error: Exception) -> int | None:
     """The exit status of an error that a user can act on, None for a bug."""
     from npu_sparse.checkpoints import CheckpointError
-    from npu_sparse.report import RunError
+
+    from .runs.store import RunError
 
     if isinstance(error, CheckpointError):
         return FAILURE

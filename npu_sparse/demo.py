@@ -5,14 +5,17 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoints, report
-from .bench.quality import EvalConfig, points, run_eval
-from .bench.ttft import TtftConfig, run_ttft
+from . import checkpoints
 from .distill import DistillConfig
 from .distill.data import Contexts
 from .distill.validate import validate
 from .indexer import Indexer, shipped
+from .measure.quality import EvalConfig, points, run_eval
+from .measure.ttft import TtftConfig, run_ttft
 from .oracle import OracleConfig, run_oracle
+from .runs.machine import machine, machine_line
+from .runs.page import markdown_table, say
+from .runs.store import open_run, write_json, write_text
 
 TEXTS = ("builtin",)
 RECALL_BUDGETS = (64, 128, 256, 512)
@@ -23,26 +26,26 @@ def run_demo(output, model_name: str = "smollm2-135m") -> dict:
     if model_name not in shipped():
         raise ValueError(f"model must be one with a shipped adapter ({', '.join(shipped())}), got {model_name!r}")
     dtype = _dtype()
-    output = report.open_run(output, {"stage": "demo", "model": model_name, "dtype": dtype})
-    report.say(f"1/5 checkpoint: {model_name} in {dtype}")
+    output = open_run(output, {"stage": "demo", "model": model_name, "dtype": dtype})
+    say(f"1/5 checkpoint: {model_name} in {dtype}")
     model, tokenizer = checkpoints.load(model_name, dtype=dtype)
     indexer = Indexer.from_pretrained(model_name)
     loaded = {"model": model, "tokenizer": tokenizer}
 
-    report.say("2/5 oracle: how much dense attention does it need?")
+    say("2/5 oracle: how much dense attention does it need?")
     oracle = run_oracle(_oracle_config(model_name, dtype), output / "oracle", **loaded)
-    report.say("3/5 indexer: how much of that does the distilled indexer find?")
+    say("3/5 indexer: how much of that does the distilled indexer find?")
     recall = _recall(model, tokenizer, indexer, model_name, output / "recall")
-    report.say("4/5 quality: what do the oracle, the indexer and sharing cost on tasks?")
+    say("4/5 quality: what do the oracle, the indexer and sharing cost on tasks?")
     quality = run_eval(_eval_config(model_name, dtype), output / "eval", indexer=indexer, **loaded)
-    report.say("5/5 TTFT: what does prefill gain?")
+    say("5/5 TTFT: what does prefill gain?")
     ttft = run_ttft(_ttft_config(model_name, model, dtype), output / "ttft", indexer=indexer, **loaded)
 
     summary = _summary(oracle, recall, quality, ttft)
-    report.write_json(output / "report.json", {"stage": "demo", "machine": report.machine(), "summary": summary})
+    write_json(output / "report.json", {"stage": "demo", "machine": machine(), "summary": summary})
     text = _markdown(model_name, summary)
-    report.write_text(output / "report.md", text)
-    print(report.markdown_table(summary))
+    write_text(output / "report.md", text)
+    print(markdown_table(summary))
     print(f"Report: {output / 'report.md'}")
     return {"summary": summary}
 
@@ -81,9 +84,9 @@ def _recall(model, tokenizer, indexer, name: str, directory: Path) -> dict:
         model=name, texts=TEXTS, tasks=(), task_fraction=0.0, validation_prompts=2, validation_length=2048,
         budgets=RECALL_BUDGETS,
     )  # fmt: skip
-    directory = report.open_run(directory, {"stage": "recall", **config.to_dict()})
+    directory = open_run(directory, {"stage": "recall", **config.to_dict()})
     found = validate(model, indexer, Contexts(config, tokenizer).held_out(), config.budgets)
-    report.write_json(directory / "report.json", {**found, "machine": report.machine()})
+    write_json(directory / "report.json", {**found, "machine": machine()})
     return found
 
 
@@ -118,9 +121,9 @@ def _row(question: str, what: str, evidence: str, found: str) -> dict:
 
 def _markdown(name: str, summary: list[dict]) -> str:
     return (
-        f"# npu-sparse on {name}\n\n{report.markdown_table(summary)}\n"
+        f"# npu-sparse on {name}\n\n{markdown_table(summary)}\n"
         "Few prompts and runs, so that it takes minutes: read the intervals. The wide runs are in docs/results.\n\n"
-        f"All measured on {report.machine_line(report.machine())}.\n\n"
+        f"All measured on {machine_line(machine())}.\n\n"
         "## How much dense attention is needed?\n\n![quality](oracle/quality.png)\n![retained](oracle/retained.png)\n"
         "[report](oracle/report.md)\n\n"
         "## What do selecting and sharing cost?\n\n![eval](eval/report.png)\n[report](eval/report.md)\n\n"

@@ -266,7 +266,7 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
     if cuda["devices"] and (packages["torch"] or "").endswith("+cpu"):
         items += [("torch for CUDA", cuda["reason"], f"{pip} --force-reinstall torch")]
     if cuda["devices"] and packages["triton"] is None:
-        items += [("triton", "CUDA kernels, which a later version brings, are written with it", f"{pip} triton")]
+        items += [("triton", "the CUDA kernels are written with it", f"{pip} triton")]
     if cuda["devices"] and packages["flash-linear-attention"] is None:
         why = "transformers runs linear-attention layers much faster with it"
         items += [("flash-linear-attention", why, f"{pip} flash-linear-attention")]

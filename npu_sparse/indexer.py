@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .report import replace_files
+from .runs.store import replace_files
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "adapters"  # adapters of the demo checkpoints, by name
@@ -69,14 +69,14 @@ class IndexHead(nn.Module):
 
         cos, sin: the model's, `[B, T, rotary_dim]`.
         """
-        cos, sin = rotary_for(cos, self.dim), rotary_for(sin, self.dim)
         queries = self.q_proj(hidden).unflatten(-1, (self.heads, self.dim)).transpose(1, 2)  # [B, Hi, T, Di]
         weights = None if self.w_proj is None else self.w_proj(hidden) * self.heads**-0.5
-        return rotate(queries, cos[:, None], sin[:, None]), self.keys(hidden, cos, sin), weights
+        turned = rotate(queries, rotary_for(cos, self.dim)[:, None], rotary_for(sin, self.dim)[:, None])
+        return turned, self.keys(hidden, cos, sin), weights
 
     def keys(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`ki [B, T, Di]`; cos and sin as `rotary_for` gives them."""
-        return rotate(self.k_norm(self.k_proj(hidden)), cos, sin)
+        """`ki [B, T, Di]` of hidden states `[B, T, hidden_size]`; cos and sin are the model's."""
+        return rotate(self.k_norm(self.k_proj(hidden)), rotary_for(cos, self.dim), rotary_for(sin, self.dim))
 
 
 def rotary_for(table: Tensor, dim: int) -> Tensor:
@@ -115,8 +115,8 @@ class Indexer(nn.Module):
     @classmethod
     def for_model(cls, model, *, heads: int = 1, dim: int = 128, seed: int = 0) -> "Indexer":
         """An untrained Indexer of the model's geometry, on its device, in fp32, with seeded weights."""
-        from .architectures import describe
         from .checkpoints import identity
+        from .models.architectures import describe
 
         a = describe(model.config)
         config = IndexerConfig(a.hidden_size, a.layers, a.rotary_dim, heads, dim)
@@ -138,8 +138,8 @@ class Indexer(nn.Module):
 
     def check_base(self, model) -> None:
         """Raises AdapterError where the model's geometry or weights are not those this indexer was made for."""
-        from .architectures import describe
         from .checkpoints import identity
+        from .models.architectures import describe
 
         a = describe(model.config)
         ours = (self.config.hidden_size, self.config.layers, self.config.rotary_dim)

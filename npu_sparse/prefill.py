@@ -6,23 +6,26 @@ index queries and keys; `AttentionInterface` selects a Support and attends to it
 decode steps, contexts below `dense_below` - goes to the model's original implementation with the mask it would have had.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from . import crossover, ops
-from .architectures import attention_modules, attention_selection, describe, text_config
+from . import ops
 from .budget import Budget
-from .index_cache import IndexKeyCache
 from .indexer import Indexer as IndexerModule
+from .models import crossover
+from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config
+from .models.attention import LAYER, PREFIX, register_sparse
+from .models.forward import CANDIDATES, FORWARD, PROMPT_LENGTH, ForwardContext, cache_of, is_sparse, noted, prompt_length_of
+from .models.index_cache import IndexKeyCache
 from .ops import workspace
 from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
 from .selectors import Indexer, LayerInputs, Selector
 from .support import Support
-
-_PREFIX = "npu_sparse"  # of the names that attached models select their attention and mask functions by
-_UNHOOKED = object()
 
 
 class SparsePrefill:
@@ -45,11 +48,8 @@ class SparsePrefill:
         self.native = text_config(model)._attn_implementation
         self.indexer: IndexerModule | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
-        self._finite: list[tuple[int, torch.Tensor]] = []
         layers = self.architecture.layers
         self._selects = {layer: layers[n - n % budget.share_layers] for n, layer in enumerate(layers)}
-        self._support: Support | None = None  # of the last layer that selected, where others read it too
-
     @classmethod
     def attach(
         cls,
@@ -107,10 +107,22 @@ class SparsePrefill:
 
     def is_sparse(self, queries: int, length: int) -> bool:
         """True where a forward of `queries` new tokens at a context of `length` (the new ones included) runs sparse."""
-        return _is_sparse(queries, length, self.budget.dense_below)
+        return is_sparse(queries, length, self.budget.dense_below)
+
+    def prompt(self, cache, length: int) -> AbstractContextManager[None]:
+        """Says that `cache` is being filled with a prompt of `length` tokens, until the block ends.
+
+            with attached.prompt(cache, length=ids.shape[1]):
+                model.generate(ids, past_key_values=cache, prefill_chunk_size=4096)
+
+        Every chunk then knows where the prompt ends, and tokens after its end are decode steps (dense), whatever their number.
+        `model(ids, prompt_length=n)` says the same of one forward. `length` counts the tokens that the cache already holds.
+        Raises TypeError or ValueError where it is no number of tokens.
+        """
+        return noted(cache, length)
 
     def _check(self) -> None:
-        if self.native.startswith(_PREFIX):
+        if self.native.startswith(PREFIX):
             raise ValueError("model must not be attached twice: detach() the first SparsePrefill")
         unknown = set(self.budget.per_layer) - set(self.architecture.layers)
         if unknown:
@@ -148,14 +160,34 @@ class SparsePrefill:
         )  # fmt: skip
 
     def _patch(self) -> None:
-        modules = attention_modules(self.model)
-        name = _register(self.native, self.budget.dense_below)
+        modules, text = attention_modules(self.model), decoder(self.model)
+        name = register_sparse(self.native, self.budget.dense_below)
         self.model.set_attn_implementation(attention_selection(self.model, name))
+        self._decoder_arguments = tuple(inspect.signature(text.forward).parameters)
+        self._handles += [
+            self.model.register_forward_pre_hook(_before_model, with_kwargs=True),
+            text.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            text.register_forward_hook(_check_finite, with_kwargs=True),
+        ]
         for layer, module in modules.items():
             hook = self._layer_hook(layer)
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        self._handles.append(self.model.register_forward_pre_hook(lambda *_: self._finite.clear()))
-        self._handles.append(self.model.register_forward_hook(self._check_finite))
+
+    def _before_decoder(self, module, args, kwargs):
+        """Makes the ForwardContext of a forward and hands it to the layers, through transformers' own keywords."""
+        given = dict(zip(self._decoder_arguments, args)) | kwargs
+        tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+        if tokens is None:
+            return None  # transformers says what is missing
+        queries, cache = tokens.shape[1], cache_of(given)
+        start = 0 if cache is None or queries == 1 else int(cache.get_seq_length(self.architecture.layers[0]))
+        self._check_length(queries, start + queries)
+        forward = ForwardContext(
+            start, queries, prompt_length_of(given, cache, start + queries), self.budget.dense_below,
+            keeps_supports=torch.is_grad_enabled(),
+        )  # fmt: skip
+        passed = {name: value for name, value in kwargs.items() if name not in (PROMPT_LENGTH, CANDIDATES)}
+        return args, {**passed, FORWARD: forward}
 
     def _layer_hook(self, layer: int):
         selects = self._selects[layer] == layer
@@ -164,26 +196,22 @@ class SparsePrefill:
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name until transformers 5.24
-            queries = hidden.shape[1]
-            seen = 0 if cache is None or queries == 1 else int(cache.get_seq_length(layer))
-            length = seen + queries
-            self._check_length(queries, length)
-            sparse = self.is_sparse(queries, length)
-            if not sparse:
+            forward, cache = kwargs[FORWARD], cache_of(kwargs)
+            first = forward.sparse_queries
+            if not first:
                 if head is not None and cache is not None:
                     IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head)
-                return args, {**kwargs, "sparse_ctx": None}
+                return args, {**kwargs, LAYER: None}
             index = None
             if head is not None:
                 with self.stage("projection"):
                     qi, ki, w = head(hidden, cos, sin)
                     if cache is not None:
-                        ki = IndexKeyCache.of(cache, layer).extend(ki, seen, head)
-                    index = (qi, ki, w)
+                        ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head)
+                    index = (qi[:, :, :first], ki[:, : forward.end], None if w is None else w[:, :first])
             if not torch.compiler.is_compiling():
-                self._finite.append((layer, _total(hidden).isfinite()))
-            return args, {**kwargs, "sparse_ctx": (self, layer, length, index)}
+                forward.finite.append((layer, _total(hidden).isfinite()))
+            return args, {**kwargs, LAYER: _Layer(self, layer, forward, index)}
 
         return before_attention
 
@@ -194,113 +222,72 @@ class SparsePrefill:
         if length > limit:
             raise ValueError(f"prompt must fit the model's {limit} positions, got {length} tokens")
 
-    def _check_finite(self, module, args, output) -> None:
-        if self._finite and not bool(torch.stack([flag for _, flag in self._finite]).all()):
-            layer = next(layer for layer, flag in self._finite if not bool(flag))
-            raise FloatingPointError(f"hidden states of layer {layer} must be finite, got NaN or Inf")
+    def _support(self, inputs: LayerInputs, forward: ForwardContext) -> Support:
+        """The support of a layer: its own, or that of the layer it reads."""
+        selecting = self._selects[inputs.layer]
+        if selecting != inputs.layer:
+            return forward.supports[selecting]
+        support = self.selector.select(inputs, self.budget)
+        if self.budget.share_layers > 1:
+            if not forward.keeps_supports:
+                forward.supports.clear()  # nobody reads them any more
+            forward.supports[selecting] = support
+        return support
 
 
-def _total(hidden: torch.Tensor) -> torch.Tensor:
-    """The sum of all elements, in a dtype that finite fp16 does not overflow."""
-    return hidden.sum(dtype=torch.float32) if hidden.dtype == torch.float16 else hidden.sum()
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One full-attention layer in one forward: what the attention function calls."""
+
+    attached: SparsePrefill
+    layer: int
+    forward: ForwardContext
+    index: tuple[Tensor, Tensor, Tensor | None] | None
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        if mask is not None and mask.ndim != 2:
+            raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
+        attached = self.attached
+        valid = None if mask is None else mask[:, : k.shape[2]]
+        inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage)
+        workspace.use(attached.workspace_mib)
+        try:
+            support = attached._support(inputs, self.forward)
+            out = _attend(attached, inputs, support)
+            if attached.observe is not None:
+                attached.observe(inputs, support, out)
+            return out.transpose(1, 2).contiguous()
+        except (RuntimeError, MemoryError) as error:
+            if not workspace.is_exhausted(error):
+                raise
+            raise workspace.out_of_memory(self.layer, k.shape[2], rows=k.shape[0] * k.shape[2]) from error
 
 
-def _is_sparse(queries: int, length: int, dense_below: int) -> bool:
-    return queries > 1 and length >= dense_below
-
-
-def _register(native: str, dense_below: int) -> str:
-    """Registers the attention and mask functions that fall back to implementation `native`; returns their name.
-
-    The functions hold no model: what they need to know is in their name, and torch.compile can follow them.
-    """
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    name = f"{_PREFIX}_{native}_from_{dense_below}"
-
-    def attention(module, query, key, value, attention_mask, *, scaling=None, sparse_ctx=_UNHOOKED, **kwargs):
-        if sparse_ctx is _UNHOOKED and kwargs.get("sliding_window") is None:
-            raise ValueError("model shares its config with one that is attached: make it with copy.deepcopy(config)")
-        if sparse_ctx is _UNHOOKED or sparse_ctx is None:
-            dense = dense_attention(native, module)
-            return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return _sparse_attention(sparse_ctx, query, key, value, attention_mask, scaling), None
-
-    def mask(**kwargs):
-        return _mask(native, dense_below, **kwargs)
-
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, mask)
-    return name
-
-
-def dense_attention(native: str, module) -> Callable:
-    """transformers' attention function of implementation `native` for this module."""
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if native == "eager":
-        import sys
-
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[native]
-
-
-def _mask(native: str, dense_below: int, **kwargs):
-    """The mask of one forward: native where it runs dense, else 2-D `[B, length]` bool where padded, or None."""
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
-
-    queries, offset = kwargs["q_length"], kwargs["q_offset"]
-    length = queries if queries == 1 else int(offset) + queries
-    windowed = kwargs.get("local_size") is not None
-    if windowed or not _is_sparse(queries, length, dense_below):
-        return ALL_MASK_ATTENTION_FUNCTIONS[native](**kwargs)
-    if kwargs["mask_function"] is not causal_mask_function:
-        raise ValueError(
-            "sparse prefill takes one causal sequence per row; packed or custom masks are not supported "
-            "(a compiled prefill without a cache needs an attention_mask, if only of ones, to show that nothing is packed)"
-        )
-    padding = kwargs["attention_mask"]
-    if padding is None:
-        return None
-    if padding.shape[1] < length:
-        raise ValueError(
-            f"attention_mask must cover all {length} tokens, those in the cache too, got {tuple(padding.shape)}"
-        )
-    padding = padding[:, :length].bool()
-    if not torch.compiler.is_compiling() and bool(padding.all()):
-        return None
-    return padding
-
-
-def _sparse_attention(ctx, q, k, v, mask, scale):
-    attached, layer, length, index = ctx
-    if mask is not None and mask.ndim != 2:
-        raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
-    k, v = k[:, :, :length], v[:, :, :length]  # a static cache hands over its whole buffer
-    inputs = LayerInputs(layer, q, k, v, scale, mask, index, attached.impl, attached.stage)
-    workspace.use(attached.workspace_mib)
-    try:
-        support, out = _select_and_attend(attached, inputs)
-        if attached.observe is not None:
-            attached.observe(inputs, support, out)
-        return out.transpose(1, 2).contiguous()
-    except (RuntimeError, MemoryError) as error:
-        if not workspace.is_exhausted(error):
-            raise
-        raise workspace.out_of_memory(layer, length, rows=k.shape[0] * length) from error
-
-
-def _select_and_attend(attached: SparsePrefill, inputs: LayerInputs) -> tuple[Support, torch.Tensor]:
-    """The support of a layer, its own or the one it reads, and the attention over it."""
-    if attached._selects[inputs.layer] == inputs.layer:
-        support = attached.selector.select(inputs, attached.budget)
-        attached._support = support if attached.budget.share_layers > 1 else None
-    else:
-        support = attached._support
+def _attend(attached: SparsePrefill, inputs: LayerInputs, support: Support) -> Tensor:
     options = dict(scale=inputs.scale, impl=attached.impl)
     with attached.stage("attention"):
         if attached.budget.tail:
-            return support, ops.sparse_attention_with_tail(
-                inputs.q, inputs.k, inputs.v, support, valid=inputs.valid, **options
-            )
-        return support, ops.sparse_attention(inputs.q, inputs.k, inputs.v, support, **options)
+            return ops.sparse_attention_with_tail(inputs.q, inputs.k, inputs.v, support, valid=inputs.valid, **options)
+        return ops.sparse_attention(inputs.q, inputs.k, inputs.v, support, **options)
+
+
+def _before_model(module, args, kwargs):
+    """Assisted decoding gives a forward the prompt, or the last token, and candidates; it asks for the candidates' logits."""
+    wanted = kwargs.get("logits_to_keep", 0)
+    if isinstance(wanted, int) and wanted > 1 and cache_of(kwargs) is not None:
+        kwargs = {**kwargs, CANDIDATES: wanted - 1}
+    return args, kwargs
+
+
+def _check_finite(module, args, kwargs, output) -> None:
+    forward = kwargs.get(FORWARD)
+    if forward is None or not forward.finite:
+        return
+    if not bool(torch.stack([flag for _, flag in forward.finite]).all()):
+        layer = next(layer for layer, flag in forward.finite if not bool(flag))
+        raise FloatingPointError(f"hidden states of layer {layer} must be finite, got NaN or Inf")
+
+
+def _total(hidden: Tensor) -> Tensor:
+    """The sum of all elements, in a dtype that finite fp16 does not overflow."""
+    return hidden.sum(dtype=torch.float32) if hidden.dtype == torch.float16 else hidden.sum()

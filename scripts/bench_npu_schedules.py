@@ -4,9 +4,9 @@
     python scripts/bench_npu_schedules.py --output docs/results/npu-schedules
 
 Every schedule goes through the same generator (npu_sparse.schedule.ascend.kernel), runs on the host emulation of AscendC, is
-compared with fp64 there, and its instruction streams are replayed on the pipes of an Ascend 910B (npu_sparse.bench.cost), on
---cores vector cores and on one. There is no card here. Scalar arithmetic and loop control cost nothing in that model, which
-favours schedules that run on the scalar unit.
+compared with fp64 there, and its instruction streams are replayed on the pipes of an Ascend 910B
+(npu_sparse.measure.npu_cost), on --cores vector cores and on one. There is no card here. Scalar arithmetic and loop control
+cost nothing in that model, which favours schedules that run on the scalar unit.
 
 * npu-vector: the strategy's plan; a turn of a core takes as many rows as leave every core one turn.
 * pluto: without its tiles, whose sizes are for the caches of a CPU.
@@ -28,8 +28,11 @@ from pathlib import Path
 
 import islpy as isl
 
-from npu_sparse import report
-from npu_sparse.bench import cost
+from npu_sparse.measure import npu_cost as cost
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table
+from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.schedule import config, operator_reference
 from npu_sparse.schedule.ascend import emulate, memory
 from npu_sparse.schedule.ascend.kernel import Kernel, compile_plan, compile_tree, generate
@@ -224,31 +227,31 @@ def _markdown(result: dict) -> str:
     return f"""# Modelled: NPU operators by schedule
 
 **No card was used: all cycles below are modelled**, from the instruction streams of the host emulation on
-{result["config"]["cores"]} vector cores of an Ascend 910B (`npu_sparse.bench.cost`). Scalar arithmetic and loop control cost
-nothing in the model, which favours schedules that end on the scalar unit. Every kernel ran with hazard checks first, and
+{result["config"]["cores"]} vector cores of an Ascend 910B (`npu_sparse.measure.npu_cost`). Scalar arithmetic and loop control
+cost nothing in the model, which favours schedules that end on the scalar unit. Every kernel ran with hazard checks first, and
 was compared with fp64. All schedules go through the same generator.
 
 Geometric means of the speed-up of npu-vector, modelled (the paper: 7.66 over isl, on hardware):
 
-{report.markdown_table(over)}
+{markdown_table(over)}
 {bars}
 
 isl's loops are parallel where its schedule's are, as a backend that goes by the schedule takes them. "isl, re-examined" asks
 again, loop by loop, after code generation: then lu_decomp and trsmU_T under isl become vector instructions as well; the last
 column says what is left of the difference.
 
-{report.markdown_table(cycles)}
+{markdown_table(cycles)}
 GM bytes are those of one core; with all cores each core reads what they share (the triangular matrix). The ideal counts
 elements that are used: a rectangle around a triangular matrix holds almost twice as many. Whole operands are arrays in and out,
 every element once.
 
-{report.markdown_table(traffic)}
-Modelled on {report.machine_line(result["machine"])}.
+{markdown_table(traffic)}
+Modelled on {machine_line(result["machine"])}.
 """
 
 
 def _figure(rows: list[dict]):
-    figure, axes = report.new_figure(1, width=11, height=4)
+    figure, axes = new_figure(1, width=11, height=4)
     axis = axes[0][0]
     for n, label in enumerate(("pluto", "isl", "isl, re-examined")):
         heights = [row["schedules"][label]["cycles"] / row["schedules"]["npu-vector"]["cycles"] for row in rows]
@@ -266,19 +269,19 @@ def main(arguments=None) -> int:
     parser.add_argument("--only", nargs="+", help="operators, by the first word of their case; default: all")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
-    directory = report.open_run(args.output, {"stage": "npu-schedules", "cores": args.cores, "only": args.only})
+    directory = open_run(args.output, {"stage": "npu-schedules", "cores": args.cores, "only": args.only})
     chosen = [case for case in cases() if not args.only or case.name.split()[0] in args.only]
     with tempfile.TemporaryDirectory() as folder:
         built = {f"{case.name}, {label}": kernel for case in chosen for label, kernel in kernels(case, args.cores).items()}
         program = emulate.build(built, Path(folder), EMULATION)
         rows = [measure(case, program, args.cores) for case in chosen]
     result = {
-        "config": {"cores": args.cores, "only": args.only}, "evidence": "modelled", "machine": report.machine(),
+        "config": {"cores": args.cores, "only": args.only}, "evidence": "modelled", "machine": machine(),
         "rates": asdict(cost.Rates()), "rows": rows, "summary": summary(rows),
     }  # fmt: skip
-    report.write_json(directory / "report.json", result)
-    report.write_text(directory / "report.md", _markdown(result))
-    report.write_figure(directory / "report.png", _figure(rows))
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", _markdown(result))
+    write_figure(directory / "report.png", _figure(rows))
     print((directory / "report.md").read_text())
     return 0
 

@@ -22,10 +22,14 @@ from pathlib import Path
 
 import torch
 
-from npu_sparse import Budget, Support, ops, report
-from npu_sparse.bench import stats
-from npu_sparse.bench.dense import DENSE, available
+from npu_sparse import Budget, Support, ops
 from npu_sparse.indexer import IndexerConfig, IndexHead
+from npu_sparse.measure.ttft.baselines import DENSE, available
+from npu_sparse.runs import stats
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table
+from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.selectors import LayerInputs, Oracle
 
 SHAPES = {  # query heads, KV heads, head_dim, hidden size, rotary dimensions
@@ -247,7 +251,7 @@ def measure(args, length: int) -> dict:
             parts[name] = breakdown(args, layer, budget)
     return {
         "length": length, "milliseconds": times, "refused": refused, "parts": parts, "rates": rates(args),
-        "peaks": peaks, "machine": report.machine(args.device), "evidence": "distilled" if args.adapter else "untrained",
+        "peaks": peaks, "machine": machine(args.device), "evidence": "distilled" if args.adapter else "untrained",
     }  # fmt: skip
 
 
@@ -388,14 +392,14 @@ def markdown(result: dict) -> str:
             "trained context with extrapolated positions; evidence: distilled, times only"
         )
     return (
-        f"# One layer's attention, {config['shape']} shape\n\nMeasured on {report.machine_line(first)}; batch 1, causal, "
+        f"# One layer's attention, {config['shape']} shape\n\nMeasured on {machine_line(first)}; batch 1, causal, "
         f"{config['dtype']}, random inputs, {supports}; {config['runs']} interleaved rounds, medians; a sample is as many "
         f"calls in a row as take about {SAMPLE_MS} ms. The sparse stage is "
         f"index projection + scoring + top-k + gather attention; sinks {config['sink']}, recent {config['recent']}.\n\n"
-        + report.markdown_table(stages)
+        + markdown_table(stages)
         + f"\n## Kernels\n\nThe roofline is what the card reached in the same process: {measured} (one pair a length). Bytes: "
         "every input read and every output written once; that keys and values are gathered many times is not counted.\n\n"
-        + report.markdown_table(result["kernels"]) + refused + "\n"
+        + markdown_table(result["kernels"]) + refused + "\n"
     )
 
 
@@ -404,7 +408,7 @@ def times(estimate) -> str | None:
 
 
 def figure(result: dict):
-    drawing, axes = report.new_figure(1)
+    drawing, axes = new_figure(1)
     axis = axes[0][0]
     for name in dict.fromkeys(row["what"] for row in result["rows"]):
         points = [(row["tokens"], row["median_ms"]) for row in result["rows"] if row["what"] == name]
@@ -420,13 +424,13 @@ def main(arguments=None) -> int:
     if bool(args.adapter) != bool(args.checkpoint):
         raise ValueError("adapter and checkpoint must be given together")
     config = {key: value for key, value in vars(args).items() if key != "output"}
-    directory = report.open_run(args.output, {"stage": "bench-ops", **config})
+    directory = open_run(args.output, {"stage": "bench-ops", **config})
     (directory / "records").mkdir(exist_ok=True)
     records = []
     for length in args.lengths:
         path = directory / "records" / f"{length}.json"
         if not path.exists():
-            report.write_json(path, measure(args, length))
+            write_json(path, measure(args, length))
         records.append(json.loads(path.read_text()))
     tables = [tabulate(record, args.seed) for record in records]
     result = {
@@ -435,9 +439,9 @@ def main(arguments=None) -> int:
         "rates": [record["rates"] for record in records], "machines": [record["machine"] for record in records],
         "refused": [(record["length"], name, why) for record in records for name, why in record["refused"].items()],
     }  # fmt: skip
-    report.write_json(directory / "report.json", result)
-    report.write_text(directory / "report.md", markdown(result))
-    report.write_figure(directory / "report.png", figure(result))
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", markdown(result))
+    write_figure(directory / "report.png", figure(result))
     print((directory / "report.md").read_text())
     print(json.dumps(result))
     return 0

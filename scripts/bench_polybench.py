@@ -26,7 +26,11 @@ from statistics import fmean, geometric_mean
 
 import yaml
 
-from npu_sparse import report
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine as this_machine
+from npu_sparse.runs.machine import machine_line
+from npu_sparse.runs.page import markdown_table, say
+from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.schedule import config
 from npu_sparse.schedule import kernels as shipped_kernels
 from npu_sparse.schedule.c.print import generate_file
@@ -62,14 +66,14 @@ def main() -> None:
         raise SystemExit(f"error: --kernels must be of {', '.join(kernels)}, got {', '.join(unknown)}")
     settings = {key: str(value) for key, value in vars(arguments).items() if key != "output"}
     settings |= {"flags": " ".join(FLAGS), "gcc": _gcc("-dumpfullversion").strip()}
-    directory = report.open_run(arguments.output, settings)
+    directory = open_run(arguments.output, settings)
     (directory / "records").mkdir(exist_ok=True)
     records = []
     for name in wanted:
         path = directory / "records" / f"{name}.json"
         if not path.exists():
-            report.say(f"{name} ...")
-            report.write_json(path, measure(kernels[name], arguments))
+            say(f"{name} ...")
+            write_json(path, measure(kernels[name], arguments))
         records.append(json.loads(path.read_text()))
     _report(directory, settings, records, (*arguments.strategies, PARALLEL, ISL))
 
@@ -213,7 +217,7 @@ def _gcc(*options: str) -> str:
 
 
 def _report(directory: Path, settings: dict, records: list[dict], schedulers: tuple[str, ...]) -> None:
-    machine, columns = report.machine(), (*schedulers, "tuned")
+    machine, columns = this_machine(), (*schedulers, "tuned")
     means = {}
     for scheduler in columns:
         wall, cpu = [r["speedup"].get(scheduler) for r in records], [_of_cpu(r, scheduler) for r in records]
@@ -226,7 +230,7 @@ def _report(directory: Path, settings: dict, records: list[dict], schedulers: tu
     rows = [{"kernel": r["kernel"], "original_s": r["original_s"], **r["speedup"]} for r in records]
     rows.append({"kernel": "geomean", **{key: means[key]["geomean"] for key in columns}})
     rows.append({"kernel": "geomean of CPU time", **{key: means[key]["cpu_geomean"] for key in columns}})
-    table = report.markdown_table(rows, {"kernel": "kernel", "original_s": "original, s", **{key: key for key in columns}})
+    table = markdown_table(rows, {"kernel": "kernel", "original_s": "original, s", **{key: key for key in columns}})
     generated = [r for r in records if r["generation_s"]]
     slowest = sorted(((max(r["generation_s"].values()), r["kernel"]) for r in generated), reverse=True)
     least = min((r["speedup"]["tuned"], r["kernel"]) for r in records if r["speedup"]["tuned"])
@@ -239,13 +243,13 @@ def _report(directory: Path, settings: dict, records: list[dict], schedulers: tu
         f"the candidates; the slowest candidate takes at most 1 s in {sum(s <= 1 for s, _ in slowest)} of {len(slowest)} "
         f"kernels, and {slowest[0][0]:.3g} s in {slowest[0][1]}.", "",
         f"Failures: {len(failures)}", *(f"- {failure}" for failure in failures), "",
-        "Settings: " + ", ".join(f"{key} = {value}" for key, value in settings.items()), "", report.machine_line(machine), "",
+        "Settings: " + ", ".join(f"{key} = {value}" for key, value in settings.items()), "", machine_line(machine), "",
     ]  # fmt: skip
-    report.write_json(
+    write_json(
         directory / "report.json",
         {"config": settings, "machine": machine, "means": means, "failures": failures, "kernels": records},
     )
-    report.write_text(directory / "report.md", "\n".join(text))
+    write_text(directory / "report.md", "\n".join(text))
     _figure(directory / "report.png", records, columns)
     print("\n".join(text))
 
@@ -257,7 +261,7 @@ def _of_cpu(record: dict, scheduler: str) -> float | None:
 
 
 def _figure(path: Path, records: list[dict], columns: tuple[str, ...]) -> None:
-    figure, axes = report.new_figure(width=14, height=4)
+    figure, axes = new_figure(width=14, height=4)
     ax, width = axes[0, 0], 0.8 / len(columns)
     for n, scheduler in enumerate(columns):
         heights = [r["speedup"].get(scheduler) or 0 for r in records]
@@ -267,7 +271,7 @@ def _figure(path: Path, records: list[dict], columns: tuple[str, ...]) -> None:
     ax.set_xticks([k + 0.4 for k in range(len(records))], [r["kernel"] for r in records], rotation=60, ha="right", fontsize=8)
     ax.set_ylabel("speedup over the sequential original")
     ax.legend(fontsize=7, ncols=len(columns), loc="upper center", bbox_to_anchor=(0.5, 1.15))
-    report.write_figure(path, figure)
+    write_figure(path, figure)
 
 
 def _arguments():

@@ -4,7 +4,7 @@
     python scripts/model_npu.py --output docs/results/npu-modelled
 
 Compiles ops/emulation/tools/trace.cpp, lets the host emulation execute the real kernels on one AI core at Qwen3.5's shape,
-replays their instruction streams on the pipes of the chip (npu_sparse.bench.cost) and scales from one core's queries to a
+replays their instruction streams on the pipes of the chip (npu_sparse.measure.npu_cost) and scales from one core's queries to a
 layer, a context and a model:
 
 * sparse_attention: cycles per query from two numbers of queries, supports of `--k` keys in runs of `--run` neighbours (the
@@ -25,8 +25,11 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from npu_sparse import report
-from npu_sparse.bench import cost
+from npu_sparse.measure import npu_cost as cost
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table
+from npu_sparse.runs.store import open_run, write_json, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 DENSE_128K_S, DENSE_256K_S = 5.957, 17.928  # arXiv 2606.07703: Qwen3.5-0.8B, NPU, vLLM-Ascend
@@ -125,7 +128,7 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     chip = cost.CHIPS[args.chip]
     config = {"stage": "npu-modelled", **{key: value for key, value in vars(args).items() if key != "output"}}
-    directory = report.open_run(args.output, config)
+    directory = open_run(args.output, config)
     with tempfile.TemporaryDirectory() as folder:
         programs = build(Path(folder))
         rows = {scale: [layer(programs, chip, length, args, scale) for length in CONTEXTS] for scale in SCALES}
@@ -133,13 +136,13 @@ def main(arguments=None) -> int:
     b = (DENSE_256K_S - 2 * DENSE_128K_S) / (2 * 131072**2)  # dense attention's seconds per token^2, all layers
     rest_per_token = (DENSE_128K_S - b * 131072**2) / 131072
     result = {
-        "config": config, "evidence": "modelled", "chip": asdict(chip), "machine": report.machine(), "published_check": fa,
+        "config": config, "evidence": "modelled", "chip": asdict(chip), "machine": machine(), "published_check": fa,
         "rest_s_per_token": rest_per_token, "paper_dense_efficiency": 2 * QUERY_HEADS * DIM * LAYERS / b / chip.peak_flops,
         "rows": [_row(rows, index, rest_per_token) for index in range(len(CONTEXTS))],
     }  # fmt: skip
-    report.write_json(directory / "report.json", result)
-    report.write_text(directory / "report.md", _markdown(result, args))
-    report.write_figure(directory / "report.png", _figure(result))
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", _markdown(result, args))
+    write_figure(directory / "report.png", _figure(result))
     print((directory / "report.md").read_text())
     return 0
 
@@ -187,14 +190,14 @@ def _markdown(result: dict, args) -> str:
     return f"""# Modelled: the AscendC operators on {chip["name"]}
 
 **No card was used: every time below is modelled**, from the instruction streams of the host emulation;
-`npu_sparse.bench.cost` lists the constants, the assumptions among them, and what is left out. Qwen3.5-0.8B,
+`npu_sparse.measure.npu_cost` lists the constants, the assumptions among them, and what is left out. Qwen3.5-0.8B,
 {QUERY_HEADS}/{KV_HEADS} heads, D {DIM}, batch 1, bf16; k {args.k}, b_sel {args.block}, one index head of {args.dim}; supports in
 runs of {args.run} keys; evidence: untrained (times only). Dense attention: its FLOPs at {100 * args.dense_efficiency:.0f} % of
 {chip["cores"]} x 16^3 multiply-adds per cycle at {chip["ghz"]} GHz.
 
 ## One layer's attention stage
 
-{report.markdown_table(layers)}
+{markdown_table(layers)}
 Busy at {first["length"]} tokens, gather attention: {pipes(first["attention_busy"])}. Scoring + top-k:
 {pipes(first["selection_busy"])}. The straight line of scoring over contexts is off by {100 * first["off_the_line"]:.1f} % at a
 third point.
@@ -205,19 +208,19 @@ The rest of the model is the linear part of the dense times that arXiv 2606.0770
 ({1e6 * result["rest_s_per_token"]:.1f} us per token), the same for both columns; in those times dense attention runs at
 {100 * result["paper_dense_efficiency"]:.0f} % of this chip's peak, not at {100 * args.dense_efficiency:.0f} %.
 
-{report.markdown_table(models)}
+{markdown_table(models)}
 ## Against a published measurement
 
 4096 more contiguous keys for 128 rows of D = 128 on one 910B2 core: modelled {fa["modelled_us"]:.1f} us with this project's
 sparse_attention, measured {fa["published_us"]:.1f} us with the PTO library's flash attention ({100 * fa["error"]:+.0f} %). Two
 kernels of the same arithmetic, so this says whether the model is plausible, not how exact it is.
 
-Modelled on {report.machine_line(result["machine"])}.
+Modelled on {machine_line(result["machine"])}.
 """
 
 
 def _figure(result: dict):
-    figure, axes = report.new_figure(1)
+    figure, axes = new_figure(1)
     axis = axes[0][0]
     rows = result["rows"]
     lengths = [row["length"] for row in rows]

@@ -18,10 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from npu_sparse import checkpoints, report, tasks
-from npu_sparse.architectures import attention_modules, attention_selection, text_config
-from npu_sparse.bench import stats
-from npu_sparse.prefill import dense_attention
+from npu_sparse import checkpoints, tasks
+from npu_sparse.models.architectures import attention_modules, attention_selection, text_config
+from npu_sparse.models.attention import register_around
+from npu_sparse.runs import stats
+from npu_sparse.runs.machine import machine as this_machine
+from npu_sparse.runs.machine import machine_line
+from npu_sparse.runs.page import markdown_table, say
+from npu_sparse.runs.store import open_run, write_json, write_text
 
 ROWS = 512
 MOST_NEW = 24
@@ -125,23 +129,18 @@ class Lab:
     """A model whose full-attention layers prefill by `rule(A, s, q, k, v, scale)`, in `layers` and `rows` only; None is dense."""
 
     def __init__(self, model):
-        from transformers import AttentionInterface, AttentionMaskInterface
-        from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
         native = text_config(model)._attn_implementation
         layer_of = {id(module): layer for layer, module in attention_modules(model).items()}
         self.model, self.rule, self.layers, self.rows = model, None, None, None
 
-        def attention(module, q, k, v, mask, *, scaling=None, **kwargs):
+        def around(dense, module, q, k, v, mask, *, scaling=None, **kwargs):
             layer = layer_of.get(id(module))
             chosen = layer is not None and q.shape[2] > 1 and self.rule and (self.layers is None or layer in self.layers)
             if not chosen:
-                return dense_attention(native, module)(module, q, k, v, mask, scaling=scaling, **kwargs)
+                return dense(module, q, k, v, mask, scaling=scaling, **kwargs)
             return self.attend(q, k, v, scaling)[None].to(q.dtype).transpose(1, 2).contiguous(), None
 
-        AttentionInterface.register("npu_sparse_lab", attention)
-        AttentionMaskInterface.register("npu_sparse_lab", ALL_MASK_ATTENTION_FUNCTIONS[native])
-        model.set_attn_implementation(attention_selection(model, "npu_sparse_lab"))
+        model.set_attn_implementation(attention_selection(model, register_around(native, "lab", around)))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         group, T = q.shape[1] // k.shape[1], q.shape[2]
@@ -211,7 +210,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(arguments)
     config = {"stage": "oracle_rules", **{name: value for name, value in vars(args).items() if name != "output"}}
-    directory = report.open_run(args.output, config)
+    directory = open_run(args.output, config)
     model, tokenizer = checkpoints.load(args.model, dtype=args.dtype, device=args.device)
     needs_text = tasks.TASKS[args.task].needs == "haystack"
     examples = tasks.generate(
@@ -233,8 +232,8 @@ def main(arguments=None) -> int:
                 found = {name: lab.follow(ids, after, **options) for name, options in wanted.items()}
             finally:
                 model.set_attn_implementation(attention_selection(model, "sdpa"))
-        report.write_json(path, found)
-        report.say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in found.values())}")
+        write_json(path, found)
+        say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in found.values())}")
     return summarise(directory, config, list(wanted))
 
 
@@ -248,8 +247,8 @@ def summarise(directory: Path, config: dict, names: list[str]) -> int:
         shortfall = stats.macro_mean([[cell["dense"][0] - cell[name][0] for cell in solved]])
         same = stats.macro_mean([[float(cell[name][1]) for cell in solved]])
         rows.append({"rule": name, "same": same.to_dict(), "shortfall": shortfall.to_dict()})
-    machine = report.machine(config["device"])
-    report.write_json(directory / "report.json", {"config": config, "solved": len(solved), "rows": rows, "machine": machine})
+    machine = this_machine(config["device"])
+    write_json(directory / "report.json", {"config": config, "solved": len(solved), "rows": rows, "machine": machine})
     table = [
         {
             "rule": row["rule"],
@@ -264,9 +263,9 @@ def summarise(directory: Path, config: dict, names: list[str]) -> int:
         f"# What should an oracle keep, and what becomes of the rest?\n\n{config['model']}, {config['task']}, {config['length']} "
         f"tokens, {config['dtype']}: the {len(solved)} of {len(found)} prompts that dense attention solves. Evidence: oracle. "
         "Prefill by each rule in all full-attention layers (or where it says), then dense attention's own answer, densely. 95% "
-        f"bootstrap intervals over prompts.\n\n{report.markdown_table(table)}\nMeasured on {report.machine_line(machine)}.\n"
+        f"bootstrap intervals over prompts.\n\n{markdown_table(table)}\nMeasured on {machine_line(machine)}.\n"
     )
-    report.write_text(directory / "report.md", text)
+    write_text(directory / "report.md", text)
     print(text)
     return 0
 

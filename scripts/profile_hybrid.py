@@ -24,10 +24,13 @@ from unittest import mock
 
 import torch
 
-from npu_sparse import FastHybrid, report
-from npu_sparse.architectures import delta_net_modules, gated_mlp_modules, norm_modules
-from npu_sparse.bench.shapes import SIZES, qwen35
-from npu_sparse.bench.timing import stage_timer
+from npu_sparse import FastHybrid
+from npu_sparse.measure.clocks import stage_timer
+from npu_sparse.measure.ttft.shapes import SIZES, qwen35
+from npu_sparse.models.architectures import delta_net_modules, gated_mlp_modules, norm_modules
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table
+from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.testing import rms_error
 
 STAGES = ("gdn projections", "gdn convolution", "gdn gates", "gdn delta rule", "gdn norm", "gdn output")
@@ -235,7 +238,7 @@ def roofline(args) -> dict:
 
 def tiles(args, size: str, length: int) -> list[dict]:
     """Milliseconds of the kernels under other tiles, `(elements or tokens, warps)`; the shipped one is marked."""
-    from npu_sparse.hybrid import triton as kernels
+    from npu_sparse.models.hybrid import triton as kernels
 
     model, module = layer(args, size)
     module.model_config = model.config
@@ -284,21 +287,21 @@ def table(entry: dict, roof: dict) -> list[dict]:
 def markdown(result: dict) -> str:
     roof = result["roofline"]
     text = (
-        f"# A Gated DeltaNet layer before and after FastHybrid\n\nMeasured on {report.machine_line(result['machine'])}; "
+        f"# A Gated DeltaNet layer before and after FastHybrid\n\nMeasured on {machine_line(result['machine'])}; "
         f"{result['config']['dtype']}, batch 1, a new cache, medians of {result['config']['runs']} interleaved runs; random "
         f"weights. Copy {roof['bytes_per_s'] / 1e12:.2f} TB/s, matmul {roof['flops_per_s'] / 1e12:.0f} TFLOP/s. Before: "
         f"transformers {result['before']}.\n\n"
     )
     for size, found in result["sizes"].items():
         text += f"## Qwen3.5-{size}: numbers\n\nRMS error relative to the fp32 layer, {result['config']['check']} tokens.\n\n"
-        text += report.markdown_table([{"of": name, **errors} for name, errors in found["errors"].items()])
+        text += markdown_table([{"of": name, **errors} for name, errors in found["errors"].items()])
         for entry in found["timings"]:
-            text += f"\n## Qwen3.5-{size}, {entry['length']} tokens\n\n" + report.markdown_table(table(entry, roof))
+            text += f"\n## Qwen3.5-{size}, {entry['length']} tokens\n\n" + markdown_table(table(entry, roof))
             others_ = [{"module": name, **ways} for name, ways in entry["others_ms"].items()]
-            text += "\nOf the other modules (ms):\n\n" + report.markdown_table(others_)
+            text += "\nOf the other modules (ms):\n\n" + markdown_table(others_)
         if found["tiles"]:
             rows = [{**row, "tile": str(row["tile"]), "ms": str(row["ms"])} for row in found["tiles"]]
-            text += f"\n## Qwen3.5-{size}: tiles\n\n" + report.markdown_table(rows)
+            text += f"\n## Qwen3.5-{size}: tiles\n\n" + markdown_table(rows)
         text += "\n"
     return text
 
@@ -319,9 +322,9 @@ def main(arguments=None) -> int:
     args = parse(arguments)
     sizes, lengths = args.sizes.split(","), [int(length) for length in args.lengths.split(",")]
     config = {key: value for key, value in vars(args).items() if key != "output"}
-    directory = report.open_run(args.output, {"stage": "profile-hybrid", **config})
+    directory = open_run(args.output, {"stage": "profile-hybrid", **config})
     result = {
-        "config": config, "machine": report.machine(args.device), "before": before(), "roofline": roofline(args),
+        "config": config, "machine": machine(args.device), "before": before(), "roofline": roofline(args),
         "sizes": {},
     }  # fmt: skip
     for size in sizes:
@@ -333,8 +336,8 @@ def main(arguments=None) -> int:
             timings.append({**entry, "work": work(size, model.config, length)})
         swept = tiles(args, size, max(lengths)) if args.tiles else []
         result["sizes"][size] = {"errors": errors, "timings": timings, "tiles": swept}
-    report.write_json(directory / "report.json", result)
-    report.write_text(directory / "report.md", markdown(result))
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", markdown(result))
     print((directory / "report.md").read_text())
     print(json.dumps(result))
     wrong = [f"{size} {name}" for size in sizes for name, e in result["sizes"][size]["errors"].items() if not e["passed"]]

@@ -29,6 +29,8 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from npu_sparse.runs.store import open_run
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
@@ -110,7 +112,7 @@ class Plan:
 
 
 def eval_config(model: str, output: Path, adapter: str, block: int, tail: bool, seed: int, count: int, **changes):
-    from npu_sparse.bench.quality import EvalConfig
+    from npu_sparse.measure.quality import EvalConfig
 
     shared = ("oracle-shared", "indexer-shared")
     options = dict(
@@ -123,10 +125,10 @@ def eval_config(model: str, output: Path, adapter: str, block: int, tail: bool, 
 
 def evaluate(config, directory: Path) -> None:
     """Runs one evaluation on packed prompts; cells that other finished runs have are taken from them."""
-    from npu_sparse import report
-    from npu_sparse.bench.quality import adopt_records, run_eval
 
-    report.open_run(directory, {"stage": "eval", **config.to_dict()})
+    from npu_sparse.measure.quality import adopt_records, run_eval
+
+    open_run(directory, {"stage": "eval", **config.to_dict()})
     packed = directory.parent / "prompts" / f"{config.model}-{config.seed}"
     if packed.exists() and not (directory / "prompts").exists():
         shutil.copytree(packed, directory / "prompts")
@@ -310,8 +312,8 @@ def publish(output: Path) -> None:
 
 def pack(directory: Path, count: int, models: tuple[str, ...]) -> list[Path]:
     """Writes numbered pieces of at most PIECE_BYTES, of which each can be unpacked alone; returns them."""
-    from npu_sparse.bench.quality import EvalConfig, prepare_prompts
     from npu_sparse.checkpoints import DEMOS
+    from npu_sparse.measure.quality import EvalConfig, prepare_prompts
 
     staging = directory / "staging"
     (staging / "wheels").mkdir(parents=True, exist_ok=True)

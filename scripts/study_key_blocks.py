@@ -22,9 +22,12 @@ from pathlib import Path
 
 import torch
 
-from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, ops, report
+from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, ops
 from npu_sparse.ops.select_two_level.blocks import CANDIDATE_QUERIES as GROUP
 from npu_sparse.oracle.prompts import text_prompts
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table, say
+from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.tasks import documents, encode, generate
 
 TASKS = ("niah_multikey_1", "vt")
@@ -134,7 +137,7 @@ def study(args, model, indexer, prompts) -> list[dict]:
         attached = SparsePrefill.attach(model, indexer, Budget(args.k), impl="reference", observe=observe)
         with attached, torch.inference_mode():
             model(ids[None], logits_to_keep=1)
-        report.say(f"{name}: {len(ids)} tokens")
+        say(f"{name}: {len(ids)} tokens")
     groups: dict[tuple, list[dict]] = {}
     for row in found:
         groups.setdefault((row["block"], row["key_block"], row["candidates"], row["way"]), []).append(row)
@@ -171,20 +174,20 @@ def markdown(result: dict) -> str:
         f"{', '.join(TASKS)}), k {config['k']}, the distilled indexer `{config['adapter']}` (evidence: distilled). Mass kept, "
         "of 100, relative to the k best of all keys, and in brackets key recall in per cent; 64 queries share candidates. "
         "\"Best key\" needs the scores of all keys; \"most recent\" needs none.\n\n"
-        + report.markdown_table(list(lines.values()), {name: name for name in ("b_sel", "key block", "candidates", *ways)})
-        + f"\nMeasured on {report.machine_line(result['machine'])}\n"
+        + markdown_table(list(lines.values()), {name: name for name in ("b_sel", "key block", "candidates", *ways)})
+        + f"\nMeasured on {machine_line(result['machine'])}\n"
     )  # fmt: skip
 
 
 def main(arguments=None) -> int:
     args = parse(arguments)
     config = {name: value for name, value in vars(args).items() if name != "output"}
-    directory = report.open_run(args.output, {"stage": "key-blocks", **config})
+    directory = open_run(args.output, {"stage": "key-blocks", **config})
     model, tokenizer = checkpoints.load(args.model, dtype="bfloat16")
     rows = study(args, model, Indexer.from_pretrained(args.adapter), prompts_of(args, tokenizer))
-    result = {"config": config, "rows": rows, "base": checkpoints.identity(model), "machine": report.machine()}
-    report.write_json(directory / "report.json", result)
-    report.write_text(directory / "report.md", markdown(result))
+    result = {"config": config, "rows": rows, "base": checkpoints.identity(model), "machine": machine()}
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", markdown(result))
     print((directory / "report.md").read_text())
     print(json.dumps(result))
     return 0

@@ -31,11 +31,8 @@ from pathlib import Path
 
 import torch
 
-from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill, checkpoints, crossover, report
-from npu_sparse.architectures import delta_net_modules, describe, gated_mlp_modules, norm_modules
-from npu_sparse.bench import dense, stats
-from npu_sparse.bench.shapes import SIZES, qwen35
-from npu_sparse.bench.timing import (
+from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill, checkpoints
+from npu_sparse.measure.clocks import (
     amdahl_ceiling,
     dense_attention_timed,
     modules_timed,
@@ -43,7 +40,16 @@ from npu_sparse.bench.timing import (
     reset_peak_memory,
     stage_timer,
 )
-from npu_sparse.bench.ttft import time_to_first_token
+from npu_sparse.measure.ttft import baselines as dense
+from npu_sparse.measure.ttft import time_to_first_token
+from npu_sparse.measure.ttft.shapes import SIZES, qwen35
+from npu_sparse.models import crossover
+from npu_sparse.models.architectures import delta_net_modules, describe, gated_mlp_modules, norm_modules
+from npu_sparse.runs import stats
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table, say
+from npu_sparse.runs.store import open_run, write_json, write_text
 
 STARTED = time.monotonic()
 UNFINISHED = 3  # exit status where --budget-s left lengths out
@@ -211,7 +217,7 @@ def measure(args, model, indexer, evidence: str, length: int) -> dict:
             kind = "out of memory" if out_of_memory(error) else type(error).__name__
             refused[name] = f"{kind} at {length} tokens: {str(error).splitlines()[0]}"
             del seconds[name]
-            report.say(f"{name} is left out: {refused[name]}")
+            say(f"{name} is left out: {refused[name]}")
         release(model.device)
         return None
 
@@ -231,10 +237,10 @@ def measure(args, model, indexer, evidence: str, length: int) -> dict:
             if args.profile:
                 profile(args, model, indexer, ways[name], ids, Path(args.profile) / f"{length}-{name.replace(' ', '-')}.json")
     medians = {name: stats.summary(times)["median"] for name, times in seconds.items()}
-    report.say(f"{length} tokens: " + ", ".join(f"{name} {took:.4g} s" for name, took in medians.items()))
+    say(f"{length} tokens: " + ", ".join(f"{name} {took:.4g} s" for name, took in medians.items()))
     return {
         "length": length, "seconds": seconds, "orders": orders, "peak_bytes": peaks, "stages": stages, "refused": refused,
-        "machine": report.machine(args.device), "device_name": crossover.device_name(model.device),
+        "machine": machine(args.device), "device_name": crossover.device_name(model.device),
         "evidence": {name: "dense" if way["budget"] is None else evidence for name, way in ways.items()},
         "layers": {name: way["layers"] for name, way in ways.items()},
         "linear_attention": "flash-linear-attention" if importlib.util.find_spec("fla") else "transformers' torch fallback",
@@ -342,21 +348,21 @@ def markdown(result: dict) -> str:
     config = result["config"]
     text = (
         f"# Qwen3.5 time to first token\n\n{result['weights']}; linear attention: {result['linear_attention']}; other layers: "
-        f"{config['hybrid']}; measured on {report.machine_line(result['machines'][0])}; batch 1, {config['dtype']}, random "
+        f"{config['hybrid']}; measured on {machine_line(result['machines'][0])}; batch 1, {config['dtype']}, random "
         f"prompt, {fed(config)}, {config['runs']} interleaved rounds. Speed-ups "
         "are ratios of medians with 95% paired bootstrap intervals, over dense with the same other layers. The "
-        "ceiling is the speed-up over that row of attention that costs nothing.\n\n" + report.markdown_table(table)
+        "ceiling is the speed-up over that row of attention that costs nothing.\n\n" + markdown_table(table)
     )
     if stages:
         text += "\n## Where the time goes\n\nOne run of each with clocks. rest: projections and rotary embedding of the "
-        text += "attention layers, residuals, embedding, head.\n\n" + report.markdown_table(stages)
+        text += "attention layers, residuals, embedding, head.\n\n" + markdown_table(stages)
     if result["refused"]:
         text += "\n## Left out\n\n" + "".join(f"- {name}: {reason}\n" for name, reason in result["refused"])
     if result["crossovers"]:
         shown = ("k", "block", "dense", "lengths", "dense_below")
         rows = [{key: one[key] for key in shown} for one in result["crossovers"]]
         text += "\n## From which length on sparse is faster\n\nThan the fastest dense, of the lengths measured "
-        text += f"({crossover.NEVER}: of none).\n\n" + report.markdown_table(rows)
+        text += f"({crossover.NEVER}: of none).\n\n" + markdown_table(rows)
     if result["missing"]:
         text += f"\nNot measured yet: {', '.join(map(str, result['missing']))} tokens.\n"
     return text + "\nAn untrained indexer says how fast the runtime is and nothing about quality.\n"
@@ -376,7 +382,7 @@ def figure(result: dict):
     rows = result["rows"]
     names, lengths = (list(dict.fromkeys(row[key] for row in rows)) for key in ("variant", "length"))
     longest = [row for row in rows if row["length"] == max(lengths) and row["stages_s"]]
-    drawn, axes = report.new_figure(columns=2, width=6.4, height=max(3.8, 1.6 + 0.3 * len(longest)))
+    drawn, axes = new_figure(columns=2, width=6.4, height=max(3.8, 1.6 + 0.3 * len(longest)))
     left, right = axes[0]
     for name in names:
         own = [row for row in rows if row["variant"] == name]
@@ -411,7 +417,7 @@ def figure(result: dict):
     config = result["config"]
     drawn.suptitle(
         f"{result['weights']}; batch 1, {config['dtype']}, {fed(config)}, other "
-        f"layers {config['hybrid']}\nmeasured: {report.machine_line(result['machines'][0])}",
+        f"layers {config['hybrid']}\nmeasured: {machine_line(result['machines'][0])}",
         fontsize=8, x=0.01, ha="left",
     )  # fmt: skip
     return drawn
@@ -422,7 +428,7 @@ def main(arguments=None) -> int:
     variants(args)  # what cannot be understood is refused before anything is loaded
     aside = ("output", "profile", "budget_s", "crossover")
     config = {key: value for key, value in vars(args).items() if key not in aside}
-    directory = report.open_run(args.output, {"stage": "ttft-qwen35", **config})
+    directory = open_run(args.output, {"stage": "ttft-qwen35", **config})
     (directory / "records").mkdir(exist_ok=True)
     paths = {length: directory / "records" / f"{length}.json" for length in args.lengths}
     if todo := [length for length in args.lengths if not paths[length].exists()]:
@@ -430,7 +436,7 @@ def main(arguments=None) -> int:
         for length in todo:
             if not fits(args, paths, length):
                 break
-            report.write_json(paths[length], measure(args, model, indexer, evidence, length))
+            write_json(paths[length], measure(args, model, indexer, evidence, length))
     records = [json.loads(path.read_text()) for path in paths.values() if path.exists()]
     result = {
         "config": config, "rows": tabulate(args, records), "machines": [record["machine"] for record in records],
@@ -438,16 +444,16 @@ def main(arguments=None) -> int:
         "refused": [(name, reason) for record in records for name, reason in record["refused"].items()],
         "crossovers": crossovers(args, records), "missing": [length for length in args.lengths if not paths[length].exists()],
     }  # fmt: skip
-    report.write_json(directory / "report.json", result)
-    report.write_text(directory / "report.md", markdown(result))
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", markdown(result))
     if result["rows"]:
-        report.write_figure(directory / "report.png", figure(result))
+        write_figure(directory / "report.png", figure(result))
     if args.crossover:
         crossover.merge(args.crossover, result["crossovers"])
     print((directory / "report.md").read_text())
     print(json.dumps(result))
     if result["missing"]:
-        report.say(f"stopped for --budget-s before {', '.join(map(str, result['missing']))} tokens: the same command goes on")
+        say(f"stopped for --budget-s before {', '.join(map(str, result['missing']))} tokens: the same command goes on")
     failed = [f"{name} ({reason})" for name, reason in result["refused"] if not reason.startswith("out of memory")]
     if failed:
         print(f"error: every variant must run, these did not: {'; '.join(failed)}", file=sys.stderr)

@@ -23,6 +23,35 @@ settings.register_profile("explore", deadline=None, max_examples=1000)
 settings.load_profile("fixed")
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--backend", help=f"run the tests of these back-ends alone ({', '.join(BACKENDS)}); one that cannot run here fails"
+    )
+
+
+def required(config) -> list[str]:
+    """The back-ends of --backend."""
+    names = (config.getoption("--backend") or "").split(",") if config.getoption("--backend") else []
+    if unknown := sorted(set(names) - set(BACKENDS)):
+        raise pytest.UsageError(f"--backend must name some of {', '.join(BACKENDS)}, got {unknown[0]!r}")
+    return names
+
+
+def pytest_collection_modifyitems(config, items):
+    names = required(config)
+    if not names:
+        return
+    stub = RUNTIME_STUB and "npu" in names  # its own tests are of the npu back-end, too
+    chosen = [
+        item for item in items
+        if getattr(item, "callspec", None) and item.callspec.params.get("backend") in names
+        or stub and item.get_closest_marker("npu_stub")
+    ]  # fmt: skip
+    kept = set(chosen)
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = chosen
+
+
 @pytest.fixture(scope="session")
 def emulated_library():
     """The AscendC kernels, built for the host emulation; compiled once, whoever asks."""
@@ -51,4 +80,5 @@ def backend(request) -> Backend:
     try:
         return open_backend(request.param)
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError for a device it was not built for
-        pytest.skip(str(error).splitlines()[0])
+        leave = pytest.fail if request.param in required(request.config) else pytest.skip
+        leave(str(error).splitlines()[0])

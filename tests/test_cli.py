@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import npu_sparse
 from npu_sparse import cli
-from npu_sparse.report import RunError
+from npu_sparse.runs.store import RunError
 from npu_sparse.testing import tiny_model
 
 STAGES = [name for name, command in cli.COMMANDS.items() if command.config]

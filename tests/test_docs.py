@@ -195,7 +195,7 @@ def test_make_targets_exist():
 
 
 def test_options_in_prose_exist():
-    known = {"--help", "--version", "--json", "--hypothesis-profile"}
+    known = {"--help", "--version", "--json", "--hypothesis-profile", "--backend"}
     for command in cli.COMMANDS.values():
         if command.run:
             module = importlib.import_module(command.module)

@@ -9,8 +9,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from npu_sparse import Budget, Indexer, SparsePrefill, native, ops, selectors
-from npu_sparse.architectures import UnsupportedArchitectureError, attention_modules
 from npu_sparse.indexer import AdapterError
+from npu_sparse.models.architectures import UnsupportedArchitectureError, attention_modules
 from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.testing import (
     TINY_MODELS,
@@ -489,7 +489,7 @@ def test_a_dense_first_turn_leaves_the_index_keys_of_a_whole_prefill(models, kin
 
 
 def test_many_dense_steps_are_remembered(models, monkeypatch):
-    from npu_sparse import index_cache
+    from npu_sparse.models import index_cache
 
     monkeypatch.setattr(index_cache, "PENDING_STEPS", 3)
     model, ids = models("llama"), tokens()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill, cli, selectors
-from npu_sparse.bench.quality import EvalConfig
+from npu_sparse.measure.quality import EvalConfig
 from npu_sparse.ops import workspace
 from npu_sparse.testing import tiny_model, tiny_tokenizer
 

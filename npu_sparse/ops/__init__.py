@@ -1,6 +1,7 @@
 """The operators of sparse prefill and of distillation, their references and the dispatcher seam."""
 
 from .attention_mass import attention_mass
+from .dense_rows import dense_rows
 from .dispatch import KernelUnavailableError
 from .index_kl import index_kl
 from .index_scores import index_scores, select_by_index
@@ -12,6 +13,7 @@ from .sparse_attention_with_tail import sparse_attention_with_tail
 __all__ = [
     "KernelUnavailableError",
     "attention_mass",
+    "dense_rows",
     "index_kl",
     "index_scores",
     "select_by_index",

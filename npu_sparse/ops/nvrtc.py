@@ -121,7 +121,8 @@ def _version(nvrtc) -> tuple[int, int]:
 @functools.cache
 def _nvrtc():
     """libnvrtc: beside torch's own CUDA libraries as a rule, else a toolkit's."""
-    found = [path for folder in sys.path for path in sorted(Path(folder or ".").glob("nvidia/*/lib/libnvrtc.so.1[0-9]*"))]
+    installed = [Path(folder) for folder in sys.path if os.path.isabs(folder)]  # never the directory that we happen to be in
+    found = [path for folder in installed for path in sorted(folder.glob("nvidia/*/lib/libnvrtc.so.1[0-9]*"))]
     for place in (*found, *map(Path, ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"))):
         try:
             for builtins in place.parent.glob("libnvrtc-builtins.so.*") if place in found else ():

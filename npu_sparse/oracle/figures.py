@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from ..report import machine_line, new_figure
+from ..runs.figures import new_figure
+from ..runs.machine import machine_line
 from .config import sparsity
 
 BLOCK_COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00")

@@ -3,8 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..bench.variants import tail_note
-from ..report import machine_line, markdown_table
+from ..measure.variants import tail_note
+from ..runs.machine import machine_line
+from ..runs.page import markdown_table
 
 CAPTIONS = {
     "quality.png": "How close to dense does each budget come, end to end?",

@@ -16,10 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import checkpoints, report, tasks
-from ..architectures import Architecture, describe
+from .. import checkpoints, tasks
 from ..budget import Budget
+from ..models.architectures import Architecture, describe
 from ..ops.dispatch import require_kernels, uses_kernel
+from ..runs.figures import write_figure
+from ..runs.machine import machine
+from ..runs.page import say
+from ..runs.store import RunError, open_run, write_json, write_text
 from ..selectors import Local, Oracle, Random, Selector
 from ..tasks.catalogue import task_named
 from . import figures, page, quality
@@ -40,7 +44,7 @@ def run_oracle(config: OracleConfig, output, *, model=None, tokenizer=None, shar
         model, tokenizer: used in place of loading `config.model`; both or none.
         shard: `(i, n)`: this process measures cells i, i + n, i + 2n, ...; n processes may share one directory.
 
-    Raises ValueError (report.RunError for the directory) before anything is measured: texts that are empty or too
+    Raises ValueError (RunError for the directory) before anything is measured: texts that are empty or too
     short, an unknown task, a model that is not supported, a used directory. CheckpointError and KernelUnavailableError
     as their modules do.
     """
@@ -52,11 +56,11 @@ def run_oracle(config: OracleConfig, output, *, model=None, tokenizer=None, shar
     output = Path(output)
     recorded = {"stage": "oracle", **config.to_dict()}
     if output.is_file():
-        raise report.RunError(f"output must be a directory, got the file {output}")
+        raise RunError(f"output must be a directory, got the file {output}")
     if output.is_dir() and any(not entry.name.startswith(".") for entry in output.iterdir()):
-        report.open_run(output, recorded)  # refuses a used directory before a model is loaded, and writes nothing
+        open_run(output, recorded)  # refuses a used directory before a model is loaded, and writes nothing
     study = _prepare(config, model, tokenizer)
-    report.open_run(output, recorded)
+    open_run(output, recorded)
     cells, missing = _measure(study, output / "cells", shard)
     if missing:
         return {"complete": False, "missing": missing}
@@ -168,14 +172,14 @@ def _measure(study: Study, directory: Path, shard: tuple[int, int]) -> tuple[dic
 
     there = finished()
     if there:
-        report.say(f"oracle: {len(there)} of {len(wanted)} cells are there already")
+        say(f"oracle: {len(there)} of {len(wanted)} cells are there already")
     for number, (name, measure) in enumerate(wanted):
         if name in there or number % shard[1] != shard[0]:
             continue
         started = time.perf_counter()
         cell = {"inputs": study.inputs, **measure(), "seconds": round(time.perf_counter() - started, 3)}
-        report.write_json(directory / f"{name}.json", cell)
-        report.say(f"oracle: [{number + 1}/{len(wanted)}] {name}{_first_figures(cell)}, {cell['seconds']:.1f} s")
+        write_json(directory / f"{name}.json", cell)
+        say(f"oracle: [{number + 1}/{len(wanted)}] {name}{_first_figures(cell)}, {cell['seconds']:.1f} s")
     cells = finished()  # other shards' too
     return cells, [name for name, _ in wanted if name not in cells]
 
@@ -187,9 +191,9 @@ def _read(study: Study, path: Path) -> dict | None:
         cell = json.loads(path.read_text())
         inputs = cell["inputs"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise report.RunError(f"{path} cannot be read ({error}): delete it and it is measured again") from error
+        raise RunError(f"{path} cannot be read ({error}): delete it and it is measured again") from error
     if inputs != study.inputs:
-        raise report.RunError(
+        raise RunError(
             f"{path.parent.parent} was measured with other weights or texts than there are now: "
             "choose another directory"
         )
@@ -258,16 +262,16 @@ def _write(study: Study, cells: dict[str, dict], output: Path) -> dict:
         "stage": "oracle",
         "config": study.config.to_dict(),
         "model": {**checkpoints.identity(study.model), **study.architecture.to_dict()},
-        "machine": report.machine(study.config.device),
+        "machine": machine(study.config.device),
         "prompts": [name for name, _ in study.prompts],
         "inputs": study.inputs,
         "seconds": round(sum(cell["seconds"] for cell in cells.values()), 1),
         **summarise(study.config, study.architecture.kv_heads, cells),
     }
-    report.write_json(output / "report.json", found)
+    write_json(output / "report.json", found)
     drawn = figures.draw(found)
     for name, figure in drawn.items():
-        report.write_figure(output / name, figure)
-    report.write_text(output / "report.md", page.markdown(found, list(drawn)))
-    report.say(f"oracle: wrote {output / 'report.md'}")
+        write_figure(output / name, figure)
+    write_text(output / "report.md", page.markdown(found, list(drawn)))
+    say(f"oracle: wrote {output / 'report.md'}")
     return found

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from ..bench.stats import Estimate, macro_difference, macro_mean
+from ..runs.stats import Estimate, macro_difference, macro_mean
 from .config import OracleConfig, Variant, sparsity, variants
 
 LEAST_VALUES = 3  # fewer have no interval

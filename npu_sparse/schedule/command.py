@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-from npu_sparse.report import write_text
 from npu_sparse.schedule import config, legality, openscop, render
 from npu_sparse.schedule.c.print import generate_file
 from npu_sparse.schedule.c.run import run
 from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
+
+from ..runs.store import write_text
 
 
 def schedule_file(
@@ -22,12 +23,13 @@ def schedule_file(
     draw: Path | None = None,
     export: Path | None = None,
     sizes: dict[str, float] | None = None,
+    time_limit_s: float = 300,
 ) -> str:
     """Schedules the SCoP of a C file by a shipped strategy or a YAML file; returns what is to be printed.
 
     That is the generated C without `output`, the schedule tree with `tree`, and with `sizes` (a value for every scalar argument
-    of the function) a comparison of the original and the generated program, run with 1, 2 and 4 threads. Raises ValueError in
-    one sentence for any mistake; nothing is written then.
+    of the function) a comparison of the original and the generated program, run with 1, 2 and 4 threads within `time_limit_s`
+    seconds. Raises ValueError in one sentence for any mistake; nothing is written then.
     """
     settings = config.load(strategy)
     scop = parse_c(source, function or None)
@@ -39,7 +41,7 @@ def schedule_file(
     generated = generate_file(scop, text, plan.tree(), separate=separate)
     shown = [f"note: {note}" for note in plan.notes]
     if sizes is not None:
-        results = run(scop, {"original": text, "generated": generated}, dict(sizes), threads=(1, 2, 4))
+        results = run(scop, {"original": text, "generated": generated}, dict(sizes), threads=(1, 2, 4), timeout_s=time_limit_s)
         shown.append(_compared(results, exact=not settings.relax_reductions))
     if draw:
         render.draw(plan, draw)

@@ -1,5 +1,7 @@
 """isl's own scheduler: the fallback of a strategy as a plan, and the baseline of comparisons as a schedule tree."""
 
+from collections.abc import Iterable
+
 import islpy as isl
 
 from npu_sparse.schedule.c.marks import NODE, CodegenError
@@ -10,7 +12,7 @@ from npu_sparse.schedule.solve.farkas import Dependence
 from npu_sparse.schedule.solve.rows import Form, text
 
 
-def from_isl(scop: Scop, active: list[Dependence]) -> Plan | None:
+def from_isl(scop: Scop, active: Iterable[Dependence]) -> Plan | None:
     """The plan of isl's own scheduler; None where it finds none, or one with rows that are not plain affine forms."""
     relation = isl.UnionMap.empty(scop.context.get_space())
     for d in active:

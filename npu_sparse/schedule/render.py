@@ -6,11 +6,13 @@ from pathlib import Path
 
 import islpy as isl
 
-from npu_sparse.report import new_figure, write_bytes
 from npu_sparse.schedule.c.marks import NODE
 from npu_sparse.schedule.loop_analysis import flow
 from npu_sparse.schedule.plan import Plan
 from npu_sparse.schedule.scop import Scop
+
+from ..runs.figures import new_figure
+from ..runs.store import write_bytes
 
 INSTANCES = 700  # a picture with more points says nothing
 COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5")

@@ -16,14 +16,13 @@ from npu_sparse.schedule.dependences import dependences as analyse
 from npu_sparse.schedule.isl_baseline import from_isl
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Node, Plan, Sequence, original
 from npu_sparse.schedule.scop import Scop
+from npu_sparse.schedule.solve import fusion
 from npu_sparse.schedule.solve.farkas import Dependence
-from npu_sparse.schedule.solve.fusion import groups_at, refuse_forced, separate, strong_components
 from npu_sparse.schedule.solve.ilp import SolverTimeoutError
-from npu_sparse.schedule.solve.problem import Attempt, InfeasibleError, Problem, prepare, restricted, split, temporary_arrays
+from npu_sparse.schedule.solve.problem import Attempt, Group, InfeasibleError, everything, prepare, restricted
 from npu_sparse.schedule.solve.program import Program
 from npu_sparse.schedule.solve.refusals import check_directives, check_requests, explain
 from npu_sparse.schedule.solve.rows import Row, is_zero, remainder, text
-from npu_sparse.schedule.solve.spans import outside
 
 
 def schedule(scop: Scop, config: Config | str | Path, dependences: list | None = None) -> Plan:
@@ -45,14 +44,13 @@ def schedule(scop: Scop, config: Config | str | Path, dependences: list | None =
     if config.relax_reductions:
         # The relaxed analysis orders what is before or after a reduction with all of its updates.
         dependences = [*analyse(scop, relax_reductions=True), *(d for d in dependences if d.reduction)]
-    problem = prepare(scop, config)
-    active = split(problem, dependences)
-    check_requests(problem, active)
+    problem = prepare(scop, config, dependences)
+    check_requests(problem)
     notes: list[str] = []
     for label, settings in (("", config), ("without fusion", replace(config, fusion_heuristic="none", fusion={}))):
-        problem.config, problem.notes = settings, []
+        problem = replace(problem, config=settings, notes=[])
         try:
-            root = build(problem, active)
+            root = _tree(everything(problem))
         except (InfeasibleError, SolverTimeoutError) as error:
             if isinstance(error, InfeasibleError) and restricted(config):
                 raise
@@ -60,146 +58,129 @@ def schedule(scop: Scop, config: Config | str | Path, dependences: list | None =
             continue
         plan = Plan(scop, root, config.name, (*notes, *problem.notes))
         plan = transform.apply(plan, config)
-        check_directives(plan, problem, active)
+        check_directives(plan, problem)
         violation = _violation(plan, config.relax_reductions)
         if violation is None:
             return plan
         notes.append(f"strategy {config.name}{' ' * bool(label) + label}: {violation}; trying the next fallback")
-    plan = from_isl(scop, active)
+    plan = from_isl(scop, problem.dependences)
     if plan is not None and _violation(plan := transform.apply(plan, config)) is None:
         return replace(plan, strategy=config.name, notes=(*notes, "scheduled by isl's scheduler"))
     return replace(original(scop), strategy=config.name, notes=(*notes, "kept in the original order"))
 
 
-def build(problem: Problem, active: list[Dependence]) -> Node:
-    names = tuple(problem.statements)
-    return _group(problem, names, active, (), {name: () for name in names})
-
-
-def _group(problem: Problem, names: tuple[str, ...], active: list[Dependence], outer: tuple[Row, ...], rows: dict) -> Node:
-    """The tree of statements that share the rows `outer`; `rows` are the independent iterator parts found per statement."""
-    missing = {name: problem.depth(name) - len(rows[name]) for name in names}
-    if not any(missing.values()):
-        return _order(names, active)
-    groups = groups_at(problem, names, active, outer, rows, missing)
-    if len(groups) > 1:
-        return _sequence(problem, groups, active, outer, rows)
-    band, independent = _band(problem, names, active, outer, rows)
-    if not band:
-        refuse_forced(problem, names, active, len(outer), rows)
-        groups = separate(problem, names, active, outer, rows)
-        if len(groups) > 1:
-            return _sequence(problem, groups, active, outer, rows)
-        band, independent = _band(_relaxed(problem), names, active, outer, rows)
-        if not band:
-            raise explain(problem, names, active, outer, rows)
+def _tree(group: Group) -> Node:
+    """The tree of the statements below the rows that they share."""
+    if not any(map(group.missing, group.names)):
+        return _order(group)
+    parts = fusion.parts(group)
+    if len(parts) > 1:
+        return _sequence(group, parts)
+    full = _band(group)
+    if not full.band:
+        fusion.refuse_forced(group)
+        parts = fusion.separate(group)
+        if len(parts) > 1:
+            return _sequence(group, parts)
+        full = _band(_relaxed(group))
+        if not full.band:
+            raise explain(group)
         allowed = "reversal, parametric shifts and coefficients up to 8 were allowed, parallelism was not required"
-        problem.notes.append(f"{', '.join(names)}: no row as configured; {allowed}")
-    loops, remaining = _close(problem, names, band, active)
-    child = _group(problem, names, remaining, (*outer, *band), independent)
-    permutable = len(loops) > 1
-    return Band(tuple(loops), child, permutable)
+        group.problem.notes.append(f"{', '.join(group.names)}: no row as configured; {allowed}")
+    loops, remaining = _close(full)
+    inside = replace(group, active=remaining, outer=(*group.outer, *full.band), found=full.found)
+    return Band(loops, _tree(inside), permutable=len(loops) > 1)
 
 
-def _sequence(problem: Problem, groups: list[tuple[str, ...]], active: list[Dependence], outer: tuple, rows: dict) -> Sequence:
-    children = []
-    for group in groups:
-        inside = [d for d in active if d.source in group and d.sink in group]
-        children.append((group, _group(problem, group, inside, outer, rows)))
-    return Sequence(tuple(children))
+def _sequence(group: Group, parts: list[tuple[str, ...]]) -> Sequence:
+    return Sequence(tuple((names, _tree(group.part(names))) for names in parts))
 
 
-def _order(names: tuple[str, ...], active: list[Dependence]) -> Node:
+def _order(group: Group) -> Node:
     """Statements whose instances share a time stamp, in an order that respects what is left of the dependences."""
-    if len(names) == 1:
+    if len(group.names) == 1:
         return Leaf()
-    components = strong_components(names, [d for d in active if not d.own])
-    broken = [group for group in components if len(group) > 1]
+    components = fusion.strong_components(group.names, [d for d in group.active if not d.own])
+    broken = [names for names in components if len(names) > 1]
     if broken:
         raise InfeasibleError(f"statements {', '.join(broken[0])} must have an order at equal time stamps, got a cycle")
-    return Sequence(tuple((group, Leaf()) for group in components))
+    return Sequence(tuple((names, Leaf()) for names in components))
 
 
-def _band(problem: Problem, names: tuple[str, ...], active: list[Dependence], outer: tuple[Row, ...], rows: dict):
-    """Rows of a permutable band, as many as there are, and the independent iterator parts with them."""
-    band: list[Row] = []
-    rows = dict(rows)
-    while any(missing := [problem.depth(name) - len(rows[name]) for name in names]):
-        if band and not all(missing) and not problem.config.code_sinking:
+def _band(group: Group) -> Group:
+    """The group with as many rows of a permutable band as there are."""
+    while any(missing := [group.missing(name) for name in group.names]):
+        if group.band and not all(missing) and not group.problem.config.code_sinking:
             break
-        row, dimension = _row(problem, names, active, tuple(band), outer, rows)
+        row, dimension = _row(group)
         if row is None:
             break
-        band.append(
-            replace(row, parallel=all(is_zero(d, row) for d in active), private=_is_private(problem, names, active, row))
-        )
-        before = sum(map(len, rows.values()))
-        for name in names:
-            if outside([*problem.fixed[name], *rows[name]], row[name].it):
-                rows[name] = (*rows[name], row[name].it)
-        assert sum(map(len, rows.values())) > before
+        parallel = all(is_zero(d, row) for d in group.active)
+        group = group.with_row(replace(row, parallel=parallel, private=_is_private(group, row)))
         if "feautrier" in dimension.cost_functions:
             break  # Feautrier's algorithm drops what a row satisfies at once, and so wants no band
-    return band, rows
+    return group
 
 
-def _is_private(problem: Problem, names: tuple[str, ...], active: list[Dependence], row: Row) -> bool:
+def _is_private(group: Group, row: Row) -> bool:
     """Whether the row is parallel once temporaries are private, where the configuration counts that."""
-    if not problem.config.privatisation:
+    if not group.problem.config.privatisation:
         return False
-    temporaries = temporary_arrays(problem, names)
-    return all(is_zero(d, row) or (not d.flow and d.array in temporaries) for d in active)
+    temporaries = group.temporaries()
+    return all(is_zero(d, row) or (not d.flow and d.array in temporaries) for d in group.active)
 
 
-def _row(problem: Problem, names: tuple[str, ...], active: list[Dependence], band: tuple, outer: tuple, rows: dict):
+def _row(group: Group) -> tuple[Row | None, Dimension | None]:
     """The next row and the Dimension that produced it; (None, None) when no attempt has a solution."""
-    config, number = problem.config, len(outer) + len(band)
+    config = group.problem.config
     hopeless: set = set()
     dimension = None
     for attempt in count():
         if config.callback is not None:
-            labels = tuple(d.label for d in active)
-            dimension = config.callback(Attempt(number, attempt, names, band, outer, labels))
+            labels = tuple(d.label for d in group.active)
+            dimension = config.callback(Attempt(group.number, attempt, group.names, group.band, group.outer, labels))
+            if dimension is not None:
+                config.check(dimension)
         else:
-            dimension = config.dimension(number) if attempt == 0 else dimension.otherwise
+            dimension = config.dimension(group.number) if attempt == 0 else dimension.otherwise
         if dimension is None:
             return None, None
         if dimension.require_parallel == "outermost":
-            wanted = not any(row.parallel or row.private for row in (*outer, *band))
+            wanted = not any(row.parallel or row.private for row in (*group.outer, *group.band))
             dimension = replace(dimension, require_parallel=wanted)
         # Costs do not change whether a row exists, so an attempt that differs in nothing else is not worth its time.
         key = (dimension.no_skewing, dimension.require_parallel, dimension.constraints)
-        if key in hopeless or (dimension.starts_band and band):
+        if key in hopeless or (dimension.starts_band and group.band):
             continue
-        program = Program(problem, names, active, number, dimension, rows)
-        row = program.solve()
+        row = Program(group, dimension).solve()
         if row is not None:
             return row, dimension
         hopeless.add(key)
 
 
-def _relaxed(problem: Problem) -> Problem:
-    """The problem with every row allowed that the original order could need."""
-    bound = max(problem.config.coefficient_bound, 8)
-    dimensions = {None: Dimension()} if not restricted(problem.config) else problem.config.dimensions
-    settings = replace(
-        problem.config, negative_coefficients=True, parametric_shift=True, coefficient_bound=bound, dimensions=dimensions
+def _relaxed(group: Group) -> Group:
+    """The group with every row allowed that the original order could need."""
+    config = group.problem.config
+    return group.configured(
+        negative_coefficients=True,
+        parametric_shift=True,
+        coefficient_bound=max(config.coefficient_bound, 8),
+        dimensions=config.dimensions if restricted(config) else {None: Dimension()},
     )
-    return replace(problem, config=settings)
 
 
-def _close(problem: Problem, names: tuple[str, ...], band: list[Row], active: list[Dependence]):
+def _close(group: Group) -> tuple[tuple[Loop, ...], tuple[Dependence, ...]]:
     """The band's loops with their parallelism, and the dependences that none of them carries."""
-    remaining = active
+    problem, remaining = group.problem, group.active
     loops = []
-    temporaries = temporary_arrays(problem, names)
-    for row in band:
+    temporaries = group.temporaries()
+    for row in group.band:
         free = row.parallel or all(is_zero(d, row) for d in remaining)
-        exprs = {name: text(row[name], problem.statements[name].iterators, problem.scop.parameters) for name in names}
         private = free or all(is_zero(d, row) or (not d.flow and d.array in temporaries) for d in remaining)
+        exprs = {name: text(row[name], problem.statements[name].iterators, problem.scop.parameters) for name in group.names}
         loops.append(Loop(exprs, row.parallel, free, private))
-        remaining = [left for d in remaining if (left := remainder(d, row)) is not None]
-    return loops, remaining
+        remaining = tuple(left for d in remaining if (left := remainder(d, row)) is not None)
+    return tuple(loops), remaining
 
 
 def _violation(plan: Plan, relax_reductions: bool = False) -> str | None:

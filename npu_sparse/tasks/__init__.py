@@ -21,9 +21,10 @@ the answer anywhere.
 
 from npu_sparse.tasks.catalogue import TASKS, Task, task_names
 from npu_sparse.tasks.generate import Example, encode, generate
-from npu_sparse.tasks.scoring import reference_answer, score
+from npu_sparse.tasks.scoring import Reference, reference_answer, score
 from npu_sparse.tasks.texts import Document, documents, split
 
 __all__ = [
-    "TASKS", "Document", "Example", "Task", "documents", "encode", "generate", "reference_answer", "score", "split", "task_names",
+    "TASKS", "Document", "Example", "Reference", "Task", "documents", "encode", "generate", "reference_answer", "score", "split",
+    "task_names",
 ]  # fmt: skip

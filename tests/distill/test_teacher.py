@@ -3,8 +3,8 @@ import hashlib
 import pytest
 import torch
 
-from npu_sparse.architectures import attention_modules, describe, text_config
 from npu_sparse.distill.teacher import tap
+from npu_sparse.models.architectures import attention_modules, describe, text_config
 from npu_sparse.testing import TINY_MODELS, naive_attention_mass, tiny_model
 
 IDS = torch.randint(1, 95, (2, 33), generator=torch.Generator().manual_seed(2))

@@ -15,7 +15,7 @@ from npu_sparse import Indexer, IndexerConfig
 from npu_sparse.distill import run_distill, train
 from npu_sparse.distill.data import Contexts
 from npu_sparse.distill.validate import validate
-from npu_sparse.report import RunError
+from npu_sparse.runs.store import RunError
 
 
 def curve_file(output):

@@ -121,6 +121,19 @@ def test_divergence_is_the_mean_over_the_answer_of_kl_from_dense():
     assert judge(model, Forced((1,), (0, 0)), other, dense)["tokens"] == 0.5
 
 
+def test_only_tokens_that_count_have_to_be_the_most_likely():
+    head = nn.Linear(3, 3, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(3))
+    model = SimpleNamespace(get_output_embeddings=lambda: head)
+    rows = torch.eye(3)
+    assert judge(model, Forced((1,), (2, 1, 2), (False, True, True)), rows, rows)["right"] == 1.0
+    assert judge(model, Forced((1,), (2, 1, 1), (False, True, True)), rows, rows) == {"right": 0.0, "tokens": 0.5, "kl": 0.0}
+    for counts in ((False, False), (True,)):
+        with pytest.raises(ValueError, match="counts must say of 2 tokens which count, one at least"):
+            Forced((1,), (2, 1), counts)
+
+
 def test_rows_of_another_answer_are_refused():
     model, question = tiny_model("llama"), asked()
     _, (dense,) = score_forced(model, [question])
@@ -171,6 +184,8 @@ def test_all_answers_follow_the_prompt_as_tokens(begins):
     assert list(question.prompt) == tasks.encode(tokenizer, example(prompt, "33"))
     assert tokenizer.decode(question.prompt, skip_special_tokens=True) == prompt
     assert tokenizer.decode(question.answer) == " 11, 22, 33, and 44"
+    pieces = [tokenizer.decode([token]) for token in question.answer]
+    assert question.counts == tuple(any(c.isdigit() for c in piece) for piece in pieces) and not all(question.counts)
 
 
 def test_an_answer_that_would_run_into_the_prompt_is_tokenized_alone():
@@ -183,7 +198,7 @@ def test_an_answer_that_would_run_into_the_prompt_is_tokenized_alone():
     inner = Tokenizer(models.BPE(vocabulary, merges))
     inner.decoder = decoders.Fuse()
     question = forced(PreTrainedTokenizerFast(tokenizer_object=inner), example("are", "1", task="niah_single_1"))
-    assert question == Forced((vocabulary["are"],), (vocabulary[" "], vocabulary["1"]))
+    assert question == Forced((vocabulary["are"],), (vocabulary[" "], vocabulary["1"]), (False, True))
 
 
 def test_an_answer_that_does_not_fit_is_refused():

@@ -60,8 +60,15 @@ def tail_arguments(at, block=8):
     return *sparse_arguments(at, block), padding(2, 30, "left", device=at.device)
 
 
+def rows_arguments(at, block=8):
+    q, k, v = attention_inputs(2, 4, 2, 5, 30, 16, at.dim(24), dtype=at.dtype(), device=at.device, strided=True)
+    positions = torch.tensor([[29, 3, -1, 7, 28], [0, 1, 2, 12, 20]], dtype=torch.int32, device=at.device)
+    return q, k, v, positions, 0.25, padding(2, 30, "left", device=at.device)
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
+    "dense_rows": rows_arguments,
     "index_kl": kl_arguments,
     "index_kl_backward": kl_backward_arguments,
     "index_scores": index_arguments,
@@ -122,8 +129,12 @@ def sparse_attention_with_tail(q, k, v, indices, count, block, scale, valid, imp
     return ops.sparse_attention_with_tail(q, k, v, support, scale=scale, valid=valid, impl=impl)
 
 
+def dense_rows(q, k, v, positions, scale, valid, impl):
+    return ops.dense_rows(q, k, v, positions, scale=scale, valid=valid, impl=impl)
+
+
 FUNCTIONS = (
-    attention_mass, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, select_two_level,
+    attention_mass, dense_rows, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, select_two_level,
     sparse_attention, sparse_attention_with_tail,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}

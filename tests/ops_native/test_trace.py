@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npu_sparse.bench import cost
+from npu_sparse.measure import npu_cost as cost
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP, DIM, QUERIES, KEYS, K, BLOCK = 4, 64, 64, 512, 128, 32

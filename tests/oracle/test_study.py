@@ -5,11 +5,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from npu_sparse import report, tasks
+from npu_sparse import tasks
 from npu_sparse.budget import Budget
 from npu_sparse.oracle import quality, run_oracle, study
 from npu_sparse.oracle.config import variants
 from npu_sparse.oracle.prompts import text_prompts
+from npu_sparse.runs.store import RunError
 from npu_sparse.selectors import Local, Oracle, Random
 
 
@@ -212,7 +213,7 @@ def test_the_noise_floor_leaves_the_model_as_it_was(run, model):
 
 def test_another_config_in_the_directory_is_refused(run):
     run()
-    with pytest.raises(report.RunError, match="holds another run.*budgets"):
+    with pytest.raises(RunError, match="holds another run.*budgets"):
         run(budgets=(8,))
 
 
@@ -223,7 +224,7 @@ def test_other_weights_in_the_directory_are_refused(run, model):
     try:
         with torch.no_grad():
             weight.add_(1.0)
-        with pytest.raises(report.RunError, match="other weights or texts"):
+        with pytest.raises(RunError, match="other weights or texts"):
             run()
     finally:
         with torch.no_grad():
@@ -236,7 +237,7 @@ def test_other_texts_in_the_directory_are_refused(run, folder):
     try:
         for n in range(3):
             (folder / f"{n}.txt").write_text(f"changed {n} {text}")
-        with pytest.raises(report.RunError, match="other weights or texts"):
+        with pytest.raises(RunError, match="other weights or texts"):
             run()
     finally:
         (folder / "0.txt").write_text(text)
@@ -245,7 +246,7 @@ def test_other_texts_in_the_directory_are_refused(run, folder):
 def test_a_damaged_cell_is_named(run, tmp_path):
     run()
     (tmp_path / "run/cells/local-k8.json").write_text("{")
-    with pytest.raises(report.RunError, match="local-k8.json cannot be read.*delete it"):
+    with pytest.raises(RunError, match="local-k8.json cannot be read.*delete it"):
         run()
 
 
@@ -285,9 +286,9 @@ def test_a_model_that_is_not_supported_is_refused_with_the_reason(config, tokeni
 def test_a_used_directory_is_refused_before_a_model_is_loaded(config, tmp_path, monkeypatch):
     (tmp_path / "thesis.tex").write_text("")
     monkeypatch.setattr(study.checkpoints, "load", lambda *args, **kwargs: pytest.fail("a model was loaded"))
-    with pytest.raises(report.RunError, match="must be empty or hold an earlier run, found 'thesis.tex'"):
+    with pytest.raises(RunError, match="must be empty or hold an earlier run, found 'thesis.tex'"):
         run_oracle(config, tmp_path)
-    with pytest.raises(report.RunError, match="output must be a directory"):
+    with pytest.raises(RunError, match="output must be a directory"):
         run_oracle(config, tmp_path / "thesis.tex")
 
 

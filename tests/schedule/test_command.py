@@ -68,10 +68,30 @@ def test_missing_files_and_bad_values_are_one_sentence(kernel, tmp_path, capsys)
     assert "picture must be a .png or .svg file" in refusal(capsys, kernel, "--draw", tmp_path / "x.gif")
     assert "sizes must give a value for a" in refusal(capsys, kernel, "--sizes", "n=3")
     assert "sizes must be numbers" in refusal(capsys, kernel, "--sizes", "n=3,a=two")
+    assert "sizes must be whole numbers for parameters of loops, got n=50.7" in refusal(capsys, kernel, "--sizes", "n=50.7,a=1")
+    assert "sizes must satisfy n > 0" in refusal(capsys, kernel, "--sizes", "n=-1,a=1")
+    assert "scalar arguments of f (n, a), got m" in refusal(capsys, kernel, "--sizes", "n=3,a=1,m=2")
     strategy = tmp_path / "mine.yaml"
     strategy.write_text("tiling:\n  size: [4]\n")
     assert re.match(r".*mine.yaml:2: key of tiling must be one of", refusal(capsys, kernel, "--strategy", strategy))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kernel.c", "mine.yaml"]
+
+
+def test_program_that_leaves_at_once_is_no_success(kernel, capsys):
+    text = SCALE.replace("void f", "void kernel_f")
+    kernel.write_text("#include <stdlib.h>\nvoid init_f(int n, double a, double x[n]) { exit(0); }\n" + text)
+    message = refusal(capsys, kernel, "--sizes", "n=9,a=2")
+    assert message == "kernel_f must return from all 30 runs, got 0: the program ends itself in original"
+
+
+def test_endless_program_is_stopped_after_the_time_limit(kernel, capsys):
+    kernel.write_text(SCALE.replace("void f", "static __attribute__((constructor)) void stay(void) { for (;;) ; }\nvoid f"))
+    assert refusal(capsys, kernel, "--sizes", "n=9,a=2", "--time-limit", "1") == "f must end within 1 s, and did not"
+
+
+def test_size_given_twice_is_refused(kernel, capsys):
+    assert cli.main(["schedule", str(kernel), "--sizes", "n=9,n=8,a=2"]) == 2
+    assert "must have each name once" in capsys.readouterr().err
 
 
 def test_difference_is_a_failure_of_the_package_and_nothing_is_written(kernel, tmp_path, capsys, monkeypatch):
@@ -85,7 +105,7 @@ def test_missing_package_is_named(kernel, capsys, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "npu_sparse.schedule.command", None)
-    assert "pip install 'npu-sparse[schedule]'" in refusal(capsys, kernel)
+    assert "pip install -e '.[schedule]' in a clone of npu-sparse" in refusal(capsys, kernel)
 
 
 def test_page_names_every_key():

@@ -3,7 +3,7 @@
 import pytest
 
 from npu_sparse.schedule import config
-from npu_sparse.schedule.config import ConfigError, Dimension, Tiling
+from npu_sparse.schedule.config import Config, ConfigError, Constraint, Dimension, Directive, Fusion, Tiling, parse_constraint
 
 FULL = """
 scheduling_strategy:
@@ -176,3 +176,65 @@ def test_with_options_refuses_unknown_names():
     assert config.with_options(config.load("pluto"), tiling=Tiling((8,))).tiling.sizes == (8,)
     with pytest.raises(ConfigError, match="option must be one of .*got 'tile'"):
         config.with_options(config.load("pluto"), tile=3)
+
+
+MADE_WRONG = {  # in Python, where no file and line can be named
+    "heuristic": (lambda: Config(fusion_heuristic="bogus"), "fusion_heuristic must be one of max, .*, none, got 'bogus'"),
+    "boolean": (lambda: Config(relax_reductions="yes"), "relax_reductions must be true or false, got 'yes'"),
+    "bound": (lambda: Config(coefficient_bound=0), "coefficient_bound must be an integer from 1 to 100, got 0"),
+    "work": (lambda: Config(parallel_work=1.5), "parallel_work must be an integer from 0 to 100, got 1.5"),
+    "time": (lambda: Config(time_limit=float("nan")), "time_limit must be a positive number, got nan"),
+    "tiling": (lambda: Config(tiling=(32, 32)), r"tiling must be a Tiling, got \(32, 32\)"),
+    "cost": (lambda: Config(dimensions={None: Dimension(("prox",))}), "cost_functions must be one of proximity, .*, got 'prox'"),
+    "cost of an alternative": (
+        lambda: Config(dimensions={0: Dimension(otherwise=Dimension(("x",)))}),
+        "cost_functions must be one of .*, got 'x'",
+    ),
+    "dimension": (lambda: Config(dimensions={-1: Dimension()}), "dimensions must have keys None, 0, 1, 2 ..., got -1"),
+    "no dimension": (lambda: Config(dimensions={0: "contiguity"}), "dimension must be a Dimension, got 'contiguity'"),
+    "no mapping": (lambda: Config(fusion=Fusion()), "fusion must map scheduling dimensions to what holds there, got Fusion"),
+    "fusion": (lambda: Config(fusion={0: [[0], [1]]}), r"fusion must be a Fusion, got \[\[0\], \[1\]\]"),
+    "constraint": (
+        lambda: Config(custom_constraints={0: ("S0_it_0 >= 1",)}),
+        "custom_constraints must be a Constraint, got 'S0_it_0 >= 1'",
+    ),
+    "name in a constraint": (
+        lambda: Config(custom_constraints={0: (parse_constraint("x >= 1", ("x",)),)}),
+        "names in a constraint must be coefficients or new_variables, got 'x'",
+    ),
+    "relation": (
+        lambda: Constraint("x < 1", "", ((1, "x"),), -1, "<"),
+        "relation of a constraint must be one of >=, <=, =, got '<'",
+    ),
+    "variable": (lambda: Config(new_variables=("proximity",)), "new_variables must be names other than .*, got 'proximity'"),
+    "variables": (lambda: Config(new_variables=("x", "x")), "new_variables must differ, got x, x"),
+    "directive": (lambda: Directive("vectorise", (0,), 0), "type must be one of vectorize, .*, got 'vectorise'"),
+    "statements": (lambda: Directive("parallel", 0, 0), "stmts must be a list, got 0"),
+    "directives": (lambda: Config(directives=["parallel"]), "directives must be a Directive, got 'parallel'"),
+    "callback": (lambda: Config(callback="me"), "callback must be a function, got 'me'"),
+    "parallel": (
+        lambda: Dimension(require_parallel="always"),
+        "require_parallel must be true or false, or outermost, got 'always'",
+    ),
+    "one name": (lambda: Dimension("proximity"), "cost_functions must be a list, got 'proximity'"),
+    "size": (lambda: Tiling((32, -1)), "sizes must be an integer from 0 to 1000000, got -1"),
+    "size alone": (lambda: Tiling(32), "sizes must be a list, got 32"),
+    "jam": (lambda: Tiling(unroll_jam=65), "unroll_jam must be an integer from 0 to 64, got 65"),
+    "statement twice": (lambda: Fusion(stmts_fusion=((0,), (0, 1))), r"every statement once, got \[\[0\], \[0, 1\]\]"),
+    "both": (lambda: Fusion(True, ((0,),)), "total_distribution or stmts_fusion, got both"),
+    "replaced": (
+        lambda: config.with_options(config.load("pluto"), fusion_heuristic="bogus"),
+        "fusion_heuristic must be one of .*, got 'bogus'",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, sentence", MADE_WRONG.values(), ids=MADE_WRONG)
+def test_a_strategy_refuses_what_it_cannot_be_wherever_it_is_made(make, sentence):
+    with pytest.raises(ConfigError, match=sentence):
+        make()
+
+
+def test_lists_are_as_good_as_tuples():
+    assert Tiling([8, 0]) == Tiling((8, 0)) and Fusion(stmts_fusion=[[0], [1]]) == Fusion(stmts_fusion=((0,), (1,)))
+    assert Directive("parallel", [0], 1) == Directive("parallel", (0,), 1)

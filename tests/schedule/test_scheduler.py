@@ -195,6 +195,12 @@ def test_callback_sees_what_was_found_and_chooses_per_dimension():
     assert loops(plan) == ["j", "i"]
 
 
+@pytest.mark.parametrize("answer, got", [(Dimension(("prox",)), "'prox'"), ("proximity", "'proximity'")])
+def test_answer_of_a_callback_is_checked_like_a_file(answer, got):
+    with pytest.raises(ConfigError, match=f"must be .*, got {got}"):
+        scheduler.schedule(scop(SWEEP), config.Config(callback=lambda attempt: answer))
+
+
 def test_relaxed_reduction_runs_in_any_order_but_not_in_parallel():
     body = "for (int i = 0; i < n; i++) for (int j = 0; j < i; j++) c[0][0] += a[n - 1 - j][i];"
     held = strategy('custom_constraints: [{scheduling_dimension: 0, constraints: ["S0_it_1 = -1", "S0_it_0 = 0"]}]')

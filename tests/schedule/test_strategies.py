@@ -12,7 +12,7 @@ from npu_sparse.schedule.dependences import dependences  # noqa: E402
 from npu_sparse.schedule.frontend.c import parse_c  # noqa: E402
 from npu_sparse.schedule.isl_baseline import from_isl  # noqa: E402
 from npu_sparse.schedule.plan import Plan  # noqa: E402
-from npu_sparse.schedule.solve.problem import prepare, split  # noqa: E402
+from npu_sparse.schedule.solve.problem import prepare  # noqa: E402
 
 STRATEGIES = ("pluto", "pluto-plus", "feautrier", "tensor-scheduler", "cpu-vector", "npu-vector")
 KERNELS = sorted(Path(kernels.__path__[0]).glob("*.c"))
@@ -106,8 +106,8 @@ def coincident(plan: Plan) -> dict[str, int]:
 def test_isl_strategy_has_as_many_coincident_dimensions_as_isl(path):
     program = parse_c(path)
     found = dependences(program)
-    problem = prepare(program, config.load("isl"))
-    theirs = from_isl(program, split(problem, found))
+    problem = prepare(program, config.load("isl"), found)
+    theirs = from_isl(program, problem.dependences)
     ours = scheduler.schedule(program, "isl", found)
     assert theirs is not None and not ours.notes
     expected = coincident(theirs)

@@ -91,10 +91,10 @@ def test_report_is_made_of_finished_lengths_without_a_gpu(bench, record, tmp_pat
     options = ["--lengths", "4096", "--sparse", "2048:64", "--output", str(output)]
     args = bench.parse(options)
     config = json.loads(json.dumps({k: v for k, v in vars(args).items() if k != "output"}))
-    bench.report.open_run(output, {"stage": "bench-ops", **config})
+    bench.open_run(output, {"stage": "bench-ops", **config})
     (output / "records").mkdir()
-    record["machine"] = bench.report.machine()
-    bench.report.write_json(output / "records" / "4096.json", record)
+    record["machine"] = bench.machine()
+    bench.write_json(output / "records" / "4096.json", record)
     assert bench.main(options) == 0
     text = (output / "report.md").read_text()
     assert "4.00x" in text and "Not run: dense cudnn at 4096 tokens (no such backend)" in text and "untrained" in text

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from npu_sparse import checkpoints
-from npu_sparse.bench import quality
 from npu_sparse.distill import DistillConfig
+from npu_sparse.measure import quality
 
 ROOT = Path(__file__).parents[2]
 

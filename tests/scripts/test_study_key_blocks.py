@@ -49,5 +49,5 @@ def test_with_every_key_a_candidate_nothing_is_lost(script, tmp_path):
         assert row["candidates"] == 48 or (row["recall"], row["mass"]) == pytest.approx((1, 1))
     few = {row["way"]: row["recall"] for row in rows if row["candidates"] == 48 and row["block"] == 64}
     assert 0 < few["most recent"] < few["best key"] < 1
-    text = script.markdown({"config": {k: v for k, v in vars(args).items()}, "rows": rows, "machine": script.report.machine()})
+    text = script.markdown({"config": {k: v for k, v in vars(args).items()}, "rows": rows, "machine": script.machine()})
     assert "| 64 | 16 | 48 |" in text

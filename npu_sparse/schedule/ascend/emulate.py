@@ -33,7 +33,7 @@ class Program:
         }
 
     def trace(self, name: str, arrays: dict[str, np.ndarray], scalars=(), blocks: int = 1) -> dict:
-        """The instruction stream of the kernel, for npu_sparse.bench.cost."""
+        """The instruction stream of the kernel, for npu_sparse.measure.npu_cost."""
         self._launch(name, arrays, scalars, blocks, seed=0, trace=True)
         return json.loads((self.path.parent / "trace.json").read_text())
 

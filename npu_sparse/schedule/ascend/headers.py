@@ -8,12 +8,13 @@ writes them; a test compares what is checked in with what this module generates.
 import sys
 from pathlib import Path
 
-from npu_sparse.report import write_text
 from npu_sparse.schedule.ascend import memory, nest
 from npu_sparse.schedule.frontend import builder
 from npu_sparse.schedule.plan import Plan
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
+
+from ...runs.store import write_text
 
 PRODUCT_BUFFERS = 3  # of scores from the cube
 FRACTAL_ROWS = 16  # queries that the cube hands over together

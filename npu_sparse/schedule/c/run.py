@@ -1,19 +1,24 @@
 """Compiles an original kernel and generated ones into one program, runs them in turn, compares every live-out array bitwise."""
 
 import json
+import math
 import os
 import re
 import shutil
-import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+import islpy as isl
+
+from npu_sparse.schedule.c.driver import CALLER, driver, parameter
 from npu_sparse.schedule.c.print import identifiers
-from npu_sparse.schedule.scop import Array, Scop
+from npu_sparse.schedule.c.process import interrupted_by_termination, wait_for
+from npu_sparse.schedule.scop import Scop
 
 MERGE = ("-Wl,--allow-multiple-definition",)  # the variants are copies of one file: its other functions are the same
+COMPILE_S = 120  # of one source, at most
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-std=gnu11")
 
 
@@ -49,7 +54,7 @@ class Result:
 def run(
     scop: Scop,
     variants: dict[str, str],
-    sizes: dict[str, int],
+    sizes: dict[str, float],
     *,
     scalars: dict[str, float] | None = None,
     threads: tuple[int, ...] = (1,),
@@ -61,29 +66,87 @@ def run(
 
     The arrays of every run start from the source's own `init_<name>` where it has one for `kernel_<name>`, and otherwise from
     fixed values. Runs of the variants are interleaved: all variants once, `repeats` times, for each number of threads.
-    Compilers and programs that fail raise RunError.
+
+    Raises:
+        RunError: a compiler or a program fails or takes longer than `timeout_s`; a program leaves before all of its runs have
+            been compared; sizes for which there is nothing to compare, or that the arguments' types cannot hold.
     """
     if not scop.function:
         raise RunError(f"{scop.source} must define the SCoP inside of a function to be run")
-    values = {**sizes, **(scalars or {})}
-    missing = [a.name for a in scop.arguments if not a.shape and a.name not in values]
-    if missing:
-        raise RunError(f"sizes must give a value for {', '.join(missing)}")
+    values = _checked(scop, {**sizes, **(scalars or {})})
     passed = {a.name for a in scop.arguments if a.shape}
-    hidden = [a.name for a in scop.arrays.values() if a.live_out and a.name not in passed]
+    results = [a.name for a in scop.arrays.values() if a.live_out]
+    hidden = [name for name in results if name not in passed]
     if hidden:
         raise RunError(f"results must be array arguments of {scop.function} to be compared, got {', '.join(hidden)}")
-    with tempfile.TemporaryDirectory(prefix="schedule-") as directory:
+    if not results:
+        raise RunError(f"{scop.function} must have results to be compared, got none that lives after its loops")
+    with interrupted_by_termination(), tempfile.TemporaryDirectory(prefix="schedule-") as directory:
         program = _compile(Path(directory), scop, variants, values, flags)
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_DYNAMIC": "false", "OMP_PROC_BIND": "false"}
-        command = [str(program), str(repeats), *map(str, threads)]
+        environment[CALLER] = str(os.getpid())
+        written = Path(directory) / "records"
+        command = [str(program), str(written), str(repeats), *map(str, threads)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
-        except subprocess.TimeoutExpired as error:
-            raise RunError(f"{scop.name} must end within {timeout_s:g} s, and did not") from error
-    if done.returncode:
-        raise RunError(f"{scop.name} must exit with 0, got {done.returncode}: {(done.stderr or done.stdout).strip()[-500:]}")
-    return _results([json.loads(line) for line in done.stdout.splitlines()], list(variants))
+            status, errors = wait_for(command, timeout_s, environment)
+        except TimeoutError as error:
+            raise RunError(f"{scop.function} {error}") from error
+        records = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
+    if records and "refused" in records[0]:
+        raise RunError(_refusal(scop, records[0]))
+    if status:
+        raise RunError(f"{scop.function} must exit with 0, got {status}: {errors.strip()[-500:]}")
+    expected = repeats * len(threads) * len(variants)
+    if len(records) != expected:
+        name = list(variants)[len(records) % len(variants)]
+        got = f"{len(records)}: the program ends itself in {name}"
+        raise RunError(f"{scop.function} must return from all {expected} runs, got {got}")
+    return _results(records, list(variants))
+
+
+def _checked(scop: Scop, values: dict[str, float]) -> dict[str, float]:
+    """The values of the scalar arguments, whole numbers as int, when the loops do something for them."""
+    names = [a.name for a in scop.arguments if not a.shape]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise RunError(f"sizes must give a value for {', '.join(missing)}")
+    unknown = [name for name in values if name not in names]
+    if unknown:
+        known = ", ".join(names) or "none"
+        raise RunError(f"sizes must name scalar arguments of {scop.function} ({known}), got {', '.join(unknown)}")
+    endless = [f"{name}={value}" for name, value in values.items() if not math.isfinite(value)]
+    if endless:
+        raise RunError(f"sizes must be finite numbers, got {', '.join(endless)}")
+    values = {name: int(value) if float(value).is_integer() else value for name, value in values.items()}
+    fixed = {name: values[name] for name in scop.parameters if name in values}
+    broken = [f"{name}={value}" for name, value in fixed.items() if not isinstance(value, int)]
+    if broken:
+        raise RunError(f"sizes must be whole numbers for parameters of loops, got {', '.join(broken)}")
+    given = ", ".join(f"{name}={value}" for name, value in fixed.items())
+    possible = _at(scop.context, fixed)
+    if possible.is_empty():
+        wanted = str(scop.context).partition(":")[2].strip(" }")
+        raise RunError(f"sizes must satisfy {wanted}, which {scop.function} needs, got {given}")
+    if all(_at(statement.domain, fixed).intersect_params(possible).is_empty() for statement in scop.statements):
+        raise RunError(f"sizes must let some statement of {scop.function} run, got {given}")
+    return values
+
+
+def _at(points: isl.Set, values: dict[str, int]) -> isl.Set:
+    for name, value in values.items():
+        place = points.find_dim_by_name(isl.dim_type.param, name)
+        if place >= 0:
+            points = points.fix_val(isl.dim_type.param, place, isl.Val(value))
+    return points
+
+
+def _refusal(scop: Scop, record: dict) -> str:
+    if record["refused"] == "memory":
+        return f"arrays of {scop.function} must fit into the machine's memory, got {float(record['value']):.3g} bytes"
+    a, value = scop.arguments[record["argument"]], f"{float(record['value']):.17g}"
+    if record["refused"] == "value":
+        return f"{a.name} must be a value of {a.ctype}, got {value}"
+    return f"extent {a.shape[record['dimension']]} of {a.name} must be positive, got {value}"
 
 
 def _results(records: list[dict], names: list[str]) -> list[Result]:
@@ -106,13 +169,16 @@ def _compile(directory: Path, scop: Scop, variants: dict[str, str], values: dict
     objects = []
     for n, (name, source) in enumerate(variants.items()):
         path = directory / f"v{n}.c"
-        path.write_text(source if "malloc" not in source else "#include <stdlib.h>\n" + source)
+        text = source if "malloc" not in source else "#include <stdlib.h>\n" + source
+        if init and not n:  # the compiler then sees to it that it takes what it will be given
+            text += f"\nvoid {init}({', '.join(map(parameter, scop.arguments))});\n"
+        path.write_text(text)
         renames = [f"-D{scop.function}=variant_{n}"] + ([f"-D{init}=init_{n}"] if init else [])
         _gcc([*flags, *renames, "-c", path, "-o", path.with_suffix(".o")], name)
         objects.append(path.with_suffix(".o"))
-    driver = directory / "driver.c"
-    driver.write_text(_driver(scop, len(variants), values, bool(init)))
-    _gcc(["-O1", "-fopenmp", "-std=gnu11", driver, *objects, "-lm", *MERGE, "-o", directory / "program"], "the driver")
+    main = directory / "driver.c"
+    main.write_text(driver(scop, len(variants), values, bool(init)))
+    _gcc(["-O1", "-fopenmp", "-std=gnu11", main, *objects, "-lm", *MERGE, "-o", directory / "program"], "the driver")
     return directory / "program"
 
 
@@ -122,82 +188,9 @@ def _init_function(scop: Scop, source: str) -> str:
 
 
 def _gcc(arguments: list, name: str) -> None:
-    done = subprocess.run(["gcc", *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        raise RunError(f"{name} must compile, got: {done.stderr.strip()[:2000]}")
-
-
-def _parameter(a: Array) -> str:
-    return f"{a.ctype} {a.name}" + "".join(f"[{extent}]" for extent in a.shape)
-
-
-def _driver(scop: Scop, variants: int, values: dict, init: bool) -> str:
-    """A C program: its arguments are the repetitions and the numbers of threads; it prints one JSON record per run."""
-    arrays = [a for a in scop.arguments if a.shape]
-    compared = [a for a in arrays if a.name in scop.arrays and scop.arrays[a.name].live_out]
-    parameters = ", ".join(_parameter(a) for a in scop.arguments)
-    call = ", ".join(a.name for a in scop.arguments)
-    count = {a.name: " * ".join(f"(size_t)({extent})" for extent in a.shape) for a in arrays}
-    lines = [
-        "#define _GNU_SOURCE", "#include <omp.h>", "#include <stdio.h>", "#include <stdlib.h>", "#include <string.h>",
-        "#include <time.h>",
-        *(f"void variant_{n}({parameters});" for n in range(variants)),
-        *([f"void init_0({parameters});"] if init else []),
-        "static double seconds_(clockid_t clock_) {",
-        "  struct timespec t_; clock_gettime(clock_, &t_); return t_.tv_sec + 1e-9 * t_.tv_nsec;",
-        "}",
-        "static double busy_[256];",
-        "int main(int argc_, char **argv_) {",
-        *(f"  {a.ctype} {a.name} = {values[a.name]};" for a in scop.arguments if not a.shape),
-    ]  # fmt: skip
-    for a in arrays:
-        inner = "".join(f"[{extent}]" for extent in a.shape[1:])
-        pointer = f"(*{a.name}){inner}" if inner else f"*{a.name}"
-        lines.append(f"  {a.ctype} {pointer} = aligned_alloc(64, (sizeof({a.ctype}) * {count[a.name]} + 63) / 64 * 64 + 64);")
-    lines += [f"  {a.ctype} *expected_{a.name} = malloc(sizeof({a.ctype}) * ({count[a.name]}) + 1);" for a in compared]
-    fill = [f"      init_0({call});"] if init else [
-        f"      for (size_t e_ = 0; e_ < {count[a.name]}; e_++)"
-        f" (({a.ctype} *){a.name})[e_] = ({a.ctype})((e_ * 37 + {n}) % 101) / 7 + 1;"
-        for n, a in enumerate(arrays)
-    ]  # fmt: skip
-    lines += [
-        "  int known_ = 0;",
-        "  for (int p_ = 2; p_ < argc_; p_++) for (int r_ = 0; r_ < atoi(argv_[1]); r_++) {",
-        "    omp_set_num_threads(atoi(argv_[p_]));",
-        f"    for (int v_ = 0; v_ < {variants}; v_++) {{",
-        *fill,
-        "      #pragma omp parallel",
-        "      busy_[omp_get_thread_num()] = -seconds_(CLOCK_THREAD_CPUTIME_ID);",
-        "      double start_ = seconds_(CLOCK_MONOTONIC);",
-        "      switch (v_) {",
-        *(f"        case {n}: variant_{n}({call}); break;" for n in range(variants)),
-        "      }",
-        "      double wall_ = seconds_(CLOCK_MONOTONIC) - start_, cpu_ = 0;",
-        "      #pragma omp parallel",
-        "      busy_[omp_get_thread_num()] += seconds_(CLOCK_THREAD_CPUTIME_ID);",
-        "      for (int n_ = 0; n_ < atoi(argv_[p_]) && n_ < 256; n_++) cpu_ = busy_[n_] > cpu_ ? busy_[n_] : cpu_;",
-        '      char difference_[200] = "";',
-    ]
-    for a in compared:
-        size = f"sizeof({a.ctype}) * ({count[a.name]})"
-        lines += [
-            f"      if (!known_) memcpy(expected_{a.name}, {a.name}, {size});",
-            f"      else if (!difference_[0] && memcmp(expected_{a.name}, {a.name}, {size}))",
-            f"        for (size_t e_ = 0; e_ < {count[a.name]}; e_++)",
-            f"          if (memcmp(expected_{a.name} + e_, ({a.ctype} *){a.name} + e_, sizeof({a.ctype}))) {{",
-            f'            snprintf(difference_, 200, "element %zu of {a.name} is %.17g, expected %.17g", e_,',
-            f"                     (double)(({a.ctype} *){a.name})[e_], (double)expected_{a.name}[e_]);",
-            "            break;",
-            "          }",
-        ]
-    lines += [
-        "      known_ = 1;",
-        '      printf("{\\"threads\\": %d, \\"variant\\": %d, \\"wall_s\\": %.9g, "',
-        '             "\\"cpu_s\\": %.9g, \\"difference\\": \\"%s\\"}\\n",',
-        "             atoi(argv_[p_]), v_, wall_, cpu_, difference_);",
-        "    }",
-        "  }",
-        "  return 0;",
-        "}",
-    ]
-    return "\n".join(lines) + "\n"
+    try:
+        status, errors = wait_for(["gcc", "-fmax-errors=20", *map(str, arguments)], COMPILE_S)
+    except TimeoutError as error:
+        raise RunError(f"{name} must compile within {COMPILE_S} s, and did not") from error
+    if status:
+        raise RunError(f"{name} must compile, got: {errors.strip()[:2000]}")

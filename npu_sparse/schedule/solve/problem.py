@@ -1,6 +1,6 @@
-"""A scop in the form the integer programs need: its statements, its dependences, and what a strategy is told of them."""
+"""What the integer programs are about: the scop as numbers, and the group of statements that one of them schedules."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import islpy as isl
 
@@ -36,32 +36,108 @@ class Attempt:
     active: tuple[str, ...]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Problem:
-    """A scop in the form the integer programs need."""
+    """A scop under a configuration, in the form the integer programs need.
+
+    Attributes:
+        statements: by name.
+        fixed: statement -> directions in which its domain is flat: they need no loop.
+        extents: constants that act as parameters, see Config.constant_to_parameter.
+        dependences: all of them, one per basic map.
+        notes: filled while scheduling with what the user should know.
+    """
 
     scop: Scop
     config: Config
     statements: dict[str, Statement]
-    fixed: dict[str, list[tuple[int, ...]]]  # directions in which a domain is flat: they need no loop
+    fixed: dict[str, list[tuple[int, ...]]]
     extents: tuple[int, ...] = ()
     dependences: tuple[Dependence, ...] = ()
     notes: list[str] = field(default_factory=list)
 
     def depth(self, name: str) -> int:
+        """Loops that the statement needs."""
         return len(self.statements[name].iterators) - len(self.fixed[name])
 
 
-def prepare(scop: Scop, config: Config) -> Problem:
+@dataclass(frozen=True)
+class Group:
+    """Statements scheduled together, and how far that is.
+
+    Attributes:
+        names: of the statements, in the order of the text.
+        active: the dependences among them that no enclosing band carries.
+        outer: rows of the enclosing bands.
+        band: rows of the band that is being built.
+        found: statement -> iterator parts of its rows, those that depend on earlier ones left out.
+    """
+
+    problem: Problem
+    names: tuple[str, ...]
+    active: tuple[Dependence, ...]
+    outer: tuple[Row, ...]
+    band: tuple[Row, ...]
+    found: dict[str, tuple[tuple[int, ...], ...]]
+
+    @property
+    def number(self) -> int:
+        """The scheduling dimension that comes next."""
+        return len(self.outer) + len(self.band)
+
+    def missing(self, name: str) -> int:
+        """Loops that the statement still needs."""
+        return self.problem.depth(name) - len(self.found[name])
+
+    def part(self, names: tuple[str, ...]) -> "Group":
+        """Some of the statements, with the dependences among them."""
+        inside = tuple(d for d in self.active if d.source in names and d.sink in names)
+        return replace(self, names=names, active=inside)
+
+    def with_row(self, row: Row) -> "Group":
+        """The group after one more row of the band, which gets some statement further."""
+        found = dict(self.found)
+        for name in self.names:
+            if outside([*self.problem.fixed[name], *found[name]], row[name].it):
+                found[name] = (*found[name], row[name].it)
+        assert sum(map(len, found.values())) > sum(map(len, self.found.values()))
+        return replace(self, band=(*self.band, row), found=found)
+
+    def configured(self, **options) -> "Group":
+        """The group under a configuration with other options."""
+        return replace(self, problem=replace(self.problem, config=replace(self.problem.config, **options)))
+
+    def temporaries(self) -> frozenset[str]:
+        """Arrays whose values live among the statements alone: none enters, leaves, or is wanted afterwards.
+
+        An iteration of a loop that carries no flow of such an array may have a copy of its own, which code generation provides.
+        """
+        problem, names = self.problem, self.names
+        found = set()
+        for array in {d.array for d in problem.dependences if not d.flow and d.source in names and d.sink in names}:
+            flows = [d for d in problem.dependences if d.flow and d.array == array]
+            inside = all((d.source in names) == (d.sink in names) for d in flows)
+            if inside and not problem.scop.arrays[array].live_out and all(_fed(problem, name, array, flows) for name in names):
+                found.add(array)
+        return frozenset(found)
+
+
+def prepare(scop: Scop, config: Config, dependences: list) -> Problem:
+    """The problem of a scop; `dependences` as dependences.dependences gives them."""
     statements = {statement.name: statement for statement in scop.statements}
     fixed = {statement.name: _flat_directions(statement.domain) for statement in scop.statements}
-    problem = Problem(scop, config, statements, fixed)
-    if config.constant_to_parameter:
-        problem.extents = _extents(scop, config.constant_to_parameter)
-    return problem
+    extents = _extents(scop, config.constant_to_parameter) if config.constant_to_parameter else ()
+    problem = Problem(scop, config, statements, fixed, extents)
+    return replace(problem, dependences=_split(problem, dependences))
 
 
-def split(problem: Problem, dependences: list) -> list[Dependence]:
+def everything(problem: Problem) -> Group:
+    """All statements, before the first row."""
+    names = tuple(problem.statements)
+    return Group(problem, names, problem.dependences, (), (), {name: () for name in names})
+
+
+def _split(problem: Problem, dependences: list) -> tuple[Dependence, ...]:
     """The dependences, one per basic map, aligned to the scop's parameters and restricted to its context."""
     scop = problem.scop
     found = []
@@ -75,28 +151,13 @@ def split(problem: Problem, dependences: list) -> list[Dependence]:
                 flow = item.kind == "RAW"
                 relaxed = item.reduction and problem.config.relax_reductions
                 found.append(Dependence(item.source, item.sink, piece, label, problem.extents, item.array, flow, relaxed))
-    problem.dependences = tuple(found)
-    return found
+    return tuple(found)
 
 
 def restricted(config: Config) -> bool:
     """Whether the user asked for something a fallback would silently drop."""
     own = any(dimension.constraints for dimension in config.dimensions.values())
     return bool(own or config.custom_constraints or config.directives or config.fusion or config.callback)
-
-
-def temporary_arrays(problem: Problem, names: tuple[str, ...]) -> frozenset[str]:
-    """Arrays whose values live among the statements alone: none enters, leaves, or is wanted afterwards.
-
-    An iteration of a loop that carries no flow of such an array may have a copy of its own, which code generation provides.
-    """
-    found = set()
-    for array in {d.array for d in problem.dependences if not d.flow and d.source in names and d.sink in names}:
-        flows = [d for d in problem.dependences if d.flow and d.array == array]
-        inside = all((d.source in names) == (d.sink in names) for d in flows)
-        if inside and not problem.scop.arrays[array].live_out and all(_fed(problem, name, array, flows) for name in names):
-            found.add(array)
-    return frozenset(found)
 
 
 def _fed(problem: Problem, name: str, array: str, flows: list[Dependence]) -> bool:

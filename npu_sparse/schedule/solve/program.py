@@ -4,18 +4,18 @@ from npu_sparse.schedule.config import ConfigError, Constraint, Dimension
 from npu_sparse.schedule.solve.costs import contiguity, small_loops
 from npu_sparse.schedule.solve.farkas import Dependence
 from npu_sparse.schedule.solve.ilp import Model, Terms
-from npu_sparse.schedule.solve.problem import Problem, temporary_arrays
+from npu_sparse.schedule.solve.problem import Group
 from npu_sparse.schedule.solve.rows import Form, Row, difference
 from npu_sparse.schedule.solve.spans import null_space
 
 
 class Program:
-    """The integer program of one dimension for statements scheduled together."""
+    """The integer program of the next dimension of a group of statements."""
 
-    def __init__(self, problem: Problem, names: tuple, active: list, number: int, dimension: Dimension, rows: dict):
-        self.problem, self.names, self.active, self.dimension, self.rows = problem, names, active, dimension, rows
-        self.config, self.number = problem.config, number
-        self.ordered = [d for d in active if not d.relaxed]
+    def __init__(self, group: Group, dimension: Dimension):
+        self.group, self.dimension = group, dimension
+        self.problem, self.names, self.config = group.problem, group.names, group.problem.config
+        self.ordered = [d for d in group.active if not d.relaxed]
         self.model = Model()
         self.it: dict[str, list[int]] = {}
         self.par: dict[str, list[int]] = {}
@@ -24,17 +24,17 @@ class Program:
         self.users: dict[str, int] = {}
         self.temporaries: frozenset[str] = frozenset()
         if dimension.require_parallel and self.config.privatisation:
-            self.temporaries = temporary_arrays(problem, names)
+            self.temporaries = group.temporaries()
         self.columns()
-        for d in active:
+        for d in group.active:
             self.legal(d)
-        for name in names:
+        for name in self.names:
             self.progress(name)
             self.directed(name)
         if dimension.no_skewing:
-            for name in names:
+            for name in self.names:
                 self.model.row({column: 1 for column in self.size[name]}, None, 1)
-        for constraint in (*self.config.constraints(number), *dimension.constraints):
+        for constraint in (*self.config.constraints(group.number), *dimension.constraints):
             self.constrain(constraint)
 
     def columns(self) -> None:
@@ -92,7 +92,7 @@ class Program:
     def progress(self, name: str) -> None:
         """T_it leaves the span of the rows found so far, unless they span everything."""
         width = len(self.it[name])
-        basis = null_space([*self.problem.fixed[name], *self.rows[name]], width)
+        basis = null_space([*self.problem.fixed[name], *self.group.found[name]], width)
         if not basis:
             return
         model = self.model
@@ -116,23 +116,22 @@ class Program:
     def directed(self, name: str) -> None:
         """Coefficients that directives fix for the statement."""
         statement, model = self.problem.statements[name], self.model
-        found = len(self.rows[name])
         for directive in self.config.directives:
             if statement.index not in directive.stmts:
                 continue
             k = directive.iterator
             unit = [int(place == k) for place in range(len(statement.iterators))]
-            last = found + 1 >= self.problem.depth(name)
-            if directive.type == "vectorize" and found < self.problem.depth(name):
-                if last:
+            missing = self.group.missing(name)
+            if directive.type == "vectorize" and missing > 0:
+                if missing == 1:
                     for column, value in zip(self.it[name], unit):
                         model.row({column: 1}, value, value)
                 else:
                     model.row({self.it[name][k]: 1}, 0, 0)
-            if directive.type == "parallel" and found == 0:
+            if directive.type == "parallel" and not self.group.found[name]:
                 for column, value in zip(self.it[name], unit):
                     model.row({column: 1}, value, value)
-                for d in self.active:
+                for d in self.group.active:
                     if name in (d.source, d.sink):
                         for row in (*d.cone.equalities, *d.cone.inequalities):
                             model.row(self.terms(d, row), 0, 0)
@@ -234,7 +233,7 @@ class Program:
         terms: Terms = {}
         for name in self.names:
             costs = contiguity(self.problem.statements[name])
-            if len(costs) == deepest and self.problem.depth(name) - len(self.rows[name]) > 1:
+            if len(costs) == deepest and self.group.missing(name) > 1:
                 terms[self.size[name][costs.index(max(costs))]] = 1
         return [terms]
 
@@ -250,7 +249,7 @@ class Program:
         row = self.row(self.model.lexmin(self.objectives(), self.config.time_limit))
         if not self.model.optimal:
             self.problem.notes.append(
-                f"dimension {self.number} of {', '.join(self.names)}: not the best row within the time limit"
+                f"dimension {self.group.number} of {', '.join(self.names)}: not the best row within the time limit"
             )
         return row
 

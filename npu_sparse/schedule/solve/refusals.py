@@ -7,7 +7,7 @@ import islpy as isl
 from npu_sparse.schedule.config import ConfigError
 from npu_sparse.schedule.plan import Plan
 from npu_sparse.schedule.solve.farkas import Dependence
-from npu_sparse.schedule.solve.problem import InfeasibleError, Problem
+from npu_sparse.schedule.solve.problem import Group, InfeasibleError, Problem
 from npu_sparse.schedule.solve.program import Program
 from npu_sparse.schedule.solve.rows import Form, Row, is_zero
 
@@ -30,7 +30,7 @@ def witness(relation: isl.BasicMap) -> str:
     return f"{pair[0]} -> {pair[1]}" + (f" ({', '.join(parameters)})" if parameters else "")
 
 
-def check_requests(problem: Problem, active: list[Dependence]) -> None:
+def check_requests(problem: Problem) -> None:
     """Raises ConfigError for directives that speak of what the scop does not have, or that exclude each other."""
     last = len(problem.statements) - 1
     seen: dict[tuple[int, str], int] = {}
@@ -57,36 +57,33 @@ def check_requests(problem: Problem, active: list[Dependence]) -> None:
                 )
 
 
-def explain(problem: Problem, names: tuple, active: list, outer: tuple, rows: dict) -> InfeasibleError:
+def explain(group: Group) -> InfeasibleError:
     """Why the statements have no further row: contradictory constraints, or the dependence that forbids what was asked."""
-    number = len(outer)
-    dimension = problem.config.dimension(number)
-    asked = (*problem.config.constraints(number), *dimension.constraints)
-    where = f"dimension {number} of {', '.join(names)}"
+    config = group.problem.config
+    dimension = config.dimension(group.number)
+    asked = (*config.constraints(group.number), *dimension.constraints)
+    where = f"dimension {group.number} of {', '.join(group.names)}"
 
-    def possible(dependences: list, constraints: tuple, directives: tuple = problem.config.directives) -> bool:
-        settings = replace(problem.config, custom_constraints={None: constraints}, directives=directives)
-        loose = replace(dimension, constraints=())
-        return Program(replace(problem, config=settings), names, dependences, number, loose, rows).feasible()
+    def possible(active: tuple, constraints: tuple, directives: tuple = config.directives) -> bool:
+        tried = replace(group.configured(custom_constraints={None: constraints}, directives=directives), active=active)
+        return Program(tried, replace(dimension, constraints=())).feasible()
 
-    if asked and not possible([], asked, ()):
-        core = core_of(asked, lambda items: possible([], items, ()))
+    if asked and not possible((), asked, ()):
+        core = core_of(asked, lambda items: possible((), items, ()))
         listed = " and ".join(repr(item.text) for item in core)
         return InfeasibleError(f"{core[0].where}constraints must not contradict each other, got {listed} for {where}")
-    if problem.config.directives and not possible([], asked):
-        core = core_of(problem.config.directives, lambda items: possible([], asked, items))
+    if config.directives and not possible((), asked):
+        core = core_of(config.directives, lambda items: possible((), asked, items))
         return InfeasibleError(
             f"{core[0].where}directive {core[0].type} must agree with the constraints, got none such row for {where}"
         )
-    if (asked or problem.config.directives) and possible([], asked):
-        core = core_of(tuple(active), lambda items: possible(list(items), asked))
-        place = asked[0].where if asked else problem.config.directives[0].where
-        what = (
-            f"constraints {', '.join(repr(c.text) for c in asked)}" if asked else f"directive {problem.config.directives[0].type}"
-        )
+    if (asked or config.directives) and possible((), asked):
+        core = core_of(group.active, lambda items: possible(items, asked))
+        place = asked[0].where if asked else config.directives[0].where
+        what = f"constraints {', '.join(repr(c.text) for c in asked)}" if asked else f"directive {config.directives[0].type}"
         return InfeasibleError(f"{place}{what} must respect dependences, got no row at {where} because of {describe(core[0])}")
-    worst = f" because of {describe(active[0])}" if active else ""
-    return InfeasibleError(f"no row with coefficients up to {problem.config.coefficient_bound} exists for {where}{worst}")
+    worst = f" because of {describe(group.active[0])}" if group.active else ""
+    return InfeasibleError(f"no row with coefficients up to {config.coefficient_bound} exists for {where}{worst}")
 
 
 def core_of(items: tuple, possible) -> tuple:
@@ -99,7 +96,7 @@ def core_of(items: tuple, possible) -> tuple:
     return tuple(kept)
 
 
-def check_directives(plan: Plan, problem: Problem, active: list[Dependence]) -> None:
+def check_directives(plan: Plan, problem: Problem) -> None:
     """Raises ConfigError when a vectorize directive ended on a loop that carries a dependence."""
     for directive in problem.config.directives:
         if directive.type != "vectorize":
@@ -112,7 +109,8 @@ def check_directives(plan: Plan, problem: Problem, active: list[Dependence]) -> 
                 continue
             unit = tuple(int(place == directive.iterator) for place in range(len(statement.iterators)))
             form = Form(unit, (0,) * len(problem.scop.parameters), 0)
-            own = [d for d in active if d.own and d.source == statement.name and not is_zero(d, Row({statement.name: form}))]
+            row = Row({statement.name: form})
+            own = [d for d in problem.dependences if d.own and d.source == statement.name and not is_zero(d, row)]
             reason = f" because of {describe(own[-1])}" if own else ""
             name = statement.iterators[directive.iterator]
             raise ConfigError(

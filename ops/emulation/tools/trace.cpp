@@ -1,4 +1,4 @@
-// Runs one operator on one emulated AI core and writes its instruction stream for npu_sparse.bench.cost. Compiled by
+// Runs one operator on one emulated AI core and writes its instruction stream for npu_sparse.measure.npu_cost. Compiled by
 // scripts/model_npu.py, once per operator: NPU_SPARSE_OPERATOR is 1 for sparse_attention, 2 for select_by_index.
 //
 //   sparse_attention FILE group dim queries keys k block run seed

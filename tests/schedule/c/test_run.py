@@ -121,3 +121,101 @@ def test_results_that_cannot_be_compared_are_refused():
     text = SCALE.replace("double x[n])", "double y[n])").replace("void init", "double x[100];\nvoid init", 1)
     with pytest.raises(RunError, match="results must be array arguments of kernel_scale to be compared, got x"):
         run(parse_c(text.replace("#pragma scop", "#pragma scop live_out(x)")), {"original": text}, {"n": 4}, scalars={"a": 1})
+
+
+LEAVES = {
+    "before anything runs": SCALE.replace("x[i] = i + 1; }", "x[i] = i + 1; exit(0); }", 1),
+    "in the loops": SCALE.replace("x[i] *= a;", "{ if (i == 2) _exit(0); x[i] *= a; }"),
+    "before main": SCALE + "__attribute__((constructor)) static void early(void) { _exit(0); }\n",
+}
+
+
+@pytest.mark.parametrize("source", LEAVES.values(), ids=LEAVES)
+def test_program_that_leaves_before_it_is_compared_is_no_success(source):
+    head = "#include <stdlib.h>\n#include <unistd.h>\n"
+    with pytest.raises(RunError, match="kernel_scale must return from all 4 runs, got 0: the program ends itself in original$"):
+        run(parse_c(SCALE), {"original": head + source, "same": head + SCALE}, {"n": 4}, scalars={"a": 2}, repeats=2)
+
+
+def test_variant_that_leaves_is_named():
+    wrong = "#include <stdlib.h>\n" + SCALE.replace("x[i] *= a", "exit(0)")
+    with pytest.raises(RunError, match="got 1: the program ends itself in wrong$"):
+        run(parse_c(SCALE), {"original": SCALE, "wrong": wrong}, {"n": 4}, scalars={"a": 2})
+
+
+def test_results_of_an_earlier_run_are_not_taken_for_those_of_a_later_one():
+    """init_scale leaves y as it is: a variant that does nothing must not find there what the original wrote."""
+    text = SCALE.replace("double x[n])", "double x[n], double y[n])").replace("x[i] *= a", "y[i] = x[i] * a")
+    lazy = text.replace("y[i] = x[i] * a", ";")
+    results = run(parse_c(text), {"original": text, "same": text, "lazy": lazy}, {"n": 4}, scalars={"a": 2}, repeats=2)
+    assert [(r.variant, bool(r.difference)) for r in results] == [("original", False), ("same", False), ("lazy", True)]
+
+
+def test_random_initial_values_are_the_same_in_every_run():
+    text = "#include <stdlib.h>\n" + SCALE.replace("x[i] = i + 1", "x[i] = rand() + drand48()", 1)
+    results = run(parse_c(SCALE), {"original": text, "same": text}, {"n": 9}, scalars={"a": 2}, repeats=3)
+    assert [r.difference for r in results] == ["", ""]
+
+
+def test_program_may_write_to_its_output():
+    text = "#include <stdio.h>\n" + SCALE.replace("x[i] = i + 1", r'puts("{\"threads\": 7}"), x[i] = i + 1', 1)
+    assert [r.threads for r in run(parse_c(SCALE), {"original": text}, {"n": 4}, scalars={"a": 2}, repeats=2)] == [1]
+
+
+def test_initialisation_that_takes_other_arguments_is_refused():
+    text = SCALE.replace("init_scale(int n, double a, double x[n])", "init_scale(double *x, int n, double a)")
+    with pytest.raises(RunError, match="(?s)original must compile, got: .*conflicting types"):
+        run(parse_c(SCALE), {"original": text}, {"n": 4}, scalars={"a": 2})
+
+
+COUNTED = """
+void kernel_counted(int n, unsigned char m, float a, double x[n][n * n - 10]) {
+#pragma scop
+  for (int i = 0; i < n; i++) x[i][0] = x[i][0] * a + m;
+#pragma endscop
+}
+"""
+WRONG_SIZES = {
+    "negative": ({"n": -1}, "sizes must satisfy n > 0, which kernel_counted needs, got n=-1"),
+    "nothing runs": ({"n": 0}, "sizes must satisfy n > 0, which kernel_counted needs, got n=0"),
+    "fraction": ({"n": 50.7}, "sizes must be whole numbers for parameters of loops, got n=50.7"),
+    "fraction of a value": ({"n": 4, "m": 1.5}, "m must be a value of unsigned char, got 1.5"),
+    "too large for the type": ({"n": 4, "m": 256}, "m must be a value of unsigned char, got 256"),
+    "too large for int": ({"n": 2**32 + 4}, r"n must be a value of int, got 4294967300"),
+    "unknown": ({"n": 4, "k": 2}, r"sizes must name scalar arguments of kernel_counted \(n, m, a\), got k"),
+    "an array": ({"n": 4, "x": 2}, r"sizes must name scalar arguments of kernel_counted \(n, m, a\), got x"),
+    "endless": ({"n": 4, "a": float("inf")}, "sizes must be finite numbers, got a=inf"),
+    "no number": ({"n": float("nan")}, "sizes must be finite numbers, got n=nan"),
+    "empty array": ({"n": 3}, r"extent .*n \* n.* - 10 of x must be positive, got -1"),
+    "memory": ({"n": 30_000}, "arrays of kernel_counted must fit into the machine's memory, got 4.32e.14 bytes"),
+}
+
+
+@pytest.mark.parametrize("sizes, sentence", WRONG_SIZES.values(), ids=WRONG_SIZES)
+def test_sizes_that_leave_nothing_to_compare_are_refused(sizes, sentence):
+    with pytest.raises(RunError, match=f"^{sentence}$"):
+        run(parse_c(COUNTED), {"original": COUNTED, "same": COUNTED}, {"m": 2, "a": 0.1, **sizes}, repeats=1)
+
+
+def test_sizes_for_which_no_statement_runs_are_refused():
+    text = SCALE.replace("int i = 0", "int i = 3")
+    with pytest.raises(RunError, match="^sizes must let some statement of kernel_scale run, got n=3$"):
+        run(parse_c(text), {"original": text}, {"n": 3}, scalars={"a": 1})
+    assert run(parse_c(text), {"original": text}, {"n": 4}, scalars={"a": 1})
+
+
+def test_program_without_results_is_refused():
+    text = SCALE.replace("#pragma scop", "#pragma scop live_out()")
+    with pytest.raises(RunError, match="kernel_scale must have results to be compared"):
+        run(parse_c(text), {"original": text, "wrong": text.replace("*=", "+=")}, {"n": 4}, scalars={"a": 2})
+
+
+def test_process_that_a_program_leaves_behind_ends_with_it():
+    text = "#include <unistd.h>\n" + SCALE.replace("x[i] = i + 1;", "x[i] = i + 1; if (!fork()) for (;;) pause();", 1)
+    assert run(parse_c(SCALE), {"original": text}, {"n": 1}, scalars={"a": 2}, repeats=1, timeout_s=20)
+
+
+def test_program_that_only_writes_is_stopped_in_time():
+    text = "#include <stdio.h>\n" + SCALE.replace("x[i] = i + 1;", 'for (;;) puts("more");', 1)
+    with pytest.raises(RunError, match="must end within 1 s"):
+        run(parse_c(SCALE), {"original": text}, {"n": 1}, scalars={"a": 2}, timeout_s=1)

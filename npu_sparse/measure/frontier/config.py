@@ -1,0 +1,111 @@
+"""A grid of budgets, and the quality and timing run of each of its points."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from ...ops import workspace
+from ..quality import EvalConfig
+from ..ttft import TtftConfig
+
+RUNTIME = (
+    "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail", "seed", "dtype", "device", "impl"
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """A grid of budgets on one model, task slice, length, indexer and runtime.
+
+    Attributes:
+        ks, blocks: the grid: every k with every block (b_sel).
+        All others: as in EvalConfig and TtftConfig; tasks that dense attention does not solve are skipped.
+    """
+
+    model: str
+    adapter: str | None = None
+    length: int = 4096
+    ks: tuple[int, ...] = (256, 512, 1024)
+    blocks: tuple[int, ...] = (1, 64)
+    tasks: tuple[str, ...] = EvalConfig.tasks
+    count: int = 50
+    seed: int = 0
+    reduce: str = "max"
+    sink: int = 0
+    recent: int = 0
+    share_layers: int = 1
+    tail: bool = False
+    candidates: int = 0
+    key_block: int = 64
+    batch: int = 10
+    max_new_tokens: int | None = None
+    chat: bool = False
+    texts: tuple[str, ...] = ("builtin",)
+    min_dense_score: float = 0.5
+    runs: int = 10
+    warmup: int = 2
+    stage_runs: int = 3
+    prompt: str = "text"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    impl: str = "auto"
+    workspace_mib: int = workspace.DEFAULT_MIB
+
+    def __post_init__(self):
+        for name in ("ks", "blocks"):
+            value = getattr(self, name)
+            value = (value,) if isinstance(value, int) else tuple(value)
+            if not value or len(set(value)) != len(value):
+                raise ValueError(f"{name} must name at least one value and none twice, got {value}")
+            object.__setattr__(self, name, value)
+        for name in ("tasks", "texts"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
+        for k, block in self.points():
+            self.quality_at(k, block)
+            self.ttft_at(k, block)
+
+    def points(self) -> list[tuple[int, int]]:
+        """All (k, block) of the grid."""
+        return [(k, block) for k in self.ks for block in self.blocks]
+
+    def quality_at(self, k: int, block: int) -> EvalConfig:
+        """The quality run of one point."""
+        shared = ("oracle-shared", "indexer-shared") if block > 1 else ()
+        return EvalConfig(
+            k=k,
+            block=block,
+            variants=("dense", "oracle", "indexer", *shared),
+            only_solved=True,
+            **self._common(EvalConfig),
+        )
+
+    def ttft_at(self, k: int, block: int) -> TtftConfig:
+        """The timing run of one point."""
+        return TtftConfig(
+            k=k,
+            block=block,
+            variants=("dense", timed_variant(block)),
+            lengths=(self.length,),
+            **self._common(TtftConfig),
+        )
+
+    def _common(self, of) -> dict:
+        shared = set(self.__dataclass_fields__) & set(of.__dataclass_fields__)
+        return {name: getattr(self, name) for name in shared}
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; `from_dict` reads them back."""
+        return json.loads(json.dumps(asdict(replace(self, device=self.device.partition(":")[0]))))
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "FrontierConfig":
+        """The FrontierConfig that `to_dict` wrote; unknown fields are refused."""
+        if unknown := set(data) - set(cls.__dataclass_fields__):
+            raise ValueError(f"a frontier config must have known fields only, got {', '.join(sorted(unknown))}")
+        return cls(**data)
+
+
+def timed_variant(block: int) -> str:
+    """The variant whose quality and TTFT make a point at this block."""
+    return "indexer-shared" if block > 1 else "indexer"

@@ -1,0 +1,96 @@
+"""report.md and report.png of a frontier."""
+
+import json
+from pathlib import Path
+
+from ...runs.figures import new_figure
+from ...runs.page import markdown_table
+from ..quality import GAPS, machine_lines, points
+from ..quality.page import EVIDENCE_COLOURS
+from ..variants import VARIANTS, budget_words, tail_note
+
+
+def markdown(result: dict) -> str:
+    config = result["config"]
+    lines = []
+    for row in result["rows"]:
+        ttft, dense, speed_up = row["ttft_s"], row["dense_ttft_s"], row["speed_up"]
+        lines.append({
+            **{name: row[name] for name in ("label", "evidence", "k", "block", "how")},
+            "score": points(row["score"]),
+            "ttft": ttft and f"{ttft['median']:.4g} ({ttft['q1']:.4g} - {ttft['q3']:.4g})",
+            "dense": dense and dense["median"],
+            "speed_up": speed_up and f"{speed_up['value']:.3f} [{speed_up['low']:.3f}, {speed_up['high']:.3f}]",
+            **{gap: points(change) for gap, change in row["gaps"].items()},
+        })  # fmt: skip
+    label = {name: variant.label for name, variant in VARIANTS.items()}
+    columns = {
+        "label": "prefill", "evidence": "evidence", "k": "k", "block": "b_sel", "score": "score (of 100)",
+        "ttft": "TTFT median (quartiles) (s)", "dense": "dense beside it (s)", "speed_up": "speed-up",
+        **{gap: f"{gap} ({label[before]} → {label[after]})" for gap, (before, after) in GAPS.items()}, "how": "how",
+    }  # fmt: skip
+    skipped = (
+        f" Not solved by dense attention, and left out: {', '.join(result['unsolved'])}." if result["unsolved"] else ""
+    )
+    text = (
+        f"# Which budgets are worth their quality?\n\n{config['model']}, {result['length']} tokens, {config['dtype']}, "
+        f"operators `{config['impl']}`. Score: macro average over {', '.join(result['tasks'])}, {config['count']} "
+        f"prompts each, with 95% bootstrap intervals.{skipped} TTFT: batch 1, {config['runs']} interleaved rounds."
+        f"{tail_note(config)} "
+        "Gaps: paired differences in points, negative = lost; at b_sel = 1 nothing is shared and there is no "
+        "realization gap. Every point is timed interleaved with dense: speed-ups compare the two, whatever the machine "
+        f"did since.{budget_words(config)}\n\n"
+        f"{markdown_table(lines, columns)}\n"
+    )
+    if any(row["evidence"] == "untrained" for row in result["rows"]):
+        text += "The indexer is untrained: its scores say nothing about quality.\n\n"
+    text += "".join(f"Measured on {line}.\n" for line in machine_lines(result))
+    line = {"config": config, "base": result["base"], "adapter": result["adapter"], "machine": result["machines"][0]}
+    return text + f"\n```json\n{json.dumps(line)}\n```\n"
+
+
+K_COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
+BLOCK_MARKERS = "os^vPX*h"
+
+
+def figure(result: dict):
+    config = result["config"]
+    figure, axes = new_figure(width=7.6, height=4.6)
+    ax = axes[0, 0]
+    colour = {k: K_COLOURS[n % len(K_COLOURS)] for n, k in enumerate(sorted(config["ks"]))}
+    marker = {block: BLOCK_MARKERS[n] for n, block in enumerate(sorted(config["blocks"]))}
+    oracles = 0
+    for row in result["rows"]:
+        score = {name: 100 * value for name, value in row["score"].items()}
+        if row["evidence"] == "oracle":
+            ax.axhline(
+                score["value"],
+                color=colour[row["k"]],
+                linestyle=(4 * oracles, (4, 4 * len(colour) - 4 or 2)),  # equal scores show side by side
+                linewidth=1.3,
+                label=f"{row['label']}, k = {row['k']}",
+            )
+            oracles += 1
+            continue
+        dense = row["evidence"] == "dense"
+        ttft = row["ttft_s"]
+        ax.errorbar(
+            [ttft["median"]], [score["value"]],
+            xerr=[[ttft["median"] - ttft["q1"]], [ttft["q3"] - ttft["median"]]],
+            yerr=[[max(0.0, score["value"] - score["low"])], [max(0.0, score["high"] - score["value"])]],
+            marker="D" if dense else marker[row["block"]], markersize=7, capsize=2, elinewidth=1, linestyle="none",
+            color=EVIDENCE_COLOURS["dense"] if dense else colour[row["k"]],
+            label="dense" if dense else f"k = {row['k']}, b_sel = {row['block']} ({row['evidence']})",
+        )  # fmt: skip
+    ax.set_xlim(left=0)
+    ax.set_xlabel("TTFT (s): median and quartiles")
+    ax.set_ylabel("macro score (points of 100), 95% interval")
+    ax.set_title("Which budgets are worth their quality? Up and left is better.", fontsize=10, loc="left")
+    ax.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(
+        f"{Path(config['model']).name}, {result['length']} tokens, {config['dtype']}, {len(result['tasks'])} tasks x "
+        f"{config['count']} prompts\n"
+        + "\n".join(f"measured: {line}" for line in machine_lines(result)),
+        fontsize=8, x=0.01, ha="left",
+    )  # fmt: skip
+    return figure

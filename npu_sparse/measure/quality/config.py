@@ -1,0 +1,126 @@
+"""What a quality run compares, and on what; its gaps by name."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+
+from ...budget import Budget
+from ...ops import workspace
+from ...ops.dispatch import IMPLEMENTATIONS
+from ...tasks import task_names
+from ...tasks.catalogue import task_named
+from ..variants import (
+    check_budgets,
+    check_names,
+)
+
+GAPS = {
+    "oracle gap": ("dense", "oracle"),
+    "indexer gap": ("oracle", "indexer"),
+    "realization gap": ("indexer", "indexer-shared"),
+}
+TOTAL = {"total": ("dense", "indexer-shared")}
+MACRO = "macro average"
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What one quality run compares, and on what.
+
+    Attributes:
+        model: hub id, directory, GGUF file or demo name.
+        adapter: directory of the indexer, or None.
+        tasks: RULER tasks; those that need a question file need it in `qa_files`.
+        length: tokens of prompt and answer together.
+        count: prompts per task.
+        seed: of prompts and bootstrap.
+        k, block, reduce, sink, recent, share_layers, candidates, key_block, tail: the Budget of all sparse variants; per-query
+            variants run at block 1, and only indexers have candidates.
+        variants: names of `VARIANTS`; "dense" must be among them. Options after a name change its Budget:
+            indexer-shared+candidates=2048+key_block=32, indexer-shared+share_layers=2.
+        batch: prompts generated together.
+        max_new_tokens: for all tasks in place of RULER's, or None.
+        chat: whether questions go through the tokenizer's chat template.
+        texts: sources of the haystacks, see `tasks.texts.documents`.
+        qa_files: `{"qa_1": path, "qa_2": path}`.
+        min_dense_score: in [0, 1]; a task that dense attention solves less well is listed, but not in the macro
+            average.
+        only_solved: sparse variants skip the tasks that are not in the macro average.
+        dtype: of weights and activations.
+        device: "cpu", "cuda", "cuda:1", "npu", ...; its index is not part of the run's identity.
+        impl: which operators run: "reference", "kernel" or "auto".
+        workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
+    """
+
+    model: str
+    adapter: str | None = None
+    tasks: tuple[str, ...] = task_names("qa_file")
+    length: int = 4096
+    count: int = 50
+    seed: int = 0
+    k: int = 512
+    block: int = 64
+    reduce: str = "max"
+    sink: int = 0
+    recent: int = 0
+    share_layers: int = 1
+    tail: bool = False
+    candidates: int = 0
+    key_block: int = 64
+    variants: tuple[str, ...] = ("dense", "oracle", "oracle-shared", "indexer", "indexer-shared", "local")
+    batch: int = 10
+    max_new_tokens: int | None = None
+    chat: bool = False
+    texts: tuple[str, ...] = ("builtin",)
+    qa_files: Mapping[str, str] = field(default_factory=dict)
+    min_dense_score: float = 0.5
+    only_solved: bool = False
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    impl: str = "reference"
+    workspace_mib: int = workspace.DEFAULT_MIB
+
+    def __post_init__(self):
+        for name in ("tasks", "variants", "texts"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks must name at least one task and none twice, got {', '.join(self.tasks) or 'none'}")
+        for task in self.tasks:
+            if task_named(task).needs == "qa_file" and task not in self.qa_files:
+                raise ValueError(f"{task} needs a question file: set qa_files[{task!r}] to its path")
+        check_names(self.variants)
+        if "dense" not in self.variants:
+            raise ValueError(
+                f"variants must include 'dense', which the others are measured against, got {self.variants}"
+            )
+        for name in ("length", "count", "batch"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        if self.max_new_tokens is not None and not 1 <= self.max_new_tokens < self.length:
+            raise ValueError(f"max_new_tokens must lie in [1, length), got {self.max_new_tokens}")
+        if not 0 <= self.min_dense_score <= 1:
+            raise ValueError(f"min_dense_score must lie in [0, 1], got {self.min_dense_score}")
+        if self.impl not in IMPLEMENTATIONS:
+            raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
+        workspace.check(self.workspace_mib)
+        check_budgets(self.variants, self.length, self.budget)
+
+    @property
+    def budget(self) -> Budget:
+        """The Budget of the variants that share supports."""
+        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")
+        return Budget(**{name: getattr(self, name) for name in names})
+
+    def to_dict(self) -> dict:
+        """Plain JSON types; `from_dict` reads them back."""
+        out = asdict(replace(self, device=self.device.partition(":")[0]))
+        return json.loads(json.dumps(out))
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "EvalConfig":
+        """The EvalConfig that `to_dict` wrote; unknown fields are refused."""
+        if unknown := set(data) - set(cls.__dataclass_fields__):
+            raise ValueError(f"an eval config must have known fields only, got {', '.join(sorted(unknown))}")
+        return cls(**data)

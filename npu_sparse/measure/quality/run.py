@@ -1,0 +1,303 @@
+"""Quality of dense and sparse prefill on the same prompts, and the three gaps between them: `npu-sparse eval`.
+
+A run directory holds
+    config.json                     the EvalConfig
+    prompts/<task>.json             the examples, the same for every variant
+    records/<task>-<variant>.json   one finished cell: the score and output of every prompt
+    report.json report.md report.png
+A cell is finished when its record is there, and is not computed again. Cells may be computed by several processes
+(`shard`), one per GPU, into one directory.
+
+Generation is greedy, in left-padded batches; the prefill runs as the variant says and decoding is dense. Where queries
+share a support, the blocks of a padded row begin at its padding: batches are the same for all variants, and `batch` is
+in the config.
+"""
+
+import hashlib
+import json
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ...runs.figures import write_figure
+from ...runs.machine import machine
+from ...runs.page import say
+from ...runs.store import RunError, open_run, write_bytes, write_json, write_text
+from ...tasks import Example, encode, generate, score, texts
+from ...tasks.catalogue import task_named
+from ..decode import generate_texts
+from ..variants import (
+    Subject,
+    adapter_fingerprint,
+    attachable,
+    budget_of,
+    check_context,
+    evidence_of,
+    load_subject,
+    needs_indexer,
+    selector_of,
+    with_tokenizer,
+)
+from .config import EvalConfig
+from .page import figure, markdown, mean_score, tabulate
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The examples of one task, their token ids, and a digest of both."""
+
+    examples: tuple[Example, ...]
+    ids: tuple[tuple[int, ...], ...]
+    digest: str
+
+
+def run_eval(
+    config: EvalConfig, output, *, model=None, tokenizer=None, indexer=None, shard: tuple[int, int] = (0, 1)
+) -> dict:
+    """The report of a finished run, or `{"complete": False, "missing": [...]}` while other shards have cells to finish.
+
+    Computes the cells that have no record yet and belong to this shard, then writes the report if all are there.
+
+    Args:
+        output: run directory; an earlier run of the same config is resumed, any other refused (RunError).
+        model, tokenizer, indexer: used in place of loading `config.model` and `config.adapter`.
+        shard: `(i, n)`: this process computes cells i, i + n, i + 2n, ... in the order dense first, then variant by
+            variant.
+
+    Raises before anything is computed: ValueError (config, lengths), AdapterError, CheckpointError,
+    KernelUnavailableError.
+    """
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
+    if needs_indexer(config.variants) and config.adapter is None and indexer is None:
+        raise ValueError("adapter must name an indexer's directory for variants that select by an indexer, got none")
+    directory = open_run(output, {"stage": "eval", **config.to_dict()})
+    mine = [cell for cell in _cells(config)[part::parts] if _missing(config, directory, cell)]
+    if mine:
+        _compute(config, directory, mine, model, tokenizer, indexer)
+    missing = [cell for cell in _cells(config) if _missing(config, directory, cell)]
+    if missing:
+        return {"complete": False, "missing": [list(cell) for cell in missing]}
+    return report_eval(directory)
+
+
+def prepare_prompts(config: EvalConfig, output, *, tokenizer=None) -> Path:
+    """Writes the prompts of every task into a run directory and returns it; needs the tokenizer only.
+
+    For a machine that has the texts, when the models run on another that has not.
+    """
+    directory = open_run(output, {"stage": "eval", **config.to_dict()})
+    if tokenizer is None:
+        from ...checkpoints import load_tokenizer
+
+        tokenizer = load_tokenizer(config.model)
+    for task in config.tasks:
+        _prompts(config, directory, task, tokenizer)
+    return directory
+
+
+def report_eval(output) -> dict:
+    """The report of a directory whose cells are all there, written to report.json, report.md and report.png.
+
+    Raises RunError where cells are missing or were not made from one model, one adapter and the same prompts.
+    """
+    directory = Path(output)
+    config = _read_config(directory)
+    cells = _cells(config)
+    if missing := [cell for cell in cells if _missing(config, directory, cell)]:
+        raise RunError(
+            f"{directory} must hold all cells, got none for {missing[0][0]} / {missing[0][1]}: run eval again"
+        )
+    records = {cell: _read(directory, cell) for cell in cells if _record_path(directory, cell).exists()}
+    _check_agree(config, list(records.values()))
+    result = tabulate(config, records)
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", markdown(result))
+    write_figure(directory / "report.png", figure(result))
+    return result
+
+
+def adopt_records(config: EvalConfig, output, earlier: list[Path]) -> list[tuple[str, str]]:
+    """Copies cells from earlier runs where they are the same cell: same variant at the same budget. Returns those
+    copied.
+
+    The earlier runs must differ from `config` in k, block, tail and variants only.
+    """
+    directory = open_run(output, {"stage": "eval", **config.to_dict()})
+    copied = []
+    for other in map(Path, earlier):
+        theirs = _read_config(other)
+        ours = replace(config, k=theirs.k, block=theirs.block, tail=theirs.tail, variants=theirs.variants)
+        if ours.to_dict() != theirs.to_dict():
+            raise RunError(f"{other} must differ from {directory} in k, block, tail and variants only")
+        for task in config.tasks:
+            source = _prompts_path(other, task)
+            if source.exists() and not _prompts_path(directory, task).exists():
+                _prompts_path(directory, task).parent.mkdir(exist_ok=True)
+                write_bytes(_prompts_path(directory, task), source.read_bytes())
+        for cell in _cells(config):
+            if _record_path(directory, cell).exists() or not _record_path(other, cell).exists():
+                continue
+            record = _read(other, cell)
+            if record["budget"] == _budget_dict(config, cell[1]):
+                _write_record(directory, record)
+                copied.append(cell)
+    return copied
+
+
+def _cells(config: EvalConfig) -> list[tuple[str, str]]:
+    """All (task, variant), dense first, so that what dense attention does not solve can be skipped."""
+    names = ["dense", *(name for name in config.variants if name != "dense")]
+    return [(task, name) for name in names for task in config.tasks]
+
+
+def _missing(config: EvalConfig, directory: Path, cell: tuple[str, str]) -> bool:
+    return not _record_path(directory, cell).exists() and not _skipped(config, directory, cell)
+
+
+def _skipped(config: EvalConfig, directory: Path, cell: tuple[str, str]) -> bool:
+    dense = (cell[0], "dense")
+    if not config.only_solved or cell == dense or not _record_path(directory, dense).exists():
+        return False
+    return mean_score(_read(directory, dense)) < config.min_dense_score
+
+
+def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
+    names = [name for name in config.variants if any(cell[1] == name for cell in cells)]
+    subject = with_tokenizer(load_subject(config, names, model, tokenizer, indexer), config)
+    check_context(subject.model, config.length)
+    attachable(subject, names, config.budget, config.impl)
+    prompts = {task: _prompts(config, directory, task, subject.tokenizer) for task in {cell[0]: None for cell in cells}}
+    common = {
+        "base": subject.base(),
+        "adapter": None if subject.indexer is None else adapter_fingerprint(subject.indexer),
+        "machine": machine(str(subject.model.device)),
+    }
+    existing = [_read(directory, cell) for cell in _cells(config) if _record_path(directory, cell).exists()]
+    _check_agree(config, [*existing, *({**common, "prompts": p.digest, "task": task} for task, p in prompts.items())])
+
+    # Whether a task is solved may be for another shard to say: such cells wait until this shard's others are done.
+    order = [*cells, *cells] if config.only_solved else cells
+    for place, cell in enumerate(order):
+        task, name = cell
+        dense = (task, "dense")
+        if not _missing(config, directory, cell):
+            continue
+        if config.only_solved and name != "dense" and not _record_path(directory, dense).exists():
+            if place < len(cells):
+                continue
+            _compute_cell(config, directory, dense, subject, prompts[task], common)
+            if _skipped(config, directory, cell):
+                continue
+        _compute_cell(config, directory, cell, subject, prompts[task], common)
+
+
+def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, common: dict) -> None:
+    task, name = cell
+    budget = budget_of(name, config.budget)
+    if budget is None:
+        prefill = nullcontext()
+    else:
+        from ...prefill import SparsePrefill
+
+        selector = selector_of(name, subject.indexer, config.seed)
+        prefill = SparsePrefill.attach(
+            subject.model, selector, budget, impl=config.impl, workspace_mib=config.workspace_mib
+        )
+    started = time.perf_counter()
+    with prefill:
+        outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, config.batch)
+    record = {
+        "task": task,
+        "variant": name,
+        "evidence": evidence_of(name, subject.indexer),
+        "budget": _budget_dict(config, name),
+        "prompts": prompts.digest,
+        **common,
+        "adapter": common["adapter"] if needs_indexer([name]) else None,
+        "seconds": round(time.perf_counter() - started, 3),
+        "samples": [
+            {"index": example.index, "length": example.length, "score": score(example, output), "output": output}
+            for example, output in zip(prompts.examples, outputs)
+        ],
+    }
+    _write_record(directory, record)
+    say(f"{task} / {name}: {100 * mean_score(record):.1f} ({record['seconds']:.1f} s)")
+
+
+def _prompts(config: EvalConfig, directory: Path, task: str, tokenizer) -> Prompts:
+    """The prompts of one task, read from the run directory or generated and written there."""
+    path = _prompts_path(directory, task)
+    if path.exists():
+        examples = [Example(**{**entry, "answers": tuple(entry["answers"])}) for entry in _read_json(path)]
+    else:
+        known = task_named(task)
+        examples = generate(
+            task, tokenizer, length=config.length, count=config.count, seed=config.seed, chat=config.chat,
+            haystack=texts.documents(config.texts) if known.needs == "haystack" else None,
+            qa_file=config.qa_files.get(task), max_new_tokens=config.max_new_tokens,
+        )  # fmt: skip
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, [asdict(example) for example in examples])
+    if len(examples) != config.count:
+        raise RunError(f"{path} must hold {config.count} examples, got {len(examples)}: delete it to make it again")
+    ids = tuple(tuple(encode(tokenizer, example)) for example in examples)
+    for example, tokens in zip(examples, ids):
+        if len(tokens) != example.length:
+            raise RunError(f"{path} was made with another tokenizer: example {example.index} must have "
+                           f"{example.length} tokens, got {len(tokens)}")  # fmt: skip
+    content = json.dumps([[asdict(example) for example in examples], ids])
+    return Prompts(tuple(examples), ids, hashlib.sha256(content.encode()).hexdigest()[:16])
+
+
+def _prompts_path(directory: Path, task: str) -> Path:
+    return directory / "prompts" / f"{task}.json"
+
+
+def _record_path(directory: Path, cell: tuple[str, str]) -> Path:
+    return directory / "records" / f"{cell[0]}-{cell[1]}.json"
+
+
+def _write_record(directory: Path, record: dict) -> None:
+    path = _record_path(directory, (record["task"], record["variant"]))
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, record)
+
+
+def _read(directory: Path, cell: tuple[str, str]) -> dict:
+    return _read_json(_record_path(directory, cell))
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({error}): delete it to make it again") from error
+
+
+def _read_config(directory: Path) -> EvalConfig:
+    found = _read_json(directory / "config.json")
+    if found.pop("stage", None) != "eval":
+        raise RunError(f"{directory} must be the directory of an eval run")
+    return EvalConfig.from_dict(found)
+
+
+def _budget_dict(config: EvalConfig, name: str) -> dict | None:
+    budget = budget_of(name, config.budget)
+    return None if budget is None else budget.to_dict()
+
+
+def _check_agree(config: EvalConfig, records: list[dict]) -> None:
+    """Raises RunError unless records are of one model and one adapter, and those of a task of the same prompts."""
+    seen: dict[str, object] = {}
+    for record in records:
+        found = {"base model": record["base"], f"prompts of {record['task']}": record["prompts"]}
+        if record["adapter"] is not None:
+            found["adapter weights"] = record["adapter"]
+        for name, value in found.items():
+            if seen.setdefault(name, value) != value:
+                raise RunError(
+                    f"all cells must have the same {name}, got {seen[name]} and {value}: use another directory"
+                )

@@ -1,0 +1,227 @@
+"""What is compared: dense attention, oracle and indexer at two granularities, and controls, all at one budget.
+
+A variant may differ from the common budget: `indexer-shared+candidates=2048+key_block=32` is `indexer-shared` with these fields
+of the Budget changed.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
+
+from ..budget import Budget
+
+LOCAL_SINK = 4
+OPTIONS = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # of variants
+INDEX_OPTIONS = ("candidates", "key_block")  # these say how an indexer works
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to run a prefill: `chooser` picks the keys, `shared` says whether a block of queries shares them, `options` are the
+    fields of the common Budget that it changes."""
+
+    name: str
+    label: str
+    chooser: str  # "dense", "oracle", "indexer", "local" or "random"
+    shared: bool = False
+    options: Mapping = field(default_factory=lambda: MappingProxyType({}))
+
+    @property
+    def base(self) -> str:
+        """The name of the variant without options."""
+        return self.name.partition("+")[0]
+
+
+VARIANTS: dict[str, Variant] = {
+    variant.name: variant
+    for variant in (
+        Variant("dense", "dense", "dense"),
+        Variant("oracle", "oracle, per query", "oracle"),
+        Variant("oracle-shared", "oracle, shared", "oracle", shared=True),
+        Variant("indexer", "indexer, per query", "indexer"),
+        Variant("indexer-shared", "indexer, shared", "indexer", shared=True),
+        Variant("local", f"{LOCAL_SINK} sinks + recent", "local"),
+        Variant("random", "random keys", "random"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: a loaded model with its tokenizer and indexer, either of which may be None where nobody needs
+    it."""
+
+    model: object
+    tokenizer: object
+    indexer: object
+
+    def base(self) -> dict:
+        """`checkpoints.identity` of the model."""
+        from ..checkpoints import identity
+
+        return identity(self.model)
+
+
+def variant_named(name: str) -> Variant:
+    """The Variant of a name such as "oracle" or "indexer-shared+candidates=2048"; ValueError where there is none."""
+    base, *changes = name.split("+")
+    if base not in VARIANTS:
+        raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {name!r}")
+    known = VARIANTS[base]
+    options = {}
+    for change in changes:
+        option, _, value = change.partition("=")
+        allowed = [
+            o for o in OPTIONS
+            if (known.shared or o not in ("block", "reduce")) and (known.chooser == "indexer" or o not in INDEX_OPTIONS)
+        ] if known.chooser != "dense" else []  # fmt: skip
+        if option not in allowed or option in options:
+            raise ValueError(f"options of {base} must be among {', '.join(allowed) or 'none'}, each once, got {change!r}")
+        options[option] = _value(option, value, change)
+    label = ", ".join([known.label, *(f"{option} {value}" for option, value in options.items())])
+    return replace(known, name=name, label=label, options=MappingProxyType(options))
+
+
+def _value(option: str, value: str, change: str) -> int | str | bool:
+    if option == "reduce":
+        return value
+    if option == "tail":
+        if value not in ("", "true", "false"):
+            raise ValueError(f"tail must be alone, or tail=true or tail=false, got {change!r}")
+        return value != "false"
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{option} of a variant must be a whole number, such as {option}=2048, got {change!r}") from None
+
+
+def in_order(names) -> list[str]:
+    """Names in the order of VARIANTS, those with options after their base."""
+    order = list(VARIANTS)
+    return sorted(names, key=lambda name: (order.index(variant_named(name).base), "+" in name))
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raises ValueError unless `names` are known variants, none twice."""
+    if not names:
+        raise ValueError(f"variants must name at least one of {', '.join(VARIANTS)}, got none")
+    for name in names:
+        variant_named(name)
+    if len(set(names)) != len(names):
+        raise ValueError(f"variants must not be named twice, got {', '.join(names)}")
+
+
+def check_budgets(names: tuple[str, ...], length: int, budget: Budget) -> None:
+    """Raises ValueError where a variant's budget is inconsistent or larger than a context of `length` tokens."""
+    for name in names:
+        if (own := budget_of(name, budget)) is not None:
+            own.check_length(length)
+        if variant_named(name).chooser == "local":
+            own.replace(sink=LOCAL_SINK, recent=0)
+
+
+def budget_words(config: Mapping) -> str:
+    """What a table of this config must say of its common budget beside k, b_sel and the tail: a sentence that names every other
+    field that is not the Budget's default, or nothing."""
+    default = {f.name: f.default for f in fields(Budget) if f.name in OPTIONS[2:-1]}
+    told = {name: config[name] for name in default if config.get(name, default[name]) != default[name]}
+    if not config.get("candidates"):
+        told.pop("key_block", None)
+    return f" All sparse rows: {', '.join(f'{name} {value}' for name, value in told.items())}." if told else ""
+
+
+def needs_indexer(names) -> bool:
+    """Whether any of these variants selects by an indexer."""
+    return any(variant_named(name).chooser == "indexer" for name in names)
+
+
+def budget_of(name: str, budget: Budget) -> Budget | None:
+    """The Budget one variant runs at, of the common `budget`: with its own options, block 1 where every query selects, and no
+    candidates without an indexer; None for dense."""
+    variant = variant_named(name)
+    if variant.chooser == "dense":
+        return None
+    changes = dict(variant.options)
+    if not variant.shared:
+        changes["block"] = 1
+    if variant.chooser != "indexer":
+        changes["candidates"] = 0
+    return budget.replace(**changes)
+
+
+def selector_of(name: str, indexer=None, seed: int = 0):
+    """The Selector of a sparse variant."""
+    from .. import selectors
+
+    chooser = variant_named(name).chooser
+    if chooser == "indexer":
+        return selectors.Indexer(indexer)
+    if chooser == "local":
+        return selectors.Local(LOCAL_SINK)
+    return {"oracle": selectors.Oracle, "random": lambda: selectors.Random(seed)}[chooser]()
+
+
+def evidence_of(name: str, indexer=None) -> str:
+    """The evidence type of a variant's figures: "dense", "oracle", "distilled", "untrained" or "control"."""
+    return "dense" if variant_named(name).chooser == "dense" else selector_of(name, indexer).evidence
+
+
+def tail_note(config: dict) -> str:
+    """What a report says of its sparse rows where keys outside a support are not dropped, beginning with a space."""
+    return " Sparse rows read the keys outside a support as one, a running mean (`tail`)." if config["tail"] else ""
+
+
+def load_subject(config, names, model=None, tokenizer=None, indexer=None) -> Subject:
+    """The Subject of a config with `model`, `adapter`, `dtype` and `device`; what is passed in is not loaded again."""
+    if indexer is None and config.adapter is not None and needs_indexer(names):
+        from ..indexer import Indexer
+
+        indexer = Indexer.from_pretrained(config.adapter)
+    if model is None:
+        from ..checkpoints import load
+
+        model, loaded = load(config.model, dtype=config.dtype, device=config.device)
+        tokenizer = tokenizer or loaded
+    return Subject(model, tokenizer, indexer)
+
+
+def with_tokenizer(subject: Subject, config) -> Subject:
+    """The same Subject with the tokenizer of `config.model`, where the model was passed in without one."""
+    if subject.tokenizer is not None:
+        return subject
+    from ..checkpoints import load_tokenizer
+
+    return replace(subject, tokenizer=load_tokenizer(config.model))
+
+
+def adapter_fingerprint(indexer) -> str:
+    """16 hex digits of an indexer's weights in the form they are saved in."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(indexer.state_dict().items()):
+        stored = tensor.detach().to("cpu", torch.bfloat16).contiguous()
+        digest.update(f"{name} {tuple(stored.shape)}".encode() + stored.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def attachable(subject: Subject, names, budget: Budget, impl: str) -> None:
+    """Attaches and detaches every sparse variant, so that what cannot run is refused before anything is computed.
+
+    Raises AdapterError, KernelUnavailableError, UnsupportedArchitectureError or ValueError.
+    """
+    from ..prefill import SparsePrefill
+
+    for name in names:
+        if (own := budget_of(name, budget)) is not None:
+            SparsePrefill.attach(subject.model, selector_of(name, subject.indexer), own, impl=impl).detach()
+
+
+def check_context(model, length: int) -> None:
+    """Raises ValueError where `length` tokens do not fit the model."""
+    from ..models.architectures import describe
+
+    limit = describe(model.config).max_positions
+    if length > limit:
+        raise ValueError(f"length must fit the model's {limit} positions, got {length}")

@@ -1,0 +1,155 @@
+"""The seam to transformers: every attention and mask function that this package registers, and when which of them runs.
+
+A model is told the name of a registered pair by `set_attn_implementation`. What a forward and a layer of it know, transformers
+hands down as keywords: a ForwardContext, and a SparseLayer with one method, which this file calls and does not look into.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .forward import ForwardContext, is_sparse
+
+LAYER = "npu_sparse_layer"  # the keyword under which an attention function receives its SparseLayer
+PREFIX = "npu_sparse"  # of the names that attached models select their attention and mask functions by
+_UNHOOKED = object()
+
+
+class SparseLayer(Protocol):
+    """One full-attention layer in one forward."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        """`[B, Tq, Hq, Dv]` of q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, Dv]`; mask: bool `[B, Tk]` padding."""
+
+
+def register_sparse(native: str, dense_below: int) -> str:
+    """Registers the attention and mask functions that fall back to implementation `native`; returns their name.
+
+    The functions hold no model: what they need to know is in their name, and torch.compile can follow them.
+    """
+    name = f"{PREFIX}_{native}_from_{dense_below}"
+
+    def attention(
+        module, query, key, value, attention_mask, *, scaling=None, npu_sparse_layer=_UNHOOKED, npu_sparse_forward=None, **kwargs
+    ):
+        if npu_sparse_layer is _UNHOOKED and kwargs.get("sliding_window") is None:
+            raise ValueError("model shares its config with one that is attached: make it with copy.deepcopy(config)")
+        forward = npu_sparse_forward
+        dense = dense_attention(native, module)
+        if npu_sparse_layer is _UNHOOKED or not forward.is_masked_sparse:
+            return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        first, parts = forward.sparse_queries, []
+        if first:
+            q, k, v = query[:, :, :first], key[:, :, : forward.end], value[:, :, : forward.end]  # a static cache is longer
+            parts.append(npu_sparse_layer.attend(q, k, v, attention_mask, scaling))
+        if first < query.shape[2]:
+            mask = _late_mask(native, module, forward, query, key, attention_mask)
+            parts.append(dense(module, query[:, :, first:], key, value, mask, scaling=scaling, **kwargs)[0])
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1), None
+
+    def mask(**kwargs):
+        return _mask(native, dense_below, **kwargs)
+
+    _register(name, attention, mask)
+    return name
+
+
+def register_around(native: str, label: str, around: Callable) -> str:
+    """Registers implementation `native` with something around it; returns its name. Masks are those of `native`.
+
+    around: called as `around(dense, module, q, k, v, mask, **kwargs)`, where `dense(module, q, k, v, mask, **kwargs)` is the
+    model's own attention; returns what that returns.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+    name = f"{PREFIX}_{label}_{native}"
+
+    def attention(module, *args, **kwargs):
+        return around(dense_attention(native, module), module, *args, **kwargs)
+
+    _register(name, attention, ALL_MASK_ATTENTION_FUNCTIONS[native])
+    return name
+
+
+def register_dense(name: str, function: Callable[[Tensor, Tensor, Tensor, float], Tensor]) -> str:
+    """Registers `function(q, k, v, scale)` -> `[B, Tq, Hq, Dv]` as causal attention without padding; returns its name."""
+
+    def attention(module, query, key, value, attention_mask, *, scaling=None, **kwargs):
+        if attention_mask is not None:
+            raise ValueError(f"dense {name} must have prompts without padding, got a mask of {tuple(attention_mask.shape)}")
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return function(query, key, value, scale), None
+
+    _register(name, attention, _only_padding)
+    return name
+
+
+def dense_attention(native: str, module) -> Callable:
+    """transformers' attention function of implementation `native` for this module."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if native == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[native]
+
+
+def _register(name: str, attention: Callable, mask: Callable) -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+
+
+def _mask(native: str, dense_below: int, **kwargs):
+    """The mask of one forward: native where it runs dense, else 2-D `[B, length]` bool where padded, or None."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+    queries, offset = kwargs["q_length"], kwargs["q_offset"]
+    length = queries if queries == 1 else int(offset) + queries
+    windowed = kwargs.get("local_size") is not None
+    if windowed or not is_sparse(queries, length, dense_below):
+        return ALL_MASK_ATTENTION_FUNCTIONS[native](**kwargs)
+    if kwargs["mask_function"] is not causal_mask_function:
+        raise ValueError(
+            "sparse prefill takes one causal sequence per row; packed or custom masks are not supported "
+            "(a compiled prefill without a cache needs an attention_mask, if only of ones, to show that nothing is packed)"
+        )
+    padding = kwargs["attention_mask"]
+    if padding is None:
+        return None
+    if padding.shape[1] < length:
+        raise ValueError(
+            f"attention_mask must cover all {length} tokens, those in the cache too, got {tuple(padding.shape)}"
+        )
+    padding = padding[:, :length].bool()
+    if not torch.compiler.is_compiling() and bool(padding.all()):
+        return None
+    return padding
+
+
+def _late_mask(native: str, module, forward: ForwardContext, query: Tensor, key: Tensor, padding: Tensor | None):
+    """The mask that `native` takes for the queries after the prompt's end, where `_mask` left only the padding.
+
+    The same for all layers of a forward: made once.
+    """
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
+
+    first, held = forward.sparse_queries, key.shape[2]
+    if padding is not None and padding.ndim == 4:
+        return padding[:, :, first:]
+    if held not in forward.masks:
+        forward.masks[held] = ALL_MASK_ATTENTION_FUNCTIONS[native](
+            batch_size=query.shape[0], q_length=forward.queries - first, kv_length=held, q_offset=forward.start + first,
+            kv_offset=0, mask_function=causal_mask_function, attention_mask=padding, allow_is_causal_skip=True,
+            dtype=query.dtype, device=query.device, config=module.config, use_vmap=False,
+        )  # fmt: skip
+    return forward.masks[held]
+
+
+def _only_padding(**kwargs):
+    """None, or the 2-D padding mask where something is padded: no mask is ever Tq x Tk."""
+    padding = kwargs.get("attention_mask")
+    return None if padding is None or bool(padding.all()) else padding

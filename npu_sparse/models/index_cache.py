@@ -1,0 +1,126 @@
+"""Index keys of the tokens a KV cache already holds: what chunked and multi-turn prefill need from earlier forwards.
+
+They live on the cache's own layer object, so they are reordered by beam search, cropped, reset and copied with it.
+"""
+
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+PENDING_STEPS = 256  # dense steps whose hidden states are kept before they are turned into index keys
+
+
+class KeyMaker(Protocol):
+    """What makes index keys: the index head of a layer."""
+
+    def keys(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`[B, T, Di]` of hidden states `[B, T, hidden_size]` and the model's cos and sin `[B, T, rotary_dim]`."""
+
+
+class IndexKeyCache:
+    """Index keys `[B, T, Di]` of one layer, plus hidden states whose keys nobody has needed yet."""
+
+    def __init__(self):
+        self.keys: Tensor | None = None
+        self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @staticmethod
+    def of(cache, layer: int) -> "IndexKeyCache":
+        """The IndexKeyCache of one layer of a transformers Cache, made on first use."""
+        while len(cache.layers) <= layer:  # a cache made without a config grows as it is updated
+            cache.layers.append(cache.layer_class_to_replicate())
+        holder = cache.layers[layer]
+        if not hasattr(holder, "index_keys"):
+            holder.index_keys = IndexKeyCache()
+            for name, method in _CARRYING.items():
+                if hasattr(holder, name):
+                    setattr(holder, name, partial(method, holder))
+        return holder.index_keys
+
+    def remember(self, hidden: Tensor, cos: Tensor, sin: Tensor, head: KeyMaker) -> None:
+        """Keeps the hidden states of a dense step, so that a later sparse prefill can make index keys of them."""
+        B = hidden.shape[0]
+        self.pending.append((hidden, cos.expand(B, -1, -1), sin.expand(B, -1, -1)))
+        if len(self.pending) > PENDING_STEPS:
+            self.flush(head)
+
+    def extend(self, keys: Tensor, seen: int, head: KeyMaker) -> Tensor:
+        """Appends the index keys of new tokens and returns those of all `seen` + new tokens."""
+        self.flush(head)
+        held = 0 if self.keys is None else self.keys.shape[1]
+        if held != seen:
+            raise ValueError(
+                f"the cache holds {seen} tokens of which {held} have index keys: prefill the whole conversation attached"
+            )
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
+        return self.keys
+
+    def flush(self, head: KeyMaker) -> None:
+        """Turns remembered hidden states into index keys."""
+        if not self.pending:
+            return
+        hidden, cos, sin = (torch.cat(parts, 1) for parts in zip(*self.pending))
+        keys = head.keys(hidden, cos, sin)
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
+        self.pending.clear()
+
+    def apply(self, change) -> None:
+        """Replaces every tensor t by change(t); dimension 0 is the batch, dimension 1 the tokens."""
+        if self.keys is not None:
+            self.keys = change(self.keys)
+        self.pending = [tuple(change(part) for part in parts) for parts in self.pending]
+
+    def keep(self, tokens: int) -> None:
+        """Forgets everything after the first `tokens` tokens."""
+        held = 0
+        if self.keys is not None:
+            self.keys = self.keys[:, :tokens]
+            held = self.keys.shape[1]
+        kept = []
+        for parts in self.pending:
+            room = tokens - held
+            if room <= 0:
+                break
+            kept.append(tuple(part[:, :room] for part in parts))
+            held += kept[-1][0].shape[1]
+        self.pending = kept
+
+
+# What a cache layer does to its batch or its length, done to its index keys too. Set on the layer object, so that
+# transformers' classes stay as they are and a deep copy of the cache carries its own.
+
+
+def _reorder_cache(layer, beam_idx):
+    type(layer).reorder_cache(layer, beam_idx)
+    layer.index_keys.apply(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+
+def _batch_repeat_interleave(layer, repeats):
+    type(layer).batch_repeat_interleave(layer, repeats)
+    layer.index_keys.apply(lambda t: t.repeat_interleave(repeats, 0))
+
+
+def _batch_select_indices(layer, indices):
+    type(layer).batch_select_indices(layer, indices)
+    layer.index_keys.apply(lambda t: t[indices.to(t.device)])
+
+
+def _crop(layer, *args, **kwargs):
+    type(layer).crop(layer, *args, **kwargs)
+    layer.index_keys.keep(int(layer.get_seq_length()))
+
+
+def _reset(layer):
+    type(layer).reset(layer)
+    layer.index_keys = IndexKeyCache()
+
+
+_CARRYING = {
+    "reorder_cache": _reorder_cache,
+    "batch_repeat_interleave": _batch_repeat_interleave,
+    "batch_select_indices": _batch_select_indices,
+    "crop": _crop,
+    "reset": _reset,
+}

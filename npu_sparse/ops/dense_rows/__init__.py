@@ -1,0 +1,3 @@
+from .op import dense_rows
+
+__all__ = ["dense_rows"]

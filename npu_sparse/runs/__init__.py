@@ -1,0 +1,1 @@
+"""One resumable run: its directory (`store`), machine, page, figures and statistics."""

@@ -1,0 +1,347 @@
+"""Run directories: config.json first, named cells, everything written atomically; resumed by the same config, refused by another.
+
+A run is a list of cells. A cell is finished when its record is there, is never computed again, and may be computed by any of
+several processes that share the directory. A record is accepted only as that of its own cell, and only whole: whatever is wrong
+with a file is one RunError that names it.
+"""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import secrets
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+DEEPEST = 50  # lists and objects within each other
+TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
+
+
+class RunError(ValueError):
+    """An output directory that cannot be used: unwritable, damaged, or already holding something else."""
+
+
+# Directories
+
+
+def open_run(directory, config: Mapping, *, upgrade: Callable[[dict], dict] | None = None) -> Path:
+    """The directory of a run, with `config` in config.json.
+
+    A new or empty directory is made and claimed: of several processes that open it at once with different configs one gets it. A
+    directory of the same config is resumed, and what a killed process left half-written is swept. Anything else is refused with
+    RunError: nothing is ever mixed or overwritten.
+
+    Args:
+        upgrade: makes the config of an earlier version one of this version; what it raises means that there is another run.
+    """
+    directory = Path(directory)
+    config = json.loads(json.dumps(config))
+    path = directory / "config.json"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        entries = [entry.name for entry in directory.iterdir() if not entry.name.startswith(".")]
+        if path.name not in entries and not path.exists():
+            if entries:
+                raise RunError(f"output directory {directory} must be empty or hold an earlier run, found {sorted(entries)[0]!r}")
+            if claim(path, _encoded(config)):
+                return directory
+    except OSError as error:
+        raise RunError(f"output directory {directory} must be writable ({error.strerror})") from error
+    found = _config(directory)
+    if upgrade is not None and found != config:
+        try:
+            found = upgrade(found)
+        except Exception:  # whatever an unknown config raises: the comparison below says what differs
+            pass
+    if found != config:
+        keys = [key for key in {**found, **config} if found.get(key, ...) != config.get(key, ...)]
+        change = ", ".join(f"{key} = {shown(found.get(key))} there, {shown(config.get(key))} now" for key in sorted(keys)[:3])
+        raise RunError(f"output directory {directory} holds another run ({change}): choose another directory")
+    for folder in (directory, *(entry for entry in directory.iterdir() if entry.is_dir() and not entry.is_symlink())):
+        sweep(folder)
+    return directory
+
+
+def read_config(directory, stage: str) -> dict:
+    """config.json of a run of this stage, without "stage". RunError where it is none."""
+    directory = Path(directory)
+    found = _config(directory)
+    if found.pop("stage", None) != stage:
+        raise RunError(f"{directory} must be the directory of a run of {stage}")
+    return found
+
+
+def _config(directory: Path) -> dict:
+    try:
+        found = _decoded((directory / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise RunError(f"output directory {directory}: config.json cannot be read ({_reason(error)})") from error
+    if not isinstance(found, dict):
+        raise RunError(f"output directory {directory}: config.json cannot be read (it holds no object)")
+    return found
+
+
+# Cells
+
+
+@dataclass(frozen=True)
+class Cells:
+    """The cells of a run, one JSON record each in `directory`.
+
+    Attributes:
+        identities: `{name: fields}` in the order of computation; a record holds these fields, with these values.
+        form: what else a record holds, as `check` takes it.
+        upgrade: makes a record of an earlier version, whose form is right, one of this version.
+    """
+
+    directory: Path
+    identities: Mapping[str, Mapping]
+    form: object = None
+    upgrade: Callable[[dict], dict] | None = None
+
+    def path(self, name: str) -> Path:
+        """Where the record of a cell is, or will be."""
+        return self.directory / f"{name}.json"
+
+    def done(self, name: str) -> bool:
+        """Whether a cell is finished."""
+        return self.path(name).exists()
+
+    def missing(self) -> list[str]:
+        """The cells that are not finished."""
+        return [name for name in self.identities if not self.done(name)]
+
+    def read(self, name: str) -> dict:
+        """The record of a finished cell. RunError where it is damaged or belongs to another cell."""
+        path = self.path(name)
+        record = read_json(path, self.form)
+        try:
+            check(record, dict)
+            record = record if self.upgrade is None else self.upgrade(record)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RunError(f"{path} cannot be read ({error}): delete it to make it again") from error
+        for field, expected in json.loads(json.dumps(self.identities[name])).items():
+            if field not in record or record[field] != expected:
+                raise RunError(
+                    f"{path} must be the record of {field} {shown(expected)}, got {shown(record.get(field))}: "
+                    "delete it to make it again"
+                )
+        return record
+
+    def records(self) -> dict[str, dict]:
+        """The records of all finished cells, by name."""
+        return {name: self.read(name) for name in self.identities if self.done(name)}
+
+    def write(self, name: str, record: Mapping) -> None:
+        """Finishes a cell: its record with the fields of its identity."""
+        self.directory.mkdir(exist_ok=True)
+        write_json(self.path(name), {**record, **self.identities[name]})
+
+    def compute(self, measure: Callable[[str], Mapping], shard: tuple[int, int] = (0, 1)) -> None:
+        """Measures the unfinished cells i, i + n, i + 2n, ... of shard `(i, n)`, each finished before the next begins."""
+        for name in list(self.identities)[shard[0] :: shard[1]]:
+            if not self.done(name):
+                self.write(name, measure(name))
+
+
+def check_shard(shard: tuple[int, int]) -> None:
+    """Raises ValueError unless `shard` is `(i, n)` with 0 <= i < n."""
+    part, parts = shard
+    if not 0 <= part < parts:
+        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
+
+
+# Reading
+
+
+def read_json(path, form=None):
+    """The value of a JSON file in the form that `check` describes. RunError with the file's name where there is none."""
+    try:
+        value = _decoded(Path(path).read_bytes())
+        check(value, form)
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} cannot be read ({_reason(error)}): delete it to make it again") from error
+    return value
+
+
+def check(value, form, name: str = "it") -> None:
+    """Raises ValueError, with the place, unless a JSON value has a form.
+
+    Forms: None = anything; a type (float takes whole numbers too, and numbers are finite); `[form]` = a list; `{str: form}` = an
+    object of any keys; `{"key": form}` = an object with these keys at least; a tuple = one of these forms, None in it being null;
+    a set = one of these texts.
+    """
+    if form is None:
+        return
+    if isinstance(form, tuple):
+        problems = []
+        for one in form:
+            if one is None and value is None:
+                return
+            if one is not None:
+                try:
+                    return check(value, one, name)
+                except ValueError as error:
+                    problems.append(error)
+        raise problems[-1]
+    if isinstance(form, (set, frozenset)):
+        if not isinstance(value, str) or value not in form:
+            raise ValueError(f"{name} must be one of {', '.join(sorted(form))}, got {shown(value)}")
+    elif isinstance(form, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list, got {shown(value)}")
+        for n, item in enumerate(value):
+            check(item, form[0], f"{name}[{n}]")
+    elif isinstance(form, dict):
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, got {shown(value)}")
+        for key, part in form.items():
+            if key is str:
+                for own, item in value.items():
+                    check(item, part, f"{name}.{own}")
+            elif key not in value:
+                raise ValueError(f"{name} must have {key!r}, got none")
+            else:
+                check(value[key], part, f"{name}.{key}")
+    else:
+        allowed = (int, float) if form is float else form
+        if not isinstance(value, allowed) or (isinstance(value, bool) and form is not bool):
+            raise ValueError(f"{name} must be {_KINDS[form]}, got {shown(value)}")
+        if isinstance(value, (int, float)) and not (abs(value) < 1e300 and math.isfinite(value)):
+            raise ValueError(f"{name} must be finite, got {shown(value)}")
+
+
+_KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
+
+
+def shown(value, most: int = 200) -> str:
+    """A value for a sentence, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def _decoded(data: bytes):
+    try:
+        value = json.loads(data)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            item for one in level if isinstance(one, (dict, list)) for item in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return value
+    raise ValueError("it is nested too deeply")
+
+
+def _reason(error: Exception) -> str:
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
+
+
+# Writing
+
+
+def replace_files(files: Mapping[Path, bytes]) -> None:
+    """Writes files so that a reader sees the old content or all of the new: none is replaced before all are on the disk.
+
+    OSError passes through; the old files are whole then, and nothing else is left behind. What killed processes left in these
+    directories is swept.
+    """
+    for folder in {Path(path).parent for path in files}:
+        sweep(folder)
+    with ExitStack() as stack:
+        written = {path: stack.enter_context(_temporary(Path(path), data)) for path, data in files.items()}
+        for path, temporary in written.items():
+            os.replace(temporary, path)
+
+
+def claim(path: Path, data: bytes) -> bool:
+    """Whether this call made the file, whole; False where it is there already. OSError passes through."""
+    with _temporary(path, data) as temporary:
+        try:
+            os.link(temporary, path, follow_symlinks=False)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            try:  # a file system without links: a reader may meet the file half-written, and refuses it then
+                made = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            except FileExistsError:
+                return False
+            with open(made, "wb") as file:
+                file.write(data)
+        return True
+
+
+def sweep(directory: Path) -> None:
+    """Removes the temporary files of processes that were killed; those of living ones are locked and stay."""
+    try:
+        names = [name for name in os.listdir(directory) if TEMPORARY.fullmatch(name)]
+    except OSError:
+        return
+    for name in names:
+        path = Path(directory) / name
+        try:
+            opened = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+        except OSError:
+            pass
+        finally:
+            os.close(opened)
+
+
+@contextmanager
+def _temporary(path: Path, data: bytes):
+    """A file beside `path` that holds `data` on the disk: of a name nobody can guess, new, locked while it is there."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+        opened = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+        try:
+            with open(opened, "wb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                    swept = not temporary.exists()  # by another process, between the two calls
+                except OSError:  # a file system without locks, where nothing is swept either
+                    swept = False
+                if swept:
+                    continue
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                yield temporary
+                return
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path, data: bytes) -> None:
+    """`replace_files` of one file. Raises RunError where that fails."""
+    try:
+        replace_files({Path(path): data})
+    except OSError as error:
+        raise RunError(f"{path} could not be written ({error.strerror})") from error
+
+
+def write_text(path, text: str) -> None:
+    """`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path, value) -> None:
+    """`write_bytes` of indented JSON; NaN and infinities are refused, they are not JSON."""
+    write_bytes(path, _encoded(value))
+
+
+def _encoded(value) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
