@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import islpy as isl
 from pycparser import c_ast
@@ -10,6 +10,7 @@ from pycparser import c_ast
 from npu_sparse.schedule.frontend.expressions import NotAffine, Scope, Touch
 from npu_sparse.schedule.frontend.syntax import show
 from npu_sparse.schedule.frontend.text import extent_text
+from npu_sparse.schedule.frontend.types import LONGEST
 from npu_sparse.schedule.scop import Access, Array, Scop, ScopError, Statement
 
 
@@ -36,6 +37,7 @@ def assemble(scope: Scope, records: list[Record], region: tuple[int, int], funct
     touched = [name for name in scope.known if name in scope.touched and name not in scope.used]
     prefix = f"[{', '.join(parameters)}] -> "
     context = isl.Set(prefix + "{ : " + " and ".join(known or ["true"]) + " }")
+    wraps = any("4294967" in definition for definition in scope.terms.values())
     statements = []
     for record in records:
         name = f"S{len(statements)}"
@@ -46,7 +48,8 @@ def assemble(scope: Scope, records: list[Record], region: tuple[int, int], funct
             continue
         reads, writes = ([_access(scope, prefix, tuple_text, touch, domain) for touch in touches if touch.array not in parameters]
                          for touches in (record.reads, record.writes))
-        _check_wrapping(scope, record.node, domain, context, [*reads, *writes])
+        if wraps:
+            domain, reads, writes = _unwrapped(scope, record.node, parameters, context, domain, reads, writes)
         reduction = record.reduction
         if reduction and any(not read.relation.intersect(writes[0].relation).is_empty()
                              for read in reads[1:] if read.array == writes[0].array):
@@ -89,12 +92,23 @@ def _extents(scope: Scope) -> list[str]:
     return list(dict.fromkeys(known + ([scope.context] if scope.context else [])))
 
 
-def _check_wrapping(scope: Scope, node: c_ast.Node, domain: isl.Set, context: isl.Set, accesses: list[Access]) -> None:
-    """Values around 2**32 come from unsigned arithmetic that may wrap around: solvers and generated code stay below."""
-    if any("4294967" in definition for definition in scope.terms.values()):
-        sets = [domain.intersect_params(context), *(a.relation.wrap().intersect_params(context) for a in accesses)]
-        if any(int(number) >= 2**31 for s in sets for number in re.findall(r"\d+", str(s.coalesce()))):
+def _unwrapped(scope: Scope, node: c_ast.Node, parameters: tuple[str, ...], context: isl.Set, domain: isl.Set,
+               reads: list[Access], writes: list[Access]) -> tuple[isl.Set, list[Access], list[Access]]:
+    """A statement without the cases in which parameters would lie outside of their types.
+
+    What is left of values around 2**32 comes from unsigned arithmetic that may wrap around: solvers and code stay below.
+    """
+    kinds = {key: scope.known[key].kind for key in parameters}
+    facts = [f"{max(kind.low, -LONGEST)} <= {key} <= {min(kind.high, LONGEST)}" for key, kind in kinds.items()]
+    possible = isl.Set(f"[{', '.join(parameters)}] -> {{ : {' and '.join(facts or ['true'])} }}").intersect(context)
+
+    def simplified(points):
+        points = points.intersect_params(possible).coalesce().gist_params(possible)
+        if any(int(number) >= 2**31 for number in re.findall(r"\d+", str(points))):
             scope.refuse(node, f"unsigned value must be known not to wrap around, got one that may in {show(node)}")
+        return points
+
+    return simplified(domain), *([replace(a, relation=simplified(a.relation)) for a in accesses] for accesses in (reads, writes))
 
 
 def _access(scope: Scope, prefix: str, statement: str, touch: Touch, domain: isl.Set) -> Access:

@@ -10,7 +10,6 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-import islpy as isl
 from pycparser import c_ast, c_parser
 
 from npu_sparse.schedule.frontend import types
@@ -20,7 +19,7 @@ from npu_sparse.schedule.frontend.expressions import Loop, NotAffine, Scope, Sym
 from npu_sparse.schedule.frontend.preprocess import run_cpp
 from npu_sparse.schedule.frontend.regions import Region, find_region
 from npu_sparse.schedule.frontend.surroundings import Surroundings
-from npu_sparse.schedule.frontend.syntax import assigned, loop_steps, nodes, reduction_of, show
+from npu_sparse.schedule.frontend.syntax import assigned, loop_steps, reduction_of, show
 from npu_sparse.schedule.frontend.text import statement_text
 from npu_sparse.schedule.scop import Scop, ScopError
 
@@ -74,10 +73,11 @@ class Walk:
         self.declarations = Declarations(self.scope, self.function)
         for node in region.tree.ext:
             self.declarations.visible(node, outer=True)
+        self.arguments: list[Symbol] = []
         arguments = self.function.decl.type.args
         for node in arguments.params if arguments else ():
             if isinstance(node, c_ast.Decl) and node.name:
-                self.declarations.declare(node, argument=True)
+                self.arguments.append(self.declarations.declare(node, argument=True))
 
     # The region and what surrounds it
 
@@ -133,6 +133,7 @@ class Walk:
         scope.written = {name for item in body for name, node in assigned(item) if id(node) not in loops}
         self.around = Surroundings(self.function, pragma, body)
         self.outside = dict(scope.symbols)
+        scope.known = {symbol.key: symbol for symbol in (*self.arguments, *scope.symbols.values())}
         self.note_extents()
         self.block = set()
         for item in body:
@@ -164,7 +165,8 @@ class Walk:
         scope.used = used
 
     def steady(self, symbol: Symbol) -> bool:
-        return all(self.scope.symbols.get(name) is known and not self.around.change(name, known.persistent, symbol.node)
+        return all(self.scope.symbols.get(name) is known and
+                   not self.around.change(name, known.node, known.persistent, symbol.node)
                    for name, known in symbol.names.items() if known is not None and known.value is None)
 
     def check_extents(self, pragma: c_ast.Pragma) -> None:
@@ -175,10 +177,11 @@ class Walk:
                     continue
                 if symbol.local and (known is None or known.local or known.iterator or name in self.scope.written):
                     self.scope.refuse(symbol.node, f"extent of {symbol.name} must not change in the scop, got {name}")
+                extent = f"extent of {symbol.name} must"
                 if self.outside.get(name) is not known:
-                    self.scope.refuse(pragma, f"extent of {symbol.name} must name what is visible at the scop, got another {name}")
-                if known is not None and (change := self.around.change(name, known.persistent, symbol.node)):
-                    self.scope.refuse(change, f"extent of {symbol.name} must not change after its declaration, got {show(change)}")
+                    self.scope.refuse(pragma, f"{extent} name what is visible at the scop, got another {name}")
+                if known is not None and (change := self.around.change(name, known.node, known.persistent, symbol.node)):
+                    self.scope.refuse(change, f"{extent} not change after its declaration, got {show(change)}")
 
     def check_pointers(self, pragma: c_ast.Pragma) -> None:
         for symbol in self.outside.values():
@@ -186,8 +189,8 @@ class Walk:
                 for name in sorted(self.around.sources(symbol.name) - {symbol.name}):
                     known = self.outside.get(name)
                     if known is not None and known.key in self.scope.touched and (known.shape or name in self.around.escaped):
-                        self.scope.refuse(symbol.node, f"pointer must not lead into what the scop uses by name, got {symbol.name} "
-                                                       f"and {name}")
+                        rule = "pointer must not lead into what the scop uses by name"
+                        self.scope.refuse(symbol.node, f"{rule}, got {symbol.name} and {name}")
 
     def local(self, node: c_ast.Decl) -> None:
         """A declaration inside the region."""
@@ -376,7 +379,12 @@ class Walk:
         unequal = isinstance(node, c_ast.BinaryOp) and op == "!=" and abs(step) == 1 and kind.signed and kind.bits >= 32
         if not unequal and (not isinstance(node, c_ast.BinaryOp) or op not in ("<", "<=", ">", ">=")):
             self.scope.refuse(node, f"loop condition must compare with <, <=, > or >=, got {show(node)}")
-        left, right, _ = self.scope.affine(node, "loop condition", lambda n: self.scope.operands(n.left, n.right))
+        try:
+            left, right, _ = self.scope.operands(node.left, node.right)
+        except NotAffine:
+            for side in (node.left, node.right):
+                self.scope.affine(side, "loop condition", self.scope.typed)
+            raise
         key = self.scope.symbols[name].key
         room = add(right, left, -1) if op in ("<", "<=", "!=") else add(left, right, -1)
         if unequal and room.get(key, 0) * step > 0:
@@ -432,20 +440,23 @@ class Walk:
                 scope.touched.add(symbol.key)
                 touches[-1].append(Touch(symbol.key, tuple(indices), tuple(inside), condition, may))
         tree = c_parser.CParser().parse(f"void f() {{ {body}; }}").ext[0].body.block_items[0]
-        self.record(node, *touches, statement_text(scope, tree) + ";", None)
+        self.record(node, *touches, statement_text(scope, tree, typed=False) + ";", None)
 
     def record(self, node, reads, writes, body, reduction) -> None:
         conditions = [condition for loop in self.scope.loops for condition in loop.conditions] + self.scope.conditions
         line = node.coord.line if node.coord and self.scope.source != "<python>" else 0
         self.records.append(Record(node, line, tuple(loop.name for loop in self.scope.loops), tuple(conditions), tuple(reads),
                                    tuple(writes), body, tuple(self.position), reduction))
-        self.position[-1] += 1    def live_out(self, key: str, written: bool) -> bool:
+        self.position[-1] += 1
+
+    def live_out(self, key: str, written: bool) -> bool:
         """Whether a caller, another pointer or the rest of the function can see what the region leaves in an array."""
         symbol = self.scope.known[key]
         if self.clause is not None:
             return symbol.name in self.clause
         seen = symbol.shape and symbol.argument or symbol.persistent or symbol.pointer
         seen = seen or symbol.name in self.around.after or symbol.name in self.around.escaped
+        seen = seen or symbol.shape and symbol.name in self.around.whole
         return written and not symbol.local and bool(seen)
 
 

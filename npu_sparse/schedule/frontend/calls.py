@@ -2,13 +2,13 @@
 
 import re
 
-_MATH = """acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1 fabs fdim floor fma fmax fmin
-fmod hypot ldexp log log10 log1p log2 logb nearbyint nextafter pow remainder rint round scalbn sin sinh sqrt tan tanh
-tgamma trunc""".split()
+_MATH = """acos acosh asin asinh atan atan2 atanh cbrt ceil copysign cos cosh erf erfc exp exp2 expm1 fabs fdim floor fma fmax
+fmin fmod hypot ldexp log log10 log1p log2 logb nearbyint nextafter pow remainder rint round scalbn sin sinh sqrt tan tanh tgamma
+trunc""".split()
 MATH = frozenset(name + suffix for name in _MATH for suffix in ("", "f", "l"))
 MINIMA, MAXIMA = ("min", "MIN", "Min", "imin", "MINIMUM"), ("max", "MAX", "Max", "imax", "MAXIMUM")
-PURE = MATH | set(MINIMA) | set(MAXIMA) | set("abs labs llabs isnan isinf isfinite signbit lround lroundf llround lrint llrint "
-                                              "ilogb floord ceild __builtin_fabs __builtin_sqrt __builtin_fmax __builtin_fmin".split())
+PURE = MATH | set(MINIMA) | set(MAXIMA) | set("""abs labs llabs isnan isinf isfinite signbit lround lroundf llround lrint llrint
+ilogb floord ceild __builtin_fabs __builtin_sqrt __builtin_fmax __builtin_fmin""".split())
 ATTRIBUTE = re.compile(r"__attribute__\s*\(\s*\((?:[^()]|\([^()]*\))*\b_*const_*\b(?:[^()]|\([^()]*\))*\)\s*\)")
 
 

@@ -58,7 +58,7 @@ class Declarations:
             if not isinstance(kind, (c_ast.ArrayDecl, c_ast.PtrDecl)):
                 break
             kind = kind.type
-        ctype = " ".join(names) if names else "struct"
+        ctype = " ".join(types.base(tuple(names), scope.typedefs)) if names else "struct"
         whole = types.integer(kind, scope.typedefs)
         persistent = outer or bool({"static", "extern"} & set(node.storage))
         # An initialised integer that nothing can change is its value.
@@ -69,7 +69,8 @@ class Declarations:
             value = whole.wrapped(found[0]) if found else None
         used = {part.name for extent in shape if extent is not None for part in nodes(extent, c_ast.ID)}
         key = node.name
-        if local and key in scope.known:
+        hidden = scope.symbols.get(node.name)
+        if local and key in scope.known or hidden and hidden.argument:
             key = self.fresh(key)
         key = self.key(key)
         symbol = Symbol(key, node.name, ctype, tuple(shape), whole, types.floating(kind, scope.typedefs), value,

@@ -152,10 +152,10 @@ class Scope:
         elif isinstance(node, c_ast.FuncCall) and isinstance(node.name, c_ast.ID):
             if re.fullmatch(r"S\d+", node.name.name):
                 self.refuse(node, f"function must not have the name of a statement, got {show(node)}")
-            if not is_pure(node.name.name, self.pure):
-                self.refuse(node, f"function must be known to be pure (see pure in docs/scheduler.md), got {show(node)}")
             for argument in node.args.exprs if node.args else ():
                 self.expression(argument, reads, guards)
+            if not is_pure(node.name.name, self.pure):
+                self.refuse(node, f"function must be known to be pure (see --pure), got {show(node)}")
         elif not isinstance(node, c_ast.Constant):
             self.refuse(node, f"expression must have no side effects and no pointers, got {show(node)}")
 

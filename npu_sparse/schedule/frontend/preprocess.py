@@ -18,7 +18,7 @@ from npu_sparse.schedule.scop import ScopError
 TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|/\*.*?\*/|//[^\n]*|[A-Za-z_]\w*|\.?\d(?:[eEpP][+-]|[\w.])*', re.S)
 EXPANDED = 2_000_000  # characters that macros may grow to: a few lines of them can ask for more than any memory holds
 GCC_SECONDS, GCC_BYTES = 20, 2**26
-EXTENSION = re.compile(r"\b(?:__attribute__|__attribute|__declspec|__extension__|__restrict(?:__)?|__inline(?:__)?|__const(?:__)?|"
+EXTENSION = re.compile(r"\b(?:__attribute(?:__)?|__declspec|__extension__|__restrict(?:__)?|__inline(?:__)?|__const(?:__)?|"
                        r"__signed__|__volatile__|_Noreturn)\b")
 KEPT_PRAGMA = re.compile(r"\s*#\s*pragma\s+(scop|endscop)\b")
 
@@ -91,8 +91,9 @@ def run_cpp(path: Path, options: tuple[str, ...]) -> str:
         resource.setrlimit(resource.RLIMIT_CPU, (GCC_SECONDS, GCC_SECONDS))
         resource.setrlimit(resource.RLIMIT_FSIZE, (GCC_BYTES, GCC_BYTES))
 
-    with tempfile.NamedTemporaryFile(suffix=".i") as result:
-        command = ["gcc", "-E", *options, "-x", "c", str(path.resolve()), "-o", result.name]
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "text.i"
+        command = ["gcc", "-E", *options, "-x", "c", str(path.resolve()), "-o", str(result)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=10 * GCC_SECONDS)
         except FileNotFoundError as error:
@@ -102,7 +103,7 @@ def run_cpp(path: Path, options: tuple[str, ...]) -> str:
         if done.returncode:
             message = done.stderr.splitlines()[0] if done.stderr else "no message"
             raise ScopError(f"{path}: preprocessor must succeed, got {message}")
-        text = Path(result.name).read_text(errors="replace")
+        text = result.read_text(errors="replace")
     out, number, inside = {}, 1, True
     for line in text.split("\n"):
         if marker := re.match(r'#\s+(\d+)\s+"((?:\\.|[^"\\])*)"', line):

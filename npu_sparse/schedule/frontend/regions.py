@@ -11,8 +11,8 @@ from npu_sparse.schedule.frontend.preprocess import TOKEN, preprocess, without_e
 from npu_sparse.schedule.scop import ScopError
 
 # Names of types that C programs use and headers define; only what a loop nest may mention.
-TYPES = ("size_t ssize_t ptrdiff_t int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t bool FILE intptr_t uintptr_t "
-         "intmax_t uintmax_t off_t uint ulong va_list").split()
+TYPES = """bool size_t ssize_t ptrdiff_t intptr_t uintptr_t intmax_t uintmax_t off_t uint ulong FILE va_list
+int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t""".split()
 SCOP, ENDSCOP = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+scop\b", re.M), re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+endscop\b", re.M)
 
 

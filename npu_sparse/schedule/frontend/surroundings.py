@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pycparser import c_ast
 
 from npu_sparse.schedule.frontend.calls import is_pure
-from npu_sparse.schedule.frontend.syntax import assigned, first_use, nodes
+from npu_sparse.schedule.frontend.syntax import assigned, declarations, first_use, nodes
 
 LOOPS = (c_ast.For, c_ast.While, c_ast.DoWhile)
 
@@ -15,7 +15,7 @@ class Surroundings:
 
     Attributes:
         after: names that may be read once the region has run, by whatever runs afterwards.
-        escaped: names whose address something else may hold.
+        escaped: names whose address something else may hold; whole: names that are used without subscripts.
         repeats: whether the region may run again in one call of the function.
     """
 
@@ -31,7 +31,8 @@ class Surroundings:
         self.after = {node.name for node in outside if self.repeats or self.place[id(node)] > self.end}
         if self.repeats:  # what one turn wrote, the next one may read in the region before it writes
             self.after |= {node.name for item in body for node in nodes(item, c_ast.ID)}
-        self.escaped = set(_escaped(function.body))
+        self.escaped, self.whole = (set(_escaped(function.body, whole)) for whole in (False, True))
+        self.meant = declarations(function.body)
 
     def read_after(self, name: str) -> bool:
         """Whether a value that the region leaves in a variable may be read."""
@@ -55,11 +56,12 @@ class Surroundings:
                 return found + rest
         return None
 
-    def change(self, name: str, persistent: bool, declared: c_ast.Node | None) -> c_ast.Node | None:
-        """What may change a variable between its declaration, or the function's begin, and the end of the region."""
-        begin = self.place.get(id(declared), -1)
+    def change(self, name: str, variable: c_ast.Node | None, persistent: bool, since: c_ast.Node | None) -> c_ast.Node | None:
+        """What may change a variable between a declaration, or the function's begin, and the end of the region."""
+        begin, own = self.place.get(id(since), -1), id(variable) if id(variable) in self.place else None
         for changed, node in assigned(self.function.body):
-            if changed == name and self.between(node, begin):
+            target = node.lvalue if isinstance(node, c_ast.Assignment) else node.expr
+            if changed == name and self.meant.get(id(target)) == own and self.between(node, begin):
                 return node
         for call in nodes(self.function.body, c_ast.FuncCall) if persistent else ():
             if not (isinstance(call.name, c_ast.ID) and is_pure(call.name.name, frozenset())) and self.between(call, begin):
@@ -79,16 +81,16 @@ class Surroundings:
         return {part.name for value in values for part in nodes(value, c_ast.ID)}
 
 
-def _escaped(body: c_ast.Node) -> Iterator[str]:
-    """Names whose address is taken, and arrays that are used whole."""
+def _escaped(body: c_ast.Node, whole: bool) -> Iterator[str]:
+    """Names whose address is taken, or names that are used whole."""
     for node in nodes(body):
         if isinstance(node, c_ast.UnaryOp) and node.op == "&":
             target = node.expr
             while isinstance(target, (c_ast.ArrayRef, c_ast.StructRef)):
                 target = target.name
-            if isinstance(target, c_ast.ID):
+            if isinstance(target, c_ast.ID) and not whole:
                 yield target.name
             continue
-        for field, child in node.children():
+        for field, child in node.children() if whole else ():
             if isinstance(child, c_ast.ID) and not (isinstance(node, c_ast.ArrayRef) and field == "name"):
                 yield child.name

@@ -46,8 +46,26 @@ def assigned(node: c_ast.Node) -> Iterator[tuple[str, c_ast.Node]]:
             yield target.name, item
 
 
+def declarations(body: c_ast.Node) -> dict[int, int]:
+    """The id of the declaration that each name (by the id of its node) refers to, where that is one in the function's body."""
+    found: dict[int, int] = {}
+
+    def visit(node, known):
+        if isinstance(node, (c_ast.Compound, c_ast.For)):
+            known = dict(known)
+        if isinstance(node, c_ast.ID) and node.name in known:
+            found[id(node)] = known[node.name]
+        for _, child in node.children():
+            visit(child, known)
+        if isinstance(node, c_ast.Decl):
+            known[node.name] = id(node)
+
+    visit(body, {})
+    return found
+
+
 def first_use(node: c_ast.Node, name: str) -> str | None:
-    """Whether code may read a variable before it surely writes it ("read"), surely writes it first ("write"), or neither (None)."""
+    """"read" where code may read a variable before it surely writes it, "write" where it surely writes it first, else None."""
     if isinstance(node, c_ast.Assignment) and node.op == "=" and isinstance(node.lvalue, c_ast.ID) and node.lvalue.name == name:
         return first_use(node.rvalue, name) or "write"
     if isinstance(node, c_ast.ID):

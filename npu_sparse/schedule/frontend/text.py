@@ -12,12 +12,12 @@ from npu_sparse.schedule.frontend.syntax import Printer, nodes
 EXACT = ("+", "-", "*")  # of 64 bits, these give a subscript whatever the types of the original were
 
 
-def statement_text(scope: Scope, node: c_ast.Node) -> str:
+def statement_text(scope: Scope, node: c_ast.Node, typed: bool = True) -> str:
     """A statement whose iterators may be replaced by any expression of type long.
 
-    Iterators are in parentheses, and converted to their own type wherever the type could change a result.
+    Iterators are in parentheses, and where it is `typed` converted to their own type wherever the type could change a result.
     """
-    converted = {id(part) for part in _typed_uses(scope, node, True)}
+    converted = {id(part) for part in _typed_uses(scope, node, True)} if typed else set()
     return Printer(lambda part: _name(scope.symbols.get(part.name), part, converted)).visit(node)
 
 

@@ -8,7 +8,7 @@ from pycparser import c_ast
 
 # No array is longer and no loop ends later than this, so parameters of 64 bits are taken to lie within.
 LONGEST = 2**48
-WIDTHS = {"char": 8, "_Bool": 1, "bool": 1, "short": 16, "int": 32, "long": 64}
+WIDTHS = {"char": 8, "_Bool": 1, "short": 16, "int": 32, "long": 64}
 NAMED = {"size_t": (64, False), "ssize_t": (64, True), "ptrdiff_t": (64, True), "intptr_t": (64, True), "uintptr_t": (64, False),
          "intmax_t": (64, True), "uintmax_t": (64, False), "off_t": (64, True), "uint": (32, False), "ulong": (64, False)}
 FLOATING = {"float", "double", "_Float16", "_Float32", "_Float64", "__fp16", "float32_t", "float64_t"}
@@ -51,21 +51,15 @@ def integer(kind: c_ast.Node, typedefs: Typedefs) -> Integer | None:
         kind = kind.type
     if not isinstance(kind, c_ast.IdentifierType):
         return None
-    return _named(tuple(kind.names), typedefs, 0)
+    return _named(tuple(kind.names), typedefs)
 
 
 def floating(kind: c_ast.Node, typedefs: Typedefs) -> bool:
     """Whether a declaration without arrays and pointers is of a floating type."""
-    for _ in range(20):
-        while isinstance(kind, (c_ast.Typename, c_ast.TypeDecl)):
-            kind = kind.type
-        names = getattr(kind, "names", ())
-        if FLOATING & set(names):
-            return "_Complex" not in names
-        if len(names) != 1 or names[0] not in typedefs:
-            return False
-        kind = typedefs[names[0]]
-    return False
+    while isinstance(kind, (c_ast.Typename, c_ast.TypeDecl)):
+        kind = kind.type
+    names = base(tuple(getattr(kind, "names", ())), typedefs)
+    return bool(FLOATING & set(names)) and "_Complex" not in names
 
 
 def common(left: Integer, right: Integer) -> Integer:
@@ -137,27 +131,35 @@ def evaluate(node: c_ast.Node, lookup: Callable[[str], Typed | None], typedefs: 
     return None
 
 
-def _named(names: tuple[str, ...], typedefs: Typedefs, depth: int) -> Integer | None:
-    text = " ".join(names)
-    if len(names) == 1 and names[0] in typedefs and depth < 20:
+def base(names: tuple[str, ...], typedefs: Typedefs) -> tuple[str, ...]:
+    """The type behind typedefs of variables, as C writes it without any header; other names are left alone."""
+    for _ in range(20):
+        if len(names) != 1 or names[0] not in typedefs:
+            break
         found = typedefs[names[0]]
         while isinstance(found, (c_ast.Typename, c_ast.TypeDecl)):
             found = found.type
-        kind = _named(tuple(found.names), typedefs, depth + 1) if isinstance(found, c_ast.IdentifierType) else None
-        return kind and Integer(kind.bits, kind.signed, text)
-    if len(names) == 1 and (match := re.fullmatch(r"(u?)int(?:_least)?(8|16|32|64)_t", names[0])):
-        return Integer(int(match[2]), not match[1], text)
-    if len(names) == 1 and names[0] in NAMED:
-        return Integer(*NAMED[names[0]], text)
+        if not isinstance(found, c_ast.IdentifierType):
+            break
+        names = tuple(found.names)
+    if len(names) == 1 and names[0] not in typedefs:
+        match = re.fullmatch(r"(u?)int(?:_least)?(8|16|32|64)_t", names[0])
+        bits, signed = (int(match[2]), not match[1]) if match else NAMED.get(names[0], (0, True))
+        if bits:
+            word = {8: "char", 16: "short", 32: "int", 64: "long"}[bits]
+            return (("signed", word) if bits == 8 else (word,)) if signed else ("unsigned", word)
+    return ("_Bool",) if names == ("bool",) and "bool" not in typedefs else names
+
+
+def _named(names: tuple[str, ...], typedefs: Typedefs) -> Integer | None:
+    names = base(names, typedefs)
     if names == ("char",):  # signed on some machines, unsigned on others
         return None
     words = [name for name in names if name not in ("signed", "unsigned", "__signed__")]
     if any(word not in WIDTHS for word in words) or not names:
         return None
-    bits = min((WIDTHS[word] for word in words if word != "int"), default=32)
-    if "long" in words:
-        bits = 64
-    return Integer(bits, "unsigned" not in names and bits != 1, text)
+    bits = 64 if "long" in words else min((WIDTHS[word] for word in words if word != "int"), default=32)
+    return Integer(bits, "unsigned" not in names and bits != 1, " ".join(names))
 
 
 def _binary(op: str, left: Typed, right: Typed) -> Typed | None:
