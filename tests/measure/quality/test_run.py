@@ -17,7 +17,7 @@ from npu_sparse.tasks import encode, generate, score
 CONFIG = EvalConfig(
     model="tiny", tasks=("niah_single_1", "vt"), length=900, count=3, k=32, block=16, batch=2, max_new_tokens=6,
     variants=("dense", "oracle", "oracle-shared", "indexer", "indexer-shared", "local", "random"), min_dense_score=0.0,
-    dtype="float32",
+    dtype="float32", instruments=("generated",),
 )  # fmt: skip
 
 
