@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...budget import REDUCTIONS
+from ...budget import MASS_REDUCTIONS
 from .. import dispatch
 from .reference import attention_mass as reference
 
@@ -59,8 +59,8 @@ def attention_mass(
     check_lengths(Tq, k.shape[2])
     if reduce_block < 1:
         raise ValueError(f"reduce_block must be >= 1, got {reduce_block}")
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    if reduce not in MASS_REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(MASS_REDUCTIONS)}, got {reduce!r}")
     check_valid(valid, B, k.shape[2], q.device)
     return dispatch.call("attention_mass", impl, q.device.type, q, k, float(scale), reduce_block, reduce, per_kv, valid)
 

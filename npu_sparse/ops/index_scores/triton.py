@@ -41,12 +41,19 @@ def _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_
 
 
 @triton.jit
+def _less(z, norm, token, Tq):
+    """Every query's scores less its own norm; what it does not see stays at -inf."""
+    return tl.where(z > float("-inf"), z - tl.load(norm + token, mask=token < Tq, other=0.0)[:, None], float("-inf"))
+
+
+@triton.jit
 def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
             q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h, v_b, v_t, n_b, o_b, o_n,
             HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
-            MEAN: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+            MEAN: tl.constexpr, NORMAL: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
             STEP: tl.constexpr):  # fmt: skip
-    """SPLIT > 0: the tile holds ROWS / SPLIT whole blocks of SPLIT queries. SPLIT = 0: one block, in `chunks` tiles of ROWS."""
+    """SPLIT > 0: the tile holds ROWS / SPLIT whole blocks of SPLIT queries. SPLIT = 0: one block, in `chunks` tiles of ROWS. With
+    NORMAL, scores are less each query's `norm [B, Tq]`."""
     b = tl.program_id(2).to(tl.int64)
     key = tl.program_id(0) * COLS + tl.arange(0, COLS)
     if SPLIT:
@@ -55,6 +62,8 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
         token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         z = _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h,
                     v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION, STEP)  # fmt: skip
+        if NORMAL:
+            z = _less(z, norm + b * n_b, token, Tq)
         if MEAN:
             high = tl.load(norm + b * n_b + token, mask=token < Tq, other=float("-inf"))
             live = high > float("-inf")
@@ -78,6 +87,8 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
             token = tl.where(inner < block, n * block + inner, Tq)
             z = _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h,
                         v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION, STEP)  # fmt: skip
+            if NORMAL:
+                z = _less(z, norm + b * n_b, token, Tq)
             best = tl.maximum(best, tl.max(z, 0))
             if MEAN:
                 high = tl.load(norm + b * n_b + token, mask=token < Tq, other=float("-inf"))
@@ -112,42 +123,57 @@ def _normalise(qi, ki, w, valid, norm, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d
     tl.store(norm + b * n_b + token, norm_of, mask=token < Tq)
 
 
-def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: str, valid: Tensor | None) -> Tensor:
+def index_scores(
+    qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: str, valid: Tensor | None, partition: Tensor | None
+) -> Tensor:
     B, Hi, Tq, Di = qi.shape
     Tk = ki.shape[1]
     Nq = -(-Tq // block)
     out = torch.empty((B, Nq, Tk), dtype=torch.float32, device=qi.device)
-    single, DP = qi.dtype == torch.float32, max(16, triton.next_power_of_2(Di))
-    common = dict(
-        HI=Hi, D=Di, DP=DP, COLS=64 if single else 128, WEIGHTED=w is not None, PADDED=valid is not None,
-        PRECISION="ieee" if single else "tf32", STEP=min(32, DP) if single else DP, num_warps=8 if Di > 64 else 4,
-        num_stages=2 if single else 3,
-    )  # fmt: skip
-    inputs = (qi, ki, qi if w is None else w, qi if valid is None else valid.view(torch.uint8))
-    sizes = (Tq, Tk, Tk - Tq, Di**-0.5)
-    strides = (*qi.stride(), *ki.stride(), *(w.stride() if w is not None else (0, 0, 0)))
-    strides += valid.stride() if valid is not None else (0, 0)
+    inputs, sizes, strides, common = _launch(qi, ki, w, valid)
     norm = out
     if reduce == "mean":
-        norm = torch.empty((B, Tq), dtype=torch.float32, device=qi.device)
-        _normalise[(triton.cdiv(Tq, 64), B)](*inputs, norm, *sizes, *strides, Tq, ROWS=64, **common)
+        norm = index_partition(qi, ki, w, valid)
+    elif partition is not None:
+        norm = partition.contiguous()
     whole = block <= 128 and block & (block - 1) == 0
     rows = max(64, block) if whole else min(128, max(16, triton.next_power_of_2(block)))
     tiles = triton.cdiv(Tq, rows) if whole else Nq
     _reduce[(triton.cdiv(Tk, common["COLS"]), tiles, B)](
         *inputs, norm, out, *sizes, block, triton.cdiv(block, rows), *strides, Tq, *out.stride()[:2],
-        ROWS=rows, SPLIT=block if whole else 0, MEAN=reduce == "mean", **common,
+        ROWS=rows, SPLIT=block if whole else 0, MEAN=reduce == "mean", NORMAL=partition is not None, **common,
     )  # fmt: skip
     return out
 
 
+def index_partition(qi: Tensor, ki: Tensor, w: Tensor | None, valid: Tensor | None) -> Tensor:
+    B, _, Tq, _ = qi.shape
+    inputs, sizes, strides, common = _launch(qi, ki, w, valid)
+    norm = torch.empty((B, Tq), dtype=torch.float32, device=qi.device)
+    _normalise[(triton.cdiv(Tq, 64), B)](*inputs, norm, *sizes, *strides, Tq, ROWS=64, **common)
+    return norm
+
+
+def _launch(qi: Tensor, ki: Tensor, w: Tensor | None, valid: Tensor | None) -> tuple[tuple, tuple, tuple, dict]:
+    """Inputs, with placeholders for what is missing, sizes, strides and constants that both kernels take."""
+    Tq, Tk, Di = qi.shape[2], ki.shape[1], qi.shape[3]
+    single, DP = qi.dtype == torch.float32, max(16, triton.next_power_of_2(Di))
+    common = dict(
+        HI=qi.shape[1], D=Di, DP=DP, COLS=64 if single else 128, WEIGHTED=w is not None, PADDED=valid is not None,
+        PRECISION="ieee" if single else "tf32", STEP=min(32, DP) if single else DP, num_warps=8 if Di > 64 else 4,
+        num_stages=2 if single else 3,
+    )  # fmt: skip
+    inputs = (qi, ki, qi if w is None else w, qi if valid is None else valid.view(torch.uint8))
+    strides = (*qi.stride(), *ki.stride(), *(w.stride() if w is not None else (0, 0, 0)))
+    strides += valid.stride() if valid is not None else (0, 0)
+    return inputs, (Tq, Tk, Tk - Tq, Di**-0.5), strides, common
+
+
 def select_by_index(
-    qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce: str, sink: int, recent: int, valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    select = hopper.select_by_index if hopper.serves(qi, ki, w, k, block, reduce, sink, recent, valid) else _select_by_slices
-    return select(qi, ki, w, k, block, reduce, sink, recent, valid)
-
-
-def _select_by_slices(*arguments) -> tuple[Tensor, Tensor]:
-    support = select_by_slices(*arguments, impl="kernel")
+    qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce: str, sink: int, recent: int, valid: Tensor | None,
+    partition: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if hopper.serves(qi, ki, w, k, block, reduce, sink, recent, valid):
+        return hopper.select_by_index(qi, ki, w, k, block, reduce, sink, recent, valid)
+    support = select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, partition, impl="kernel")
     return support.indices, support.count

@@ -34,10 +34,11 @@ def _bound(ki, valid, out, Tk, k_b, k_t, k_d, v_b, v_t, D: tl.constexpr, DP: tl.
 
 
 @triton.jit
-def _rank(qi, bounds, w, kinds, valid, out, R, Nc, Ng, position, key_block, reach, q_b, q_h, q_t, q_d, w_b, w_t, w_h, v_b, v_t,
-          HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr,
-          PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The rank of COLS key blocks for a group of ROWS queries; `reach`: how far before it the group keeps everything."""
+def _rank(qi, bounds, w, kinds, valid, norm, out, R, Nc, Ng, position, key_block, reach, q_b, q_h, q_t, q_d, w_b, w_t, w_h, v_b,
+          v_t, HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, NORMAL: tl.constexpr,
+          WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The rank of COLS key blocks for a group of ROWS queries; `reach`: how far before it the group keeps everything. With
+    NORMAL, scores are less each query's `norm [B, Ng, ROWS]`."""
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1)
     first_block = tl.program_id(0) * COLS
     c = first_block + tl.arange(0, COLS)
@@ -62,6 +63,8 @@ def _rank(qi, bounds, w, kinds, valid, out, R, Nc, Ng, position, key_block, reac
                 weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t + h * w_h, mask=token < R, other=0.0).to(tl.float32)
                 score = score * weight[:, None]
             z += score
+        if NORMAL:
+            z -= tl.load(norm + (b * Ng + g) * ROWS + tl.arange(0, ROWS))[:, None]
         speaks = token < R
         if PADDED:
             speaks = speaks & (tl.load(valid + b * v_b + (position + token) * v_t, mask=speaks, other=0) != 0)
@@ -111,8 +114,8 @@ def _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scal
 @triton.jit
 def _score(qi, ki, w, chosen, held, valid, ends, norm, out, R, Tk, Ng, W, position, scale, chunk, q_b, q_h, q_t, q_d, k_b, k_t,
            k_d, w_b, w_t, w_h, v_b, v_t, HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
-           SPLIT: tl.constexpr, MEAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, WEIGHTED: tl.constexpr,
-           PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           SPLIT: tl.constexpr, MEAN: tl.constexpr, NORMAL: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+           WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """`chunk` blocks of a group of ROWS queries: their keys' scores, reduced over blocks of SPLIT queries."""
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1)
     BLOCKS: tl.constexpr = ROWS // SPLIT
@@ -137,21 +140,22 @@ def _score(qi, ki, w, chosen, held, valid, ends, norm, out, R, Tk, Ng, W, positi
     row = out + (b * rows + row)[:, None] * (W * C) + tl.arange(0, C)[None, :]
     high = tl.zeros([ROWS], tl.float32)
     speaking = tl.zeros([BLOCKS], tl.float32)
-    if MEAN:
+    if MEAN or NORMAL:
         high = tl.load(norm + (b * Ng + g) * ROWS + tl.arange(0, ROWS))
+    if MEAN:
         live = high > float("-inf")
         speaking = tl.sum(tl.reshape(live.to(tl.float32), [BLOCKS, SPLIT]), 1)
         high = tl.where(live, high, 0.0)
     for i in range(start, tl.minimum(filled, equal)):
         key, z = _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d,
                               w_b, w_t, w_h, v_b, v_t, HI, D, DP, ROWS, C, WEIGHTED, PADDED, False, PRECISION)  # fmt: skip
-        reduced = _reduced(z, high, speaking, BLOCKS, SPLIT, C, MEAN)
+        reduced = _reduced(z, high, speaking, BLOCKS, SPLIT, C, MEAN, NORMAL)
         reduced = _with_kept(reduced, key, row_first, valid, ends, b, Tk, v_b, v_t, SPLIT, SINK, RECENT, PADDED)
         tl.store(row + i * C, reduced, mask=real_row)
     for i in range(tl.maximum(start, equal), filled):
         key, z = _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d,
                               w_b, w_t, w_h, v_b, v_t, HI, D, DP, ROWS, C, WEIGHTED, PADDED, True, PRECISION)  # fmt: skip
-        reduced = _reduced(z, high, speaking, BLOCKS, SPLIT, C, MEAN)
+        reduced = _reduced(z, high, speaking, BLOCKS, SPLIT, C, MEAN, NORMAL)
         reduced = _with_kept(reduced, key, row_first, valid, ends, b, Tk, v_b, v_t, SPLIT, SINK, RECENT, PADDED)
         tl.store(row + i * C, reduced, mask=real_row)
     for i in range(tl.maximum(start, filled), stop):
@@ -159,8 +163,12 @@ def _score(qi, ki, w, chosen, held, valid, ends, norm, out, R, Tk, Ng, W, positi
 
 
 @triton.jit
-def _reduced(z, high, speaking, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr):
-    """`[BLOCKS, C]`: the largest score of every block of queries, or the mean of its softmax weights."""
+def _reduced(z, high, speaking, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr,
+             NORMAL: tl.constexpr):  # fmt: skip
+    """`[BLOCKS, C]`: the largest score of every block of queries, with NORMAL less each query's `high`, or the mean of its
+    softmax weights."""
+    if NORMAL:
+        z = tl.where(z > float("-inf"), z - high[:, None], float("-inf"))
     best = tl.max(tl.reshape(z, [BLOCKS, SPLIT, C]), 1)
     if MEAN:
         weights = tl.where(z > float("-inf"), tl.exp(z - high[:, None]), 0.0)
@@ -244,7 +252,7 @@ def block_bounds(ki: Tensor, key_block: int, valid: Tensor | None) -> Tensor:
 
 def block_scores(
     qi: Tensor, bounds: Tensor, w: Tensor | None, sinks: Tensor, position: int, key_block: int, group: int, recent: int,
-    valid: Tensor | None,
+    valid: Tensor | None, partition: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference."""
     B, _, R, _ = qi.shape
@@ -255,17 +263,19 @@ def block_scores(
         kinds *= torch.nn.functional.pad(valid, (0, missing)).unflatten(1, (Nc, key_block)).any(-1)
     out = torch.empty((B, Ng, Nc), dtype=torch.float32, device=qi.device)
     constants, weights, real, q_strides, rest = _inputs(qi, w, valid)
+    norm = out if partition is None else _by_groups(partition, Ng, group)
     cols = 64 if qi.shape[-1] <= 128 else 32
     _rank[(triton.cdiv(Nc, cols), Ng, B)](
-        qi, bounds.contiguous(), weights, kinds, real, out, R, Nc, Ng, position, key_block, max(recent, 1) - 1, *q_strides,
-        *rest, ROWS=group, COLS=cols, num_warps=4 if group <= 64 else 8, num_stages=2, **constants,
+        qi, bounds.contiguous(), weights, kinds, real, norm, out, R, Nc, Ng, position, key_block, max(recent, 1) - 1, *q_strides,
+        *rest, ROWS=group, COLS=cols, NORMAL=partition is not None, num_warps=4 if group <= 64 else 8, num_stages=2,
+        **constants,
     )  # fmt: skip
     return out
 
 
 def candidate_scores(
     qi: Tensor, ki: Tensor, w: Tensor | None, chosen: Tensor, held: Tensor, position: int, key_block: int, block: int, group: int,
-    reduce: str, sink: int, recent: int, valid: Tensor | None,
+    reduce: str, sink: int, recent: int, valid: Tensor | None, partition: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference."""
     B, _, R, Di = qi.shape
@@ -279,16 +289,21 @@ def candidate_scores(
     stages = 3 if tile_bytes <= 32 << 10 else 2 if tile_bytes <= 64 << 10 else 1  # what shared memory holds
     launch = dict(ROWS=group, C=key_block, num_warps=4 if group <= 64 else 8, num_stages=stages, **constants)
     out = torch.empty((B, triton.cdiv(R, block), W * key_block), dtype=torch.float32, device=qi.device)
-    norm = out
+    norm = out if partition is None else _by_groups(partition, Ng, group)
     if reduce == "mean":
         norm = torch.empty((B, Ng, group), dtype=torch.float32, device=qi.device)
         _normalise[(Ng, B)](*inputs, norm, *sizes, *strides, **launch)
     chunk = max(1, 1024 // key_block)
     _score[(triton.cdiv(W, chunk), Ng, B)](
         *inputs, sink_ends(sink, B, Tk, valid, qi.device), norm, out, *sizes, chunk, *strides, SPLIT=block, MEAN=reduce == "mean",
-        SINK=sink, RECENT=recent, **launch,
+        NORMAL=partition is not None, SINK=sink, RECENT=recent, **launch,
     )  # fmt: skip
     return out
+
+
+def _by_groups(partition: Tensor, Ng: int, group: int) -> Tensor:
+    """`[B, R]` -> `[B, Ng, group]`, a ragged last group filled up with zeros."""
+    return torch.nn.functional.pad(partition, (0, Ng * group - partition.shape[1])).view(-1, Ng, group)
 
 
 def keys_of_slots(slots: Tensor, count: Tensor, chosen: Tensor, key_block: int, rows_per_group: int) -> Tensor:
