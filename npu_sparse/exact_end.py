@@ -49,6 +49,7 @@ class ExactEnd:
         return replace(
             inputs, q=inputs.q[:, :, :kept], k=inputs.k[:, :, :keys], v=inputs.v[:, :, :keys], index=index,
             valid=None if inputs.valid is None else inputs.valid[:, :keys],
+            partition=None if inputs.partition is None else inputs.partition[:, :kept],
         )  # fmt: skip
 
     def over(self, out: Tensor | None, inputs: LayerInputs) -> Tensor:

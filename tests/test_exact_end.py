@@ -24,6 +24,8 @@ BUDGETS = {
     "tail": SPARSE.replace(tail=True),
     "layers": SPARSE.replace(share_layers=2),
     "two levels": SPARSE.replace(candidates=16, key_block=16),
+    "softmax_max": SPARSE.replace(reduce="softmax_max"),
+    "softmax_max, learned": SPARSE.replace(reduce="softmax_max"),
     "tiers": Budget(k={0: 8, 60: 24}, block=8, per_layer={1: 12}),
 }
 
@@ -45,8 +47,8 @@ def tokens(B=2, length=T, seed=0):
 
 
 def choose(kind, model):
-    if kind == "indexer":
-        return selectors.Indexer(Indexer.for_model(model, dim=64, heads=2))
+    if kind in ("indexer", "learned"):
+        return selectors.Indexer(Indexer.for_model(model, dim=64, heads=2, partition=kind == "learned"))
     return {"oracle": selectors.Oracle(), "per_kv": selectors.Oracle(per_kv=True)}[kind]
 
 
@@ -75,7 +77,7 @@ def close(a, b, tolerance=1e-4):
 @pytest.mark.parametrize("name, budget", BUDGETS.items())
 def test_the_last_rows_are_dense_and_the_others_as_without_an_exact_end(models, name, budget, n):
     model, ids = models("llama"), tokens()
-    kind = "indexer" if name == "two levels" else "oracle"
+    kind = {"two levels": "indexer", "softmax_max": "indexer", "softmax_max, learned": "learned"}.get(name, "oracle")
     dense, _ = first_layer(model, nullcontext(), ids)
     sparse, _ = first_layer(model, attached(model, budget, kind), ids)
     exact, _ = first_layer(model, attached(model, budget.replace(exact_last=n), kind), ids)
