@@ -7,7 +7,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 KEY_BLOCKS = (16, 32, 64, 128)
-REDUCTIONS = ("max", "mean")
+REDUCTIONS = ("max", "mean", "softmax_max")
+MASS_REDUCTIONS = ("max", "mean")  # of attention mass, which is each query's own softmax already
+PARTITIONS = ("auto", "exact", "learned")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,12 @@ class Budget:
         k: keys per support row, sinks and recent keys included. An int, or a mapping `{from_length: k}` whose entry with
             the largest `from_length <= length` applies (`{0: 512, 65536: 1024}`).
         block: queries that share one support (`b_sel`), a power of two up to 128; 1 = every query selects for itself.
-        reduce: how the scores of a block's queries become one row: "max" (the paper) or "mean" (of normalised weights).
+        reduce: how the scores of a block's queries become one row: "max" (the paper), "mean" (of normalised weights) or
+            "softmax_max", the maximum of each query's scores less its own log-partition, so that no query outvotes another by
+            being loud. Attention mass is normalised already: there "softmax_max" is "max". Where every query selects for
+            itself it is "max", too, because the log-partition changes no order within a row.
+        partition: where "softmax_max" has an indexer's log-partitions from: "exact" (a pass over all scores), "learned" (the
+            adapter's partition head) or "auto", learned where the adapter has a head. With `candidates` only "learned" serves.
         sink: the first `sink` valid keys are always kept.
         recent: the last `recent` keys of every query of the block are always kept.
         per_layer: `{layer index: k}` overrides.
@@ -46,6 +53,7 @@ class Budget:
     tail: bool = False
     candidates: int = 0
     key_block: int = 64
+    partition: str = "auto"
 
     def __post_init__(self):
         tiers = self.k if isinstance(self.k, Mapping) else {0: self.k}
@@ -59,6 +67,8 @@ class Budget:
             raise ValueError(f"block (b_sel) must be one of {', '.join(map(str, BLOCKS))}, got {self.block!r}")
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {self.reduce!r}")
+        if self.partition not in PARTITIONS:
+            raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, got {self.partition!r}")
         if self.key_block not in KEY_BLOCKS or isinstance(self.key_block, bool):
             raise ValueError(f"key_block must be one of {', '.join(map(str, KEY_BLOCKS))}, got {self.key_block!r}")
         for name in ("sink", "recent", "candidates"):
