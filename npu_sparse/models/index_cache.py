@@ -42,7 +42,7 @@ class IndexKeyCache:
     def remember(self, hidden: Tensor, cos: Tensor, sin: Tensor, head: KeyMaker) -> None:
         """Keeps the hidden states of a dense step, so that a later sparse prefill can make index keys of them."""
         B = hidden.shape[0]
-        self.pending.append((hidden, cos.expand(B, -1, -1), sin.expand(B, -1, -1)))
+        self.pending.append((hidden.detach(), cos.expand(B, -1, -1), sin.expand(B, -1, -1)))
         if len(self.pending) > PENDING_STEPS:
             self.flush(head)
 
@@ -54,7 +54,7 @@ class IndexKeyCache:
             raise ValueError(
                 f"the cache holds {seen} tokens of which {held} have index keys: prefill the whole conversation attached"
             )
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
+        self._append(keys)
         return self.keys
 
     def flush(self, head: KeyMaker) -> None:
@@ -62,9 +62,13 @@ class IndexKeyCache:
         if not self.pending:
             return
         hidden, cos, sin = (torch.cat(parts, 1) for parts in zip(*self.pending))
-        keys = head.keys(hidden, cos, sin)
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
+        with torch.no_grad():
+            self._append(head.keys(hidden, cos, sin))
         self.pending.clear()
+
+    def _append(self, keys: Tensor) -> None:
+        held = self.keys  # of one dtype, though autocast may begin or end between two forwards
+        self.keys = keys if held is None else torch.cat([held, keys.to(held.dtype)], 1)
 
     def apply(self, change) -> None:
         """Replaces every tensor t by change(t); dimension 0 is the batch, dimension 1 the tokens."""
