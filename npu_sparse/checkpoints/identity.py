@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,16 +15,24 @@ if TYPE_CHECKING:
 FINGERPRINT_SAMPLES = 4096
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: PreTrainedModel) -> str | None:
     """16 hex digits of a SHA-256 over samples of the embedding and of the first full-attention layer's q_proj.
 
     Weights stored in bf16 or fp16 give the same digits whichever of fp32, bf16 and fp16 they are loaded in; weights
-    stored in fp32 do in fp32 and bf16. It tells checkpoints apart and is no protection against tampering. Raises
+    stored in fp32 do in fp32 and bf16. It tells checkpoints apart and is no protection against tampering. None
+    for weights in a few bits, which no digits of the checkpoint they were made of can be compared with. Raises
     ValueError for a model without such weights.
     """
-    weights = dict(model.named_parameters())
+    weights = base_weights(model)
     layer = first_full_attention_layer(model.config)
-    return _fingerprint([weights[name] for name in _fingerprinted(weights, layer)])
+    tensors = [weights[name] for name in _fingerprinted(weights, layer)]
+    return _fingerprint(tensors) if all(tensor.is_floating_point() for tensor in tensors) else None
+
+
+def base_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters by the names that the checkpoint has for them: PEFT's layers hold the model's own, and are left out."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return {re.sub(r"\.(base_layer|original_module)(?=\.)", "", name): p for name, p in model.named_parameters()}
 
 
 def first_full_attention_layer(config: Any) -> int:

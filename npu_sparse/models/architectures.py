@@ -204,8 +204,8 @@ def unwrapped(model):
     if learning:
         name = getattr(learning[0].peft_type, "value", learning[0].peft_type)
         raise UnsupportedArchitectureError(
-            f"PEFT's {name} is not supported: its virtual tokens have no hidden states to select by; adapters of weights, such as "
-            "LoRA, are"
+            f"PEFT's {name} is not supported: its virtual tokens have no hidden states to select by; adapters of weights, "
+            "such as LoRA, are"
         )
     return model.get_base_model()
 
