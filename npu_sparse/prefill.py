@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import ops
 from .budget import Budget
+from .exact_end import exact_end
 from .indexer import Indexer as IndexerModule
 from .models import crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
@@ -73,8 +74,10 @@ class SparsePrefill:
             selector: a Selector, or an npu_sparse.Indexer (its base must be this model).
             budget: None = the adapter's recommended budget, else Budget().
             impl: which operators run, "auto", "reference" or "kernel"; limits are checked here, before the first token.
-            stage: `stage(name)` gives a context manager around projection, scoring, top-k and attention, for timing.
-            observe: called as `observe(inputs: LayerInputs, support: Support, out)` after every sparse layer.
+            stage: `stage(name)` gives a context manager around projection, scoring, top-k, attention and the exact end, for
+                timing.
+            observe: called as `observe(inputs: LayerInputs, support: Support, out)` after every sparse layer, with the queries
+                that a support was selected for; not where all of them are exact (`Budget.exact_last`).
             workspace_mib: MiB of a slice of scores; an operator holds up to five times as much. Smaller is slower, and no result
                 depends on it. A prefill that is out of memory says which to choose (torch.OutOfMemoryError).
 
@@ -149,6 +152,8 @@ class SparsePrefill:
             require_kernels(self.model.device.type)
             if self.budget.tail:
                 require_kernel("sparse_attention_with_tail", self.model.device.type, "or Budget(tail=False)")
+            if self.budget.exact_last:
+                require_kernel("dense_rows", self.model.device.type, "or Budget(exact_last=0)")
             if self.budget.candidates:
                 require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
             if self._takes_exact_partitions():
@@ -241,7 +246,10 @@ class SparsePrefill:
         selecting = self._selects[inputs.layer]
         if selecting != inputs.layer:
             return forward.supports[selecting]
-        support = self.selector.select(inputs, self.budget)
+        budget = self.budget
+        if inputs.k.shape[2] < forward.end and isinstance(budget.k, Mapping):  # k is the context's, whatever is left out
+            budget = budget.replace(k=budget.k_for(forward.end))
+        support = self.selector.select(inputs, budget)
         if self.budget.share_layers > 1:
             if not forward.keeps_supports:
                 forward.supports.clear()  # nobody reads them any more
@@ -274,10 +282,17 @@ class _Layer:
         inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition, note)
         workspace.use(attached.workspace_mib)
         try:
-            support = attached._support(inputs, self.forward)
-            out = _attend(attached, inputs, support)
-            if attached.observe is not None:
-                attached.observe(inputs, support, out)
+            end = exact_end(inputs, self.forward, attached.budget)
+            chosen = inputs if end is None else end.left(inputs, attached.budget)
+            out = None
+            if chosen is not None:
+                support = attached._support(chosen, self.forward)
+                out = _attend(attached, chosen, support)
+                if attached.observe is not None:
+                    attached.observe(chosen, support, out)
+            if end is not None:
+                with attached.stage("exact"):
+                    out = end.over(out, inputs)
             return out.transpose(1, 2).contiguous()
         except (RuntimeError, MemoryError) as error:
             if not workspace.is_exhausted(error):

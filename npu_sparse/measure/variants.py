@@ -13,7 +13,7 @@ from ..budget import Budget
 
 LOCAL_SINK = 4
 OPTIONS = (  # of variants
-    "k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "partition", "tail"
+    "k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "partition", "exact_last", "tail"
 )  # fmt: skip
 INDEX_OPTIONS = ("candidates", "key_block", "partition")  # these say how an indexer works
 

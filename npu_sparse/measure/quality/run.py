@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
+from ...budget import Budget
 from ...runs.figures import write_figure
 from ...runs.machine import machine
 from ...runs.page import say
@@ -148,7 +149,7 @@ def adopt_records(config: EvalConfig, output, earlier: list[Path]) -> list[tuple
             if _record_path(directory, cell).exists() or not _record_path(other, cell).exists():
                 continue
             record = _read(other, cell)
-            if record["budget"] == _budget_dict(config, cell[1]):
+            if _same_budget(record["budget"], budget_of(cell[1], config.budget)):
                 _write_record(directory, record)
                 copied.append(cell)
     return copied
@@ -314,6 +315,11 @@ def _read_config(directory: Path) -> EvalConfig:
     if found.pop("stage", None) != "eval":
         raise RunError(f"{directory} must be the directory of an eval run")
     return EvalConfig.from_dict(found)
+
+
+def _same_budget(recorded: dict | None, budget: Budget | None) -> bool:
+    """Whether a record is of this budget; fields that came later have their defaults in it."""
+    return budget is None if recorded is None else budget is not None and Budget.from_dict(recorded) == budget
 
 
 def _budget_dict(config: EvalConfig, name: str) -> dict | None:
