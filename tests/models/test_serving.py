@@ -254,7 +254,7 @@ def test_a_peft_model_gives_what_its_merged_weights_do(adapted, kind):
 def test_an_indexer_of_the_base_serves_its_lora(adapted, targets, wrapping):
     model = tiny_model("qwen3")
     indexer = Indexer.for_model(model, dim=64)
-    assert indexer.base["weights_fingerprint"]
+    assert indexer.base["weights_fingerprint"] and indexer.base["backbone_fingerprint"]
     wrapped, _ = adapted(targets)
     given = wrapped if wrapping else wrapped.get_base_model()
     with SparsePrefill.attach(given, indexer, Budget(k=16, dense_below=0)):
