@@ -13,13 +13,14 @@ from npu_sparse.testing import tiny_model
 
 T = 70
 ALL = dict(k=T, dense_below=0)
-KINDS = ["indexer", "oracle", "local", "random", "dense", "tail", "two levels"]
+KINDS = ["indexer", "oracle", "local", "random", "dense", "tail", "two levels", "exact"]
 
 
 def attach(kind, model, block=16, **options):
     budget = Budget(k=24, block=block, sink=2, recent=4, dense_below=0)
-    if kind in ("indexer", "tail", "two levels"):
-        changes = {"tail": dict(tail=True), "two levels": dict(candidates=32, key_block=16)}.get(kind, {})
+    if kind in ("indexer", "tail", "two levels", "exact"):
+        changes = {"tail": dict(tail=True), "two levels": dict(candidates=32, key_block=16), "exact": dict(exact_last=9)}
+        changes = changes.get(kind, {})
         return SparsePrefill.attach(model, Indexer.for_model(model, dim=64, heads=2), budget.replace(**changes), **options)
     chosen = {"oracle": selectors.Oracle(), "local": selectors.Local(), "random": selectors.Random(), "dense": selectors.Dense()}
     return SparsePrefill.attach(model, chosen[kind], budget, **options)
@@ -56,6 +57,19 @@ def test_gradients_through_every_key_are_those_of_dense_attention(name, block):
     with SparsePrefill.attach(model, selectors.Dense(), Budget(block=block, **ALL)):
         sparse = loss_gradients(model, ids)
     assert sparse.keys() == dense.keys()
+    for key, value in dense.items():
+        torch.testing.assert_close(sparse[key], value, rtol=1e-6, atol=1e-9, msg=key)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_gradients_through_exact_rows_are_those_of_dense_attention(padded):
+    model, ids = tiny_model("llama", dtype=torch.float64), tokens()
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :13] = 0
+    dense = loss_gradients(model, ids, attention_mask=mask)
+    with SparsePrefill.attach(model, selectors.Dense(), Budget(block=16, exact_last=20, **ALL)):
+        sparse = loss_gradients(model, ids, attention_mask=mask)
     for key, value in dense.items():
         torch.testing.assert_close(sparse[key], value, rtol=1e-6, atol=1e-9, msg=key)
 
