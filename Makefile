@@ -13,8 +13,8 @@ NPU_STUB := $(abspath build/npu_stub)
 demo: $(VENV)/.installed
 	$(BIN)/npu-sparse demo
 
-# Two tests at a time, of two files, each with one thread of its own
-test test-all: export OMP_NUM_THREADS = 1
+# Two tests at a time, of two files, each with one thread of its own; the interpreter of Triton as well
+test test-all test-triton: export OMP_NUM_THREADS = 1
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not exhaustive" $(PYTEST_ARGS)
 
@@ -29,7 +29,7 @@ test-npu: $(NPU_VENV)/.installed
 
 # The CUDA kernels without a GPU: Triton's interpreter, and NVRTC for what is written in CUDA C++
 test-triton: $(TRITON_VENV)/.installed
-	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/ops tests/models/hybrid \
+	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) tests/ops tests/models/hybrid \
 	  -k "interpreted or test_hopper"
 
 lint: $(VENV)/.installed-dev

@@ -7,7 +7,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 KEY_BLOCKS = (16, 32, 64, 128)
-REDUCTIONS = ("max", "mean")
+REDUCTIONS = ("max", "mean", "softmax_max")
+MASS_REDUCTIONS = ("max", "mean")  # of attention mass, which is each query's own softmax already
+PARTITIONS = ("auto", "exact", "learned")
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,12 @@ class Budget:
         k: keys per support row, sinks and recent keys included. An int, or a mapping `{from_length: k}` whose entry with
             the largest `from_length <= length` applies (`{0: 512, 65536: 1024}`).
         block: queries that share one support (`b_sel`), a power of two up to 128; 1 = every query selects for itself.
-        reduce: how the scores of a block's queries become one row: "max" (the paper) or "mean" (of normalised weights).
+        reduce: how the scores of a block's queries become one row: "max" (the paper), "mean" (of normalised weights) or
+            "softmax_max", the maximum of each query's scores less its own log-partition, so that no query outvotes another by
+            being loud. Attention mass is normalised already: there "softmax_max" is "max". Where every query selects for
+            itself it is "max", too, because the log-partition changes no order within a row.
+        partition: where "softmax_max" has an indexer's log-partitions from: "exact" (a pass over all scores), "learned" (the
+            adapter's partition head) or "auto", learned where the adapter has a head. With `candidates` only "learned" serves.
         sink: the first `sink` valid keys are always kept.
         recent: the last `recent` keys of every query of the block are always kept.
         per_layer: `{layer index: k}` overrides.
@@ -30,6 +37,9 @@ class Budget:
         share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer selects.
         dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit. "auto" = the length from
             which this budget was measured to be faster on the model's device (`crossover.dense_below`), decided when attaching.
+        exact_last: the last `exact_last` queries of a prompt read every key (`ops.dense_rows`): those at positions from the
+            prompt's length less `exact_last` on, whichever chunk holds them. As many as the prompt has, or more: all of it is
+            dense. 0 = none.
         candidates: an indexer's scores in two levels: whole blocks of keys are ranked first, and only the keys of the best
             blocks, at least this many, are scored one by one; 0 = every key is scored (one level).
         key_block: keys of such a block, a power of two from 16 to 128.
@@ -44,8 +54,10 @@ class Budget:
     dense_below: int | str = 0
     share_layers: int = 1
     tail: bool = False
+    exact_last: int = 0
     candidates: int = 0
     key_block: int = 64
+    partition: str = "auto"
 
     def __post_init__(self):
         tiers = self.k if isinstance(self.k, Mapping) else {0: self.k}
@@ -59,9 +71,11 @@ class Budget:
             raise ValueError(f"block (b_sel) must be one of {', '.join(map(str, BLOCKS))}, got {self.block!r}")
         if self.reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {self.reduce!r}")
+        if self.partition not in PARTITIONS:
+            raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, got {self.partition!r}")
         if self.key_block not in KEY_BLOCKS or isinstance(self.key_block, bool):
             raise ValueError(f"key_block must be one of {', '.join(map(str, KEY_BLOCKS))}, got {self.key_block!r}")
-        for name in ("sink", "recent", "candidates"):
+        for name in ("sink", "recent", "exact_last", "candidates"):
             _whole(name, getattr(self, name), 0)
         if self.dense_below != "auto":
             _whole("dense_below", self.dense_below, 0)

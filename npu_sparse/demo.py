@@ -67,7 +67,7 @@ def _oracle_config(name: str, dtype: str) -> OracleConfig:
 def _eval_config(name: str, dtype: str) -> EvalConfig:
     return EvalConfig(
         model=name, adapter=name, tasks=("niah_single_2", "niah_multikey_1"), length=2048, count=4, k=256, block=64,
-        batch=4, max_new_tokens=16, texts=TEXTS, dtype=dtype,
+        batch=4, max_new_tokens=16, texts=TEXTS, dtype=dtype, instruments=("generated",),
     )  # fmt: skip
 
 

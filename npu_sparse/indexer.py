@@ -29,6 +29,7 @@ class IndexerConfig:
         rotary_dim: how many dimensions the model rotates.
         heads: index heads (1 = the paper's; several get a learned weight per query).
         dim: width of an index head (d_idx): 64, 128 or 256. Dimensions beyond rotary_dim are not rotated.
+        partition: every layer has a PartitionHead too.
     """
 
     hidden_size: int
@@ -36,6 +37,7 @@ class IndexerConfig:
     rotary_dim: int
     heads: int = 1
     dim: int = 128
+    partition: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "layers", tuple(self.layers))
@@ -45,15 +47,36 @@ class IndexerConfig:
             raise ValueError(f"heads must be an integer in [1, 64], got {self.heads!r}")
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must name at least one layer and none twice, got {self.layers}")
+        if not isinstance(self.partition, bool):
+            raise TypeError(f"partition must be True or False, got {self.partition!r}")
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be a positive even number, got {self.rotary_dim}")
+
+
+class PartitionHead(nn.Module):
+    """The log-partition of every query's index scores, predicted: `c = <a, x> + b + g log n` of its hidden state x and of the
+    number n of keys that it sees.
+
+    Least squares fit it (`distill.partition`), so that it takes no gradient. Unfitted it is log n, which is exact for an indexer
+    whose scores are all zero.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.direction = nn.Parameter(torch.zeros(hidden_size), requires_grad=False)  # a
+        self.line = nn.Parameter(torch.tensor([0.0, 1.0]), requires_grad=False)  # b, g
+
+    def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
+        """float32 `[B, T]` of hidden states `[B, T, hidden_size]`; seen: the number of visible keys, `[B or 1, T]`."""
+        bias, growth = self.line.float()
+        return (hidden @ self.direction).float() + bias + growth * seen.clamp(min=1).log()
 
 
 class IndexHead(nn.Module):
     """The index queries, keys and head weights of one layer.
 
     `q = W_Q x`, `k = LayerNorm(W_K x)`, both rotated with the model's own cos and sin (arXiv 2606.07703, "Indexer"); with
-    several heads also `w = W_w x / sqrt(heads)` (arXiv 2606.22874).
+    several heads also `w = W_w x / sqrt(heads)` (arXiv 2606.22874). `partition` is its PartitionHead, or None.
     """
 
     def __init__(self, config: IndexerConfig):
@@ -63,6 +86,7 @@ class IndexHead(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, config.dim, bias=False)
         self.k_norm = nn.LayerNorm(config.dim)
         self.w_proj = nn.Linear(config.hidden_size, config.heads, bias=False) if config.heads > 1 else None
+        self.partition = PartitionHead(config.hidden_size) if config.partition else None
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """`(qi [B, Hi, T, Di], ki [B, T, Di], w [B, T, Hi] or None)` of hidden states `[B, T, hidden_size]`.
@@ -113,13 +137,13 @@ class Indexer(nn.Module):
         self.layers = nn.ModuleDict({str(layer): IndexHead(config) for layer in config.layers})
 
     @classmethod
-    def for_model(cls, model, *, heads: int = 1, dim: int = 128, seed: int = 0) -> "Indexer":
+    def for_model(cls, model, *, heads: int = 1, dim: int = 128, partition: bool = False, seed: int = 0) -> "Indexer":
         """An untrained Indexer of the model's geometry, on its device, in fp32, with seeded weights."""
         from .checkpoints import identity
         from .models.architectures import describe
 
         a = describe(model.config)
-        config = IndexerConfig(a.hidden_size, a.layers, a.rotary_dim, heads, dim)
+        config = IndexerConfig(a.hidden_size, a.layers, a.rotary_dim, heads, dim, partition)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             indexer = cls(config, base=identity(model))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .budget import Budget
+from .exact_end import exact_end
 from .indexer import Indexer as IndexerModule
 from .models import crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config
@@ -24,7 +25,8 @@ from .models.forward import CANDIDATES, FORWARD, PROMPT_LENGTH, ForwardContext, 
 from .models.index_cache import IndexKeyCache
 from .ops import workspace
 from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
-from .selectors import Indexer, LayerInputs, Selector
+from .ops.masks import keys_seen
+from .selectors import Indexer, LayerInputs, Selector, learns_partition
 from .support import Support
 
 
@@ -50,6 +52,7 @@ class SparsePrefill:
         self._handles = []
         layers = self.architecture.layers
         self._selects = {layer: layers[n - n % budget.share_layers] for n, layer in enumerate(layers)}
+
     @classmethod
     def attach(
         cls,
@@ -69,8 +72,10 @@ class SparsePrefill:
             selector: a Selector, or an npu_sparse.Indexer (its base must be this model).
             budget: None = the adapter's recommended budget, else Budget().
             impl: which operators run, "auto", "reference" or "kernel"; limits are checked here, before the first token.
-            stage: `stage(name)` gives a context manager around projection, scoring, top-k and attention, for timing.
-            observe: called as `observe(inputs: LayerInputs, support: Support, out)` after every sparse layer.
+            stage: `stage(name)` gives a context manager around projection, scoring, top-k, attention and the exact end, for
+                timing.
+            observe: called as `observe(inputs: LayerInputs, support: Support, out)` after every sparse layer, with the queries
+                that a support was selected for; not where all of them are exact (`Budget.exact_last`).
             workspace_mib: MiB of a slice of scores; an operator holds up to five times as much. Smaller is slower, and no result
                 depends on it. A prefill that is out of memory says which to choose (torch.OutOfMemoryError).
 
@@ -139,24 +144,33 @@ class SparsePrefill:
             raise ValueError(
                 f"candidates must be 0 for a selector without an indexer, got {self.budget.candidates} for {self.selector.name!r}"
             )
+        self._learns = learns_partition(self.budget, self.selector.indexer)
         if uses_kernel(self.impl, self.model.device.type):
             require_kernels(self.model.device.type)
             if self.budget.tail:
                 require_kernel("sparse_attention_with_tail", self.model.device.type, "or Budget(tail=False)")
+            if self.budget.exact_last:
+                require_kernel("dense_rows", self.model.device.type, "or Budget(exact_last=0)")
             if self.budget.candidates:
                 require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
+            if self._takes_exact_partitions():
+                require_kernel("index_partition", self.model.device.type, "or learn the partition, or Budget(reduce='max')")
             self._check_limits()
         indexer = self.selector.indexer
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)
 
+    def _takes_exact_partitions(self) -> bool:
+        shared = self.budget.reduce == "softmax_max" and self.budget.block > 1
+        return shared and self.selector.indexer is not None and not self._learns
+
     def _check_limits(self) -> None:
         tiers = self.budget.k if isinstance(self.budget.k, Mapping) else (0,)
         most_k = max(self.budget.k_for(start, layer) for start in tiers for layer in self.architecture.layers)
         check_limits(
             self.model.device.type, dtype=self.model.dtype, block=self.budget.block, k=most_k,
-            head_dim=self.architecture.head_dim,
+            head_dim=self.architecture.head_dim, reduce="max" if self.selector.indexer is None else self.budget.reduce,
         )  # fmt: skip
 
     def _patch(self) -> None:
@@ -202,16 +216,17 @@ class SparsePrefill:
                 if head is not None and cache is not None:
                     IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head)
                 return args, {**kwargs, LAYER: None}
-            index = None
+            index = learns_from = None
             if head is not None:
                 with self.stage("projection"):
                     qi, ki, w = head(hidden, cos, sin)
                     if cache is not None:
                         ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head)
                     index = (qi[:, :, :first], ki[:, : forward.end], None if w is None else w[:, :first])
+                learns_from = hidden[:, :first] if self._learns else None
             if not torch.compiler.is_compiling():
                 forward.finite.append((layer, _total(hidden).isfinite()))
-            return args, {**kwargs, LAYER: _Layer(self, layer, forward, index)}
+            return args, {**kwargs, LAYER: _Layer(self, layer, forward, index, learns_from)}
 
         return before_attention
 
@@ -227,7 +242,10 @@ class SparsePrefill:
         selecting = self._selects[inputs.layer]
         if selecting != inputs.layer:
             return forward.supports[selecting]
-        support = self.selector.select(inputs, self.budget)
+        budget = self.budget
+        if inputs.k.shape[2] < forward.end and isinstance(budget.k, Mapping):  # k is the context's, whatever is left out
+            budget = budget.replace(k=budget.k_for(forward.end))
+        support = self.selector.select(inputs, budget)
         if self.budget.share_layers > 1:
             if not forward.keeps_supports:
                 forward.supports.clear()  # nobody reads them any more
@@ -243,19 +261,32 @@ class _Layer:
     layer: int
     forward: ForwardContext
     index: tuple[Tensor, Tensor, Tensor | None] | None
+    learns_from: Tensor | None  # the hidden states that log-partitions are predicted from, where they are
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
         attached = self.attached
         valid = None if mask is None else mask[:, : k.shape[2]]
-        inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage)
+        partition = None
+        if self.learns_from is not None:
+            with attached.stage("projection"):
+                head = attached.indexer.layers[str(self.layer)].partition
+                partition = head(self.learns_from, keys_seen(q.shape[2], k.shape[2], valid, q.device))
+        inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition)
         workspace.use(attached.workspace_mib)
         try:
-            support = attached._support(inputs, self.forward)
-            out = _attend(attached, inputs, support)
-            if attached.observe is not None:
-                attached.observe(inputs, support, out)
+            end = exact_end(inputs, self.forward, attached.budget)
+            chosen = inputs if end is None else end.left(inputs, attached.budget)
+            out = None
+            if chosen is not None:
+                support = attached._support(chosen, self.forward)
+                out = _attend(attached, chosen, support)
+                if attached.observe is not None:
+                    attached.observe(chosen, support, out)
+            if end is not None:
+                with attached.stage("exact"):
+                    out = end.over(out, inputs)
             return out.transpose(1, 2).contiguous()
         except (RuntimeError, MemoryError) as error:
             if not workspace.is_exhausted(error):

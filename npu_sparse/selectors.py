@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import ops
 from .budget import Budget
+from .indexer import AdapterError
 from .indexer import Indexer as IndexerModule
 from .ops import workspace
 from .ops.masks import visible_to_block
@@ -26,6 +27,7 @@ class LayerInputs:
         scale: score scale.
         valid: bool `[B, Tk]`, False for padding, or None.
         index: `(qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi] or None)` for selectors with an indexer, else None.
+        partition: float32 `[B, Tq]` learned log-partitions of the index scores where `learns_partition` says so, else None.
         impl: which operators run: "auto", "reference" or "kernel".
         stage: `stage(name)` is a context manager around each stage, for timing.
     """
@@ -39,6 +41,7 @@ class LayerInputs:
     index: tuple[Tensor, Tensor, Tensor | None] | None = None
     impl: str = "auto"
     stage: Callable = lambda name: nullcontext()
+    partition: Tensor | None = None
 
 
 class Selector(Protocol):
@@ -54,6 +57,8 @@ class Selector(Protocol):
 class Oracle:
     """Top-k of dense attention mass itself: what a budget and a granularity could achieve (evidence: oracle).
 
+    Mass is each query's own softmax already, so that "softmax_max" is "max".
+
     `per_kv` selects for each KV group on its own and not for all heads together.
     """
 
@@ -64,10 +69,12 @@ class Oracle:
         self.name = "oracle per KV group" if per_kv else "oracle"
 
     def select(self, inputs: LayerInputs, budget: Budget) -> Support:
+        reduce = "max" if budget.reduce == "softmax_max" else budget.reduce
+
         def mass(start, stop, end, valid):
             return ops.attention_mass(
                 inputs.q[:, :, start:stop], inputs.k[:, :, :end], scale=inputs.scale, reduce_block=budget.block,
-                reduce=budget.reduce, per_kv=self.per_kv, valid=valid, impl=inputs.impl,
+                reduce=reduce, per_kv=self.per_kv, valid=valid, impl=inputs.impl,
             )  # fmt: skip
 
         return _select(inputs, budget, mass, heads=inputs.k.shape[1] if self.per_kv else 1)
@@ -85,15 +92,40 @@ class Indexer:
         qi, ki, w = inputs.index
         options = dict(
             k=budget.k_for(ki.shape[1], inputs.layer), block=budget.block, reduce=budget.reduce, sink=budget.sink,
-            recent=budget.recent, valid=inputs.valid, impl=inputs.impl, stage=inputs.stage,
+            recent=budget.recent, valid=inputs.valid, partition=inputs.partition, impl=inputs.impl, stage=inputs.stage,
         )  # fmt: skip
         if budget.candidates:
             return ops.select_two_level(qi, ki, w, candidates=budget.candidates, key_block=budget.key_block, **options)
         return ops.select_by_index(qi, ki, w, **options)
 
 
+def learns_partition(budget: Budget, indexer: IndexerModule | None) -> bool:
+    """Whether this budget reads log-partitions that this indexer's partition heads predict.
+
+    Not where every query selects for itself: there a log-partition changes no order; only candidates are a group's all the same.
+    Raises AdapterError where the budget asks for what the indexer does not have, ValueError for exact ones with candidates.
+    """
+    if indexer is None or budget.reduce != "softmax_max" or (budget.block == 1 and not budget.candidates):
+        return False
+    head = indexer.config.partition
+    if budget.partition == "learned" and not head:
+        raise AdapterError(
+            "partition must be auto or exact for an adapter without a partition head, got learned: distil it again to get one"
+        )
+    learned = budget.partition == "learned" or (budget.partition == "auto" and head)
+    if budget.candidates and not learned:
+        raise ValueError(
+            "partition must be learned by the adapter for softmax_max with candidates, where the exact one would take the scores "
+            f"of all keys, got {budget.partition} for an adapter {'with' if head else 'without'} a partition head"
+        )
+    return learned
+
+
 class Local:
-    """The control at equal budget: sinks, and the most recent keys with all the rest of k (evidence: control)."""
+    """The control at equal budget: sinks, and the most recent keys with all the rest of k (evidence: control).
+
+    It has no scores to reduce: Budget.reduce changes nothing.
+    """
 
     evidence, indexer = "control", None
 
@@ -110,7 +142,10 @@ class Local:
 
 
 class Random:
-    """The control of controls: uniformly random visible keys, the same for the same seed (evidence: control)."""
+    """The control of controls: uniformly random visible keys, the same for the same seed (evidence: control).
+
+    A block draws one row, so that Budget.reduce changes nothing.
+    """
 
     name, evidence, indexer = "random", "control", None
 

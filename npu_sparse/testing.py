@@ -211,23 +211,41 @@ def naive_attention_mass(
 
 def naive_index_scores(
     qi: Tensor, ki: Tensor, w: Tensor | None = None, *, block: int = 1, reduce: str = "max",
-    valid: Tensor | None = None, dtype=torch.float64, products: Callable | None = None,
+    valid: Tensor | None = None, partition: Tensor | None = None, dtype=torch.float64, products: Callable | None = None,
 ) -> Tensor:  # fmt: skip
     """Index scores by definition, in `dtype`: `z = sum_h w ReLU(q k / sqrt(Di))`, then one row per block.
 
     products: `products(a [B, M, D], b [B, N, D])` -> `a b^T` in place of torch's, such as `plain_products`.
     """
+    z, sees = _index_scores_of_queries(qi, ki, w, valid, dtype, products)
+    wide = z if dtype == torch.float64 else z.float()
+    if reduce == "mean":
+        z = _normalised(wide, sees)
+    if reduce == "softmax_max":
+        own = _log_sum_exp(wide, sees) if partition is None else partition.to(wide.dtype)
+        z, reduce = wide - own[..., None], "max"
+    return _over_blocks(z, sees, block, reduce, nothing=float("-inf"))
+
+
+def naive_index_partition(
+    qi: Tensor, ki: Tensor, w: Tensor | None = None, *, valid: Tensor | None = None, dtype=torch.float64,
+    products: Callable | None = None,
+) -> Tensor:  # fmt: skip
+    """Every query's log-partition of its index scores by definition, in `dtype`."""
+    z, sees = _index_scores_of_queries(qi, ki, w, valid, dtype, products)
+    return _log_sum_exp(z if dtype == torch.float64 else z.float(), sees)
+
+
+def _index_scores_of_queries(qi, ki, w, valid, dtype, products) -> tuple[Tensor, Tensor]:
+    """`z [B, Tq, Tk]`, and who sees whom."""
     sees = _sees(qi.shape[0], qi.shape[2], ki.shape[1], valid, qi.device)
     z = torch.zeros(sees.shape, dtype=dtype, device=qi.device)  # [B, Tq, Tk]
     for h in range(qi.shape[1]):
         product = qi[:, h].to(dtype) @ ki.to(dtype).mT if products is None else products(qi[:, h], ki)
         product = product / qi.shape[-1] ** 0.5
         weight = 1.0 if w is None else w[:, :, h, None].to(dtype)
-        z = z + weight * torch.where(product > 0, product, 0.0)
-    if reduce == "mean":
-        wide = z if dtype == torch.float64 else z.float()
-        z = _normalised(wide, sees)
-    return _over_blocks(z, sees, block, reduce, nothing=float("-inf"))
+        z = z + weight * torch.where(product <= 0, 0.0, product)
+    return z, sees
 
 
 def naive_select_tokens(
@@ -247,7 +265,7 @@ def naive_select_tokens(
                 row = scores[b, h, n].tolist()
                 positions = [Tk - Tq + t for t in range(n * block, min((n + 1) * block, Tq))]
                 kept = {s for t in positions for s in range(t - recent + 1, t + 1)} | set(real[:sink])
-                visible = [s for s in range(Tk) if row[s] > float("-inf")]
+                visible = [s for s in range(Tk) if row[s] > float("-inf") or (math.isnan(row[s]) and s in kept)]
                 order = sorted(visible, key=lambda s: (s not in kept, -row[s] if s not in kept else 0.0, s))
                 chosen = sorted(order[: min(k, Tk)])
                 indices[b, h, n, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)
@@ -257,7 +275,8 @@ def naive_select_tokens(
 
 def naive_select_two_level(
     qi: Tensor, ki: Tensor, w: Tensor | None = None, *, k: int, candidates: int, key_block: int = 64, block: int = 1,
-    reduce: str = "max", sink: int = 0, recent: int = 0, valid: Tensor | None = None, dtype=torch.float64,
+    reduce: str = "max", sink: int = 0, recent: int = 0, valid: Tensor | None = None, partition: Tensor | None = None,
+    dtype=torch.float64,
 ) -> Support:  # fmt: skip
     """Two-level selection by definition, group by group and block by block: exact in float64 but for the rounding of the blocks'
     bounds to the input dtype. `valid` has its padding on one side."""
@@ -293,6 +312,8 @@ def naive_select_two_level(
                         q = qi[b, h, queries].cpu().to(dtype)
                         z = (torch.where(q > 0, high, low) * q).sum(-1).clamp(min=0)
                         score += z if w is None else z * w[b, queries, h].cpu().to(dtype)
+                    if partition is not None:
+                        score -= partition[b, queries].cpu().to(dtype)
                     ranked[s] = (0, float(score.max()))
             best = sorted(ranked, key=lambda s: (-ranked[s][0], -ranked[s][1], s))[:most]
             keys = torch.tensor([i for s in sorted(best) for i in range(s, min(s + key_block, ahead))])
@@ -302,6 +323,7 @@ def naive_select_two_level(
             part = naive_index_scores(
                 qi[b : b + 1, :, first : first + group], ki[b : b + 1, :ahead],
                 None if w is None else w[b : b + 1, first : first + group], block=block, reduce=reduce,
+                partition=None if partition is None else partition[b : b + 1, first : first + group],
                 valid=seen[b : b + 1, :ahead].to(qi.device), dtype=dtype,
             )  # fmt: skip
             scored[b, first // block : first // block + part.shape[1], :ahead] = part[0].double().cpu()
@@ -379,6 +401,12 @@ def _normalised(scores: Tensor, sees: Tensor) -> Tensor:
     highest = scores.masked_fill(~sees, -1e30).amax(-1, keepdim=True)
     shares = torch.where(sees, (scores - highest).exp(), 0.0)
     return shares / shares.sum(-1, keepdim=True).clamp(min=1e-30)
+
+
+def _log_sum_exp(scores: Tensor, sees: Tensor) -> Tensor:
+    """The logarithm of the sum of exponentials over the keys that are seen; -inf where none is."""
+    highest = scores.masked_fill(~sees, -1e30).amax(-1, keepdim=True)
+    return torch.where(sees, (scores - highest).exp(), 0.0).sum(-1).log() + highest[..., 0]
 
 
 def _over_blocks(rows: Tensor, sees: Tensor, block: int, reduce: str, nothing: float) -> Tensor:

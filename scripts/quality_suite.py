@@ -118,7 +118,7 @@ def eval_config(model: str, output: Path, adapter: str, block: int, tail: bool, 
     options = dict(
         model=model, adapter=adapter, tasks=TASKS, length=4096, count=count, seed=seed, k=512, block=block, tail=tail, batch=25,
         texts=("bible-kjv-text",), only_solved=True, device="cuda", impl=(output / "impl").read_text().strip(),
-        variants=("dense", "oracle", "indexer", *shared, "local"),
+        variants=("dense", "oracle", "indexer", *shared, "local"), instruments=("generated",),
     )  # fmt: skip
     return EvalConfig(**options | changes)
 
@@ -328,8 +328,9 @@ def pack(directory: Path, count: int, models: tuple[str, ...]) -> list[Path]:
         for seed in (0, 1) if model == "smollm2-135m" else (0,):
             made = staging / "made" / f"{model}-{seed}"
             config = EvalConfig(
-                model=model, adapter=model, tasks=TASKS, length=4096, count=count, seed=seed, texts=("bible-kjv-text",)
-            )
+                model=model, adapter=model, tasks=TASKS, length=4096, count=count, seed=seed, texts=("bible-kjv-text",),
+                instruments=("generated",),
+            )  # fmt: skip
             prepare_prompts(config, made)
     pieces: list[list[tuple[Path, str, int, int]]] = [[]]  # (file, name in the piece, from, to)
     order = [filename for _, filename in wanted]  # small ones first, then model by model

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_sparse import Budget
-from npu_sparse.budget import BLOCKS, KEY_BLOCKS, REDUCTIONS
+from npu_sparse.budget import BLOCKS, KEY_BLOCKS, PARTITIONS, REDUCTIONS
 
 
 @st.composite
@@ -16,9 +16,9 @@ def budgets(draw):
     return Budget(
         k=draw(st.one_of(ks, tiers)), block=block, reduce=draw(st.sampled_from(REDUCTIONS)), sink=sink, recent=recent,
         per_layer=draw(st.dictionaries(st.integers(0, 40), ks, max_size=3)), dense_below=draw(st.integers(0, 9999)),
-        tail=draw(st.booleans()),
+        tail=draw(st.booleans()), exact_last=draw(st.integers(0, 300)),
         share_layers=draw(st.integers(1, 4)), candidates=draw(st.sampled_from([0, 5000, 8192])),
-        key_block=draw(st.sampled_from(KEY_BLOCKS)),
+        key_block=draw(st.sampled_from(KEY_BLOCKS)), partition=draw(st.sampled_from(PARTITIONS)),
     )  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def test_what_is_always_kept_must_fit_exactly():
         ({"block": 3}, ValueError, r"block \(b_sel\) must be one of 1, 2, .*, got 3"),
         ({"block": True}, ValueError, r"block .* got True"),
         ({"block": 256}, ValueError, "got 256"),
-        ({"reduce": "sum"}, ValueError, "reduce must be one of max, mean, got 'sum'"),
+        ({"reduce": "sum"}, ValueError, "reduce must be one of max, mean, softmax_max, got 'sum'"),
         ({"sink": -1}, ValueError, "sink must be >= 0, got -1"),
         ({"recent": 1.0}, TypeError, "recent must be an integer, got 1.0"),
         ({"dense_below": -5}, ValueError, "dense_below must be >= 0, got -5"),

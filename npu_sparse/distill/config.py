@@ -1,6 +1,7 @@
 """What a distillation run is made of."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 from ..indexer import DIMS
@@ -34,6 +35,8 @@ class DistillConfig:
         loss, sparse_k: "kl" over all causal keys, "sparse" (restricted to the union of the oracle's and the indexer's
             own top `sparse_k`, both renormalised), or "both": their sum.
         budgets: budgets at which validation measures recall.
+        partition_steps: steps after training whose batches fit the partition heads, which predict every query's log-partition for
+            Budget(reduce="softmax_max"); forward passes only, by least squares. 0 = an indexer without such heads.
         validation_fraction: share of the text that is held out, by document.
         validation_length, validation_prompts: held-out contexts for validation, text and tasks alternating.
         save_every, validate_every: steps between checkpoints, and between validations (the last step always).
@@ -61,6 +64,7 @@ class DistillConfig:
     dim: int = 128
     loss: str = "kl"
     sparse_k: int = 512
+    partition_steps: int = 16
     budgets: tuple[int, ...] = (64, 128, 256, 512)
     validation_fraction: float = 0.1
     validation_length: int = 2048
@@ -81,6 +85,7 @@ class DistillConfig:
         for name, least in (
             ("tokens", 1), ("micro_batch", 1), ("rows", 0), ("segment", 1), ("steps", 1), ("warmup", 0), ("heads", 1),
             ("sparse_k", 1), ("validation_prompts", 1), ("save_every", 1), ("validate_every", 1), ("seed", 0),
+            ("partition_steps", 0),
         ):  # fmt: skip
             _whole(name, getattr(self, name), least)
         for length in (*self.lengths, self.validation_length):
@@ -122,8 +127,15 @@ class DistillConfig:
         return self.min_lr + 0.5 * (self.lr - self.min_lr) * (1 + math.cos(math.pi * min(1.0, progress)))
 
     def to_dict(self) -> dict:
-        """Plain JSON types."""
+        """Plain JSON types; `from_dict` reads them back."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping) -> "DistillConfig":
+        """The DistillConfig that `to_dict` wrote; unknown fields are refused."""
+        if unknown := set(data) - set(cls.__dataclass_fields__):
+            raise ValueError(f"a distill config must have known fields only, got {', '.join(sorted(unknown))}")
+        return cls(**data)
 
 
 def _whole(name: str, value, least: int) -> int:

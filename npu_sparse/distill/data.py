@@ -3,6 +3,8 @@
 Sequence j of a step is a function of (seed, step, j) alone: a resumed run sees the same, and so do several processes.
 """
 
+import hashlib
+import json
 import random
 
 import torch
@@ -55,6 +57,16 @@ class Contexts:
                 ids, kind = self._prompt(task, config.validation_length, self.validation, VALIDATION_SEED + n), "tasks"
             contexts.append((kind, ids[None]))
         return contexts
+
+    def digest(self) -> str:
+        """16 hex digits of the documents, which of them are held out, and how the tokenizer reads the first of each kind."""
+        digest = hashlib.sha256()
+        for documents in (self.training, self.validation):
+            for document in documents:
+                digest.update(f"{document.name}\n{len(document.text)}\n{document.text}".encode("utf-8", "surrogatepass"))
+            first = documents[0].text[: 64 * CHARS_PER_TOKEN] if documents else ""
+            digest.update(json.dumps([self.start, self.tokenizer(first, add_special_tokens=False).input_ids]).encode())
+        return digest.hexdigest()[:16]
 
     def _window(self, length: int, documents, rng: random.Random) -> Tensor:
         ids = list(self.start)

@@ -17,10 +17,11 @@ from ..models.architectures import describe
 from ..runs.figures import new_figure, write_figure
 from ..runs.machine import machine, machine_line
 from ..runs.page import markdown_table
-from ..runs.store import RunError, open_run, write_bytes, write_json, write_text
+from ..runs.store import RunError, check, open_stage, write_bytes, write_json, write_text
 from .config import DistillConfig
 from .data import Contexts, batches, row_segments
 from .loss import DistillLoss
+from .partition import fit_partition, partition_residuals
 from .teacher import tap
 from .validate import validate
 
@@ -55,14 +56,20 @@ def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progres
         raise ValueError(f"lengths and validation_length must fit the model's {limit} positions, got {longest}")
     contexts = Contexts(config, tokenizer)
     if rank == 0:
-        open_run(output, {"stage": "distill", "processes": world, **config.to_dict()})
+        open_stage(output, "distill", config, processes=world)
     _barrier(world)
-    indexer = Indexer.for_model(model, heads=config.heads, dim=config.dim, seed=config.seed)
-    loss_module = DistillLoss(indexer, config)
-    optimizer = torch.optim.AdamW(
-        indexer.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    indexer = Indexer.for_model(
+        model, heads=config.heads, dim=config.dim, partition=config.partition_steps > 0, seed=config.seed
     )
+    loss_module = DistillLoss(indexer, config)
+    learned = [parameter for parameter in indexer.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        learned, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
+    inputs = {"base weights": checkpoints.weights_fingerprint(model), "texts": contexts.digest()}
     state = _resume(output, indexer, optimizer)
+    _check_curve(state, output, config)
+    _require_same_inputs(state, output, inputs)
     _require_same_step(state["step"], output, world)
     if rank == 0:
         write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
@@ -85,7 +92,13 @@ def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progres
                 if last or (step + 1) % config.save_every == 0:
                     _save(output, indexer, optimizer, state)
             advance(loss)
-    return _finish(output, config, indexer, state, device) if rank == 0 else {}
+    if rank > 0:
+        return {}
+    residuals = None
+    if indexer.config.partition:
+        fit_partition(model, indexer, contexts)
+        residuals = partition_residuals(model, indexer, contexts.held_out())
+    return _finish(output, config, indexer, state, residuals, device)
 
 
 def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -> tuple[float, list[float]]:
@@ -127,12 +140,13 @@ def _save(output: Path, indexer: Indexer, optimizer, state: dict) -> None:
     tensors = {f"indexer.{name}": tensor.detach().cpu().contiguous() for name, tensor in indexer.state_dict().items()}
     for index, moments in optimizer.state_dict()["state"].items():
         tensors.update({f"optimizer.{index}.{name}": value.detach().cpu() for name, value in moments.items()})
-    metadata = {"curve": json.dumps({"step": state["step"], "metrics": state["metrics"]}), "sha256": _digest(tensors)}
+    curve = json.dumps({name: state[name] for name in ("step", "metrics", "inputs")})
+    metadata = {"curve": curve, "sha256": _digest(tensors, curve)}
     write_bytes(output / CHECKPOINT, save(tensors, metadata=metadata))
 
 
-def _digest(tensors: dict) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict, curve: str = "") -> str:
+    digest = hashlib.sha256(curve.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
@@ -142,13 +156,15 @@ def _digest(tensors: dict) -> str:
 def _append(path: Path, record: dict) -> None:
     """One more line for whoever watches; a line that a kill cuts short is rewritten from the checkpoint."""
     try:
-        with open(path, "a") as file:
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        with open(descriptor, "a") as file:
             file.write(json.dumps(record) + "\n")
     except OSError as error:
         raise RunError(f"{path} could not be written ({error.strerror})") from error
 
 
 def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
+    """Where the run goes on: `{"step", "metrics"}` and, where something was trained, what it was trained on as "inputs"."""
     from safetensors import SafetensorError, safe_open
 
     path = output / CHECKPOINT
@@ -159,13 +175,42 @@ def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
             metadata = file.metadata()
             state = json.loads(metadata["curve"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata["sha256"] != _digest(tensors):
+        # checkpoints of version 0.1 do not say what they were trained on, and their digest is that of the tensors
+        told = "inputs" in state
+        if metadata["sha256"] != _digest(tensors, metadata["curve"] if told else ""):
             raise ValueError("its sha256 differs")
         _restore(indexer, optimizer, tensors)
     except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise RunError(f"{path} is damaged ({reason}): delete it to begin again") from error
     return state
+
+
+def _check_curve(state, output: Path, config: DistillConfig) -> None:
+    """Raises RunError unless `state` holds all that the report reads."""
+    try:
+        _check_metrics(state, config)
+    except ValueError as error:
+        raise RunError(f"{output / CHECKPOINT} is damaged ({error}): delete it to begin again") from error
+
+
+def _require_same_inputs(state: dict, output: Path, inputs: dict[str, str]) -> None:
+    """Records what is trained on, or raises RunError where the checkpoint was trained on something else."""
+    told = state.setdefault("inputs", inputs)
+    if changed := [name for name in inputs if told.get(name) != inputs[name]]:
+        raise RunError(f"{output} was trained with other {' and '.join(changed)} than there are now: choose another directory")
+
+
+def _check_metrics(state, config: DistillConfig) -> None:
+    recall = {str(k): float for k in config.budgets}
+    part = {"kl": float, "mass_recall": recall, "support_recall": recall}
+    check(state, {"step": int, "metrics": [{"step": int, "loss": float, "lr": float}]})
+    check(state.get("inputs", {}), {str: str})
+    validations = [record["validation"] for record in state["metrics"] if "validation" in record]
+    check(validations, [{**part, "by_kind": {str: part}, "by_layer": [{"layer": int, **part}]}])
+    ended = state["step"] == config.steps
+    if not 0 <= state["step"] == len(state["metrics"]) <= config.steps or (ended and "validation" not in state["metrics"][-1]):
+        raise ValueError(f"its curve must have a record for each of {state['step']} steps, got {len(state['metrics'])}")
 
 
 def _restore(indexer: Indexer, optimizer, tensors: dict) -> None:
@@ -178,7 +223,9 @@ def _restore(indexer: Indexer, optimizer, tensors: dict) -> None:
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _finish(output: Path, config: DistillConfig, indexer: Indexer, state: dict, device: str) -> dict:
+def _finish(
+    output: Path, config: DistillConfig, indexer: Indexer, state: dict, residuals: dict | None, device: str
+) -> dict:
     last = state["metrics"][-1]["validation"]
     result = {
         "stage": "distill",
@@ -188,6 +235,7 @@ def _finish(output: Path, config: DistillConfig, indexer: Indexer, state: dict, 
         "parameters": sum(p.numel() for p in indexer.parameters()),
         "final_loss": state["metrics"][-1]["loss"],
         "validation": last,
+        "partition": residuals,
         "curve": [{"step": m["step"], "loss": m["loss"]} for m in state["metrics"]],
         "validations": [{"step": m["step"], **m["validation"]} for m in state["metrics"] if "validation" in m],
     }
@@ -218,7 +266,18 @@ def _markdown(result: dict) -> str:
         f"{', '.join(config['tasks']) or 'none'} (other seeds and documents than evaluation).\n\n"
         f"Validation at {config['validation_length']} tokens on held-out documents, measured: KL {last['kl']:.4f} "
         "nats; recall of the oracle's top k, per query, as attention mass and as share of its keys:\n\n"
-        f"{markdown_table(rows)}\nMachine: {machine_line(result['machine'])}.\n"
+        f"{markdown_table(rows)}{_partition_words(result)}\nMachine: {machine_line(result['machine'])}.\n"
+    )
+
+
+def _partition_words(result: dict) -> str:
+    found = result["partition"]
+    if found is None:
+        return "\nIt has no partition heads.\n"
+    return (
+        f"\nPartition heads, by least squares over {result['config']['partition_steps']} more steps' batches: on the same "
+        f"held-out documents they miss the exact log-partition by {found['residual']:.3f} nats (root mean square; "
+        f"{found['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {found['spread']:.3f}.\n"
     )
 
 

@@ -12,8 +12,10 @@ from types import MappingProxyType
 from ..budget import Budget
 
 LOCAL_SINK = 4
-OPTIONS = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # of variants
-INDEX_OPTIONS = ("candidates", "key_block")  # these say how an indexer works
+OPTIONS = (  # of variants
+    "k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "partition", "exact_last", "tail"
+)  # fmt: skip
+INDEX_OPTIONS = ("candidates", "key_block", "partition")  # these say how an indexer works
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def variant_named(name: str) -> Variant:
 
 
 def _value(option: str, value: str, change: str) -> int | str | bool:
-    if option == "reduce":
+    if option in ("reduce", "partition"):
         return value
     if option == "tail":
         if value not in ("", "true", "false"):

@@ -4,7 +4,7 @@ from .attention_mass import attention_mass
 from .dense_rows import dense_rows
 from .dispatch import KernelUnavailableError
 from .index_kl import index_kl
-from .index_scores import index_scores, select_by_index
+from .index_scores import index_partition, index_scores, select_by_index
 from .select_tokens import select_tokens
 from .select_two_level import select_two_level
 from .sparse_attention import sparse_attention
@@ -15,6 +15,7 @@ __all__ = [
     "attention_mass",
     "dense_rows",
     "index_kl",
+    "index_partition",
     "index_scores",
     "select_by_index",
     "select_tokens",

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from .. import native
+from ..budget import REDUCTIONS
 
 OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is in
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has kernels
+_DIFFERENTIABLE: set[str] = set()  # operators with gradients
 _HOW = {
     "cuda": "its kernels need triton: run `pip install triton`, or pass impl='reference'",
     "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
@@ -34,6 +36,7 @@ class Limits:
         dim_multiple, most_dim: D, Dv and Di are multiples of the first, up to the second.
         most_block: queries that share a support.
         most_k: slots of a support, as far as the context has them.
+        reductions: of a block's scores, as in Budget.reduce.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -41,9 +44,12 @@ class Limits:
     most_dim: int
     most_block: int
     most_k: int
+    reductions: tuple[str, ...] = REDUCTIONS
 
 
-ASCENDC = Limits((torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032)
+ASCENDC = Limits(
+    (torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032, reductions=("max", "mean")
+)
 LIMITS = {"npu": ASCENDC, "cpu": ASCENDC}  # the emulation runs the same sources
 
 
@@ -59,9 +65,12 @@ def uses_kernel(impl: str, device_type: str) -> bool:
 
 
 def call(op: str, impl: str, device_type: str, *args):
-    """Runs `op` through the dispatcher, as kernel or as reference."""
-    name = op if uses_kernel(impl, device_type) else f"{op}_reference"
-    return getattr(torch.ops.npu_sparse, name)(*args)
+    """Runs `op` through the dispatcher, as kernel or as reference. What has no gradients, such as a selection, is a constant."""
+    run = getattr(torch.ops.npu_sparse, op if uses_kernel(impl, device_type) else f"{op}_reference")
+    if op in _DIFFERENTIABLE:
+        return run(*args)
+    with torch.no_grad():
+        return run(*args)
 
 
 def define(
@@ -70,7 +79,8 @@ def define(
 ) -> None:  # fmt: skip
     """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
 
-    `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one.
+    `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one. It is a
+    constant to autograd until `differentiate` says otherwise.
     """
     for name in (op, f"{op}_reference"):
         torch.library.define(f"npu_sparse::{name}", signature)
@@ -80,6 +90,14 @@ def define(
         torch.library.impl(f"npu_sparse::{op}", key, _kernel_or_error(op, device_type))
     OPERATORS[op] = folder or op
     _DEVICES[op] = devices
+
+
+def differentiate(op: str, remember: Callable, backward: Callable) -> None:
+    """Gives both entries of an operator gradients: torch.library.register_autograd's `setup_context` and `backward`, the latter
+    made by `backward(suffix)` for the entry's suffix."""
+    for suffix in ("", "_reference"):
+        torch.library.register_autograd(f"npu_sparse::{op}{suffix}", backward(suffix), setup_context=remember)
+    _DIFFERENTIABLE.add(op)
 
 
 def has_kernels_for(op: str, device_type: str) -> bool:
@@ -97,6 +115,8 @@ def register_triton(device_type: str) -> None:
     if importlib.util.find_spec("triton") is None:
         return
     for op, folder in OPERATORS.items():
+        if not has_kernels_for(op, "cuda"):
+            continue
         register_kernel(op, device_type, getattr(importlib.import_module(f"npu_sparse.ops.{folder}.triton"), op))
 
 
@@ -115,7 +135,9 @@ def require_kernel(op: str, device_type: str, advice: str) -> None:
         raise KernelUnavailableError(f"{_unavailable(op, device_type)}, {advice}")
 
 
-def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
+def check_limits(
+    device_type: str, *, dtype: torch.dtype, block: int, k: int, reduce: str = "max", **dims: int
+) -> None:
     """Raises TypeError or ValueError where the kernels of this device do not take these sizes; `dims` by their names.
 
     For callers who want to know before there are tensors; a kernel checks again what it gets.
@@ -136,6 +158,10 @@ def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **
     for name, value, most in (("block", block, limits.most_block), ("k", k, limits.most_k)):
         if value > most:
             raise ValueError(f"{name} must be at most {most} for the kernels on {device_type!r}, got {value}")
+    if reduce not in limits.reductions:
+        raise ValueError(
+            f"reduce must be one of {', '.join(limits.reductions)} for the kernels on {device_type!r}, got {reduce!r}"
+        )
 
 
 def _kernel(op: str, device_type: str) -> Callable | None:

@@ -25,6 +25,13 @@ def visible_to_query(start: int, stop: int, offset: int, keys: int, valid: Tenso
     return visible & valid[:, None, :keys] & valid[:, offset + start : offset + stop, None]
 
 
+def keys_seen(queries: int, keys: int, valid: Tensor | None, device) -> Tensor:
+    """int64 `[B or 1, queries]`: how many valid keys lie up to each query, itself included."""
+    if valid is None:
+        return torch.arange(keys - queries + 1, keys + 1, device=device)[None]
+    return valid.cumsum(-1)[:, keys - queries :]
+
+
 def padded_to_blocks(rows: Tensor, block: int, fill: float) -> Tensor:
     """`[..., R, Tk]` -> `[..., ceil(R / block), block, Tk]`, a ragged last block filled up with `fill`."""
     R, Tk = rows.shape[-2:]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from ..budget import BLOCKS, REDUCTIONS
+from ..budget import BLOCKS, MASS_REDUCTIONS
 from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
 
@@ -53,7 +53,7 @@ class OracleConfig:
     prompts: int = 4
     heads: tuple[str, ...] = HEADS
     blocks: tuple[int, ...] = (1, 16, 64)
-    reduces: tuple[str, ...] = REDUCTIONS
+    reduces: tuple[str, ...] = MASS_REDUCTIONS
     tail: bool = False
     share_layers: tuple[int, ...] = (1,)
     controls: tuple[str, ...] = CONTROLS
@@ -93,7 +93,7 @@ class OracleConfig:
                 raise ValueError(f"budgets must be below the length of {self.length} tokens, got {k}")
         for layers in self.share_layers:
             _whole("share_layers", layers, 1)
-        for name, allowed in (("heads", HEADS), ("blocks", BLOCKS), ("reduces", REDUCTIONS), ("controls", CONTROLS)):
+        for name, allowed in (("heads", HEADS), ("blocks", BLOCKS), ("reduces", MASS_REDUCTIONS), ("controls", CONTROLS)):
             for value in getattr(self, name):
                 _one_of(name, value, allowed)
         for text in self.texts:

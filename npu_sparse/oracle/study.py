@@ -6,9 +6,8 @@ measured, so an interrupted study loses the cell it was in and no other.
 
 import copy
 import hashlib
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,7 @@ from ..ops.dispatch import require_kernels, uses_kernel
 from ..runs.figures import write_figure
 from ..runs.machine import machine
 from ..runs.page import say
-from ..runs.store import RunError, open_run, write_json, write_text
+from ..runs.store import Cells, RunError, check_shard, open_stage, write_json, write_text
 from ..selectors import Local, Oracle, Random, Selector
 from ..tasks.catalogue import task_named
 from . import figures, page, quality
@@ -50,21 +49,19 @@ def run_oracle(config: OracleConfig, output, *, model=None, tokenizer=None, shar
     """
     if not isinstance(config, OracleConfig):
         raise TypeError(f"config must be an OracleConfig, got {type(config).__name__}")
-    part, parts = shard
-    if not 0 <= part < parts:
-        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
+    check_shard(shard)
     output = Path(output)
-    recorded = {"stage": "oracle", **config.to_dict()}
     if output.is_file():
         raise RunError(f"output must be a directory, got the file {output}")
     if output.is_dir() and any(not entry.name.startswith(".") for entry in output.iterdir()):
-        open_run(output, recorded)  # refuses a used directory before a model is loaded, and writes nothing
+        open_stage(output, "oracle", config)  # refuses a used directory before a model is loaded, and writes nothing
     study = _prepare(config, model, tokenizer)
-    open_run(output, recorded)
-    cells, missing = _measure(study, output / "cells", shard)
-    if missing:
+    open_stage(output, "oracle", config)
+    cells = _cells(study, output / "cells")
+    _measure(study, cells, shard)
+    if missing := cells.missing():
         return {"complete": False, "missing": missing}
-    return _write(study, cells, output)
+    return _write(study, _records(study, cells), output)
 
 
 @dataclass
@@ -149,55 +146,75 @@ def _examples(config: OracleConfig, task: str, tokenizer, documents) -> list[tas
         raise ValueError(str(error)) from error
 
 
-def _cells(study: Study) -> Iterator[tuple[str, Callable[[], dict]]]:
-    """`(name, measure)` of every cell, the floor and the layers first."""
+SCORE_FORM = {"kl": float, "agreement": float, "kl_second_half": float, "agreement_second_half": float}
+LAYER_FORM = {
+    "layer": int, "heads": {"all", "kv"}, "block": int, "reduce": (str, None), "k": int, "retained_mean": float,
+    "retained_p5": float, "relative_mean": float, "relative_p5": float, "doubled_mean": float, "doubled_p5": float,
+    "output_error": float, str: float,
+}  # fmt: skip
+OVERLAP_FORM = {"layer": int, "heads": {"all", "kv"}, "k": int, "jaccard": float, str: float}
+
+
+def _measures(study: Study) -> dict[str, Callable[[], dict]]:
+    """What measures each cell, by name, the floor and the layers first."""
     config = study.config
+    found: dict[str, Callable[[], dict]] = {}
     if config.tasks:
-        yield "dense", lambda: {"scores": _scores(study, study.model)}
+        found["dense"] = lambda: {"scores": _scores(study, study.model)}
     if config.floor_dtype:
-        yield f"noise-{config.floor_dtype}", lambda: _noise_floor(study)
+        found[f"noise-{config.floor_dtype}"] = lambda: _noise_floor(study)
     for n in range(config.layer_prompts):
-        yield f"layers-{n}", lambda n=n: _layers(study, n)
+        found[f"layers-{n}"] = lambda n=n: _layers(study, n)
     for variant in variants(config, study.architecture.kv_heads):
-        yield variant.cell, lambda variant=variant: _end_to_end(study, variant)
+        found[variant.cell] = lambda variant=variant: _end_to_end(study, variant)
+    return found
 
 
-def _measure(study: Study, directory: Path, shard: tuple[int, int]) -> tuple[dict[str, dict], list[str]]:
-    """The cells that are there once this shard's are measured, and the names of those that are not."""
-    directory.mkdir(exist_ok=True)
-    wanted = list(_cells(study))
+def _cells(study: Study, directory: Path) -> Cells:
+    config, layers = study.config, len(study.architecture.layers)
+    scores = {task: [float, config.task_count] for task in config.tasks}
+    retained = [float, layers]
+    rows = len(granularities(config, study.architecture.kv_heads)) * len(config.budgets) * layers
+    overlaps = len(config.heads if study.architecture.kv_heads > 1 else ("all",)) * len(config.budgets) * layers
 
-    def finished() -> dict[str, dict]:
-        return {name: cell for name, _ in wanted if (cell := _read(study, directory / f"{name}.json")) is not None}
+    def form(name: str) -> dict:
+        common = {"inputs": str, "seconds": float}
+        if name == "dense":
+            return {**common, "scores": scores}
+        if name.startswith("layers-"):
+            return {**common, "layers": [LAYER_FORM, rows], "overlap": [OVERLAP_FORM, overlaps], "path": SCORE_FORM}
+        kept = None if name.startswith("noise-") else retained
+        return {**common, "prompts": [{**SCORE_FORM, "retained_by_layer": kept}, config.prompts], "scores": scores}
 
-    there = finished()
-    if there:
-        say(f"oracle: {len(there)} of {len(wanted)} cells are there already")
-    for number, (name, measure) in enumerate(wanted):
-        if name in there or number % shard[1] != shard[0]:
-            continue
+    def upgrade(name: str, record: dict) -> dict:
+        return {"cell": name, **record}
+
+    return Cells(directory, {name: {"cell": name} for name in _measures(study)}, form, upgrade)
+
+
+def _measure(study: Study, cells: Cells, shard: tuple[int, int]) -> None:
+    """Measures this shard's cells that are not there."""
+    measures = _measures(study)
+    if there := _records(study, cells):
+        say(f"oracle: {len(there)} of {len(measures)} cells are there already")
+
+    def measure(name: str) -> dict:
         started = time.perf_counter()
-        cell = {"inputs": study.inputs, **measure(), "seconds": round(time.perf_counter() - started, 3)}
-        write_json(directory / f"{name}.json", cell)
-        say(f"oracle: [{number + 1}/{len(wanted)}] {name}{_first_figures(cell)}, {cell['seconds']:.1f} s")
-    cells = finished()  # other shards' too
-    return cells, [name for name, _ in wanted if name not in cells]
+        cell = {"inputs": study.inputs, **measures[name](), "seconds": round(time.perf_counter() - started, 3)}
+        number = list(measures).index(name) + 1
+        say(f"oracle: [{number}/{len(measures)}] {name}{_first_figures(cell)}, {cell['seconds']:.1f} s")
+        return cell
+
+    cells.compute(measure, shard)
 
 
-def _read(study: Study, path: Path) -> dict | None:
-    if not path.exists():
-        return None
-    try:
-        cell = json.loads(path.read_text())
-        inputs = cell["inputs"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} cannot be read ({error}): delete it and it is measured again") from error
-    if inputs != study.inputs:
+def _records(study: Study, cells: Cells) -> dict[str, dict]:
+    records = cells.records()
+    if any(record["inputs"] != study.inputs for record in records.values()):
         raise RunError(
-            f"{path.parent.parent} was measured with other weights or texts than there are now: "
-            "choose another directory"
+            f"{cells.directory.parent} was measured with other weights or texts than there are now: choose another directory"
         )
-    return cell
+    return records
 
 
 def _first_figures(cell: dict) -> str:

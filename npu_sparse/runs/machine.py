@@ -2,16 +2,21 @@
 
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+FORM = {"processor": str, "cores": (int, None), "commit": str, "dirty": bool, "date": str}  # of `machine()`, as a record has it
+
 
 def machine(device: str = "cpu") -> dict:
     """What a figure was measured on: processor or card, versions, commit and whether the tree was changed.
 
-    Where the tree travels without its history, `NPU_SPARSE_COMMIT` says which commit it is.
+    The commit is this project's: "" where the package is installed, whatever repository that installation lies in. Where the tree
+    travels without its history, `NPU_SPARSE_COMMIT` says which commit it is.
     """
     stated = os.environ.get("NPU_SPARSE_COMMIT")
     found = {
@@ -53,10 +58,20 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _git(*args: str) -> str:
-    root = Path(__file__).resolve().parents[2]
+def _is_project(root: Path) -> bool:
+    """Whether a folder is the root of this project's own repository."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, text=True, timeout=10)
+        named = re.search(r'^name = "npu-sparse"$', (root / "pyproject.toml").read_text(), re.M)
+    except (OSError, ValueError):
+        return False
+    return bool(named) and (root / ".git").exists()
+
+
+def _git(*args: str) -> str:
+    if not _is_project(ROOT):
+        return ""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -55,7 +55,7 @@ def open_run(directory, config: Mapping, *, upgrade: Callable[[dict], dict] | No
     found = _config(directory)
     if upgrade is not None and found != config:
         try:
-            found = upgrade(found)
+            found = json.loads(json.dumps(upgrade(found)))
         except Exception:  # whatever an unknown config raises: the comparison below says what differs
             pass
     if found != config:
@@ -65,6 +65,16 @@ def open_run(directory, config: Mapping, *, upgrade: Callable[[dict], dict] | No
     for folder in (directory, *(entry for entry in directory.iterdir() if entry.is_dir() and not entry.is_symlink())):
         sweep(folder)
     return directory
+
+
+def open_stage(directory, stage: str, config, **beside) -> Path:
+    """`open_run` of a stage's config, an object with `to_dict` and `from_dict`; a field that came later has its default there."""
+
+    def upgrade(found: dict) -> dict:
+        own = {key: value for key, value in found.items() if key not in ("stage", *beside)}
+        return {"stage": found["stage"], **{key: found[key] for key in beside}, **type(config).from_dict(own).to_dict()}
+
+    return open_run(directory, {"stage": stage, **beside, **config.to_dict()}, upgrade=upgrade)
 
 
 def read_config(directory, stage: str) -> dict:
@@ -95,14 +105,14 @@ class Cells:
 
     Attributes:
         identities: `{name: fields}` in the order of computation; a record holds these fields, with these values.
-        form: what else a record holds, as `check` takes it.
-        upgrade: makes a record of an earlier version, whose form is right, one of this version.
+        form: what else a record holds, as `check` takes it, or a function from a cell's name to that.
+        upgrade: makes the record of a cell by an earlier version, `upgrade(name, record)`, one of this version.
     """
 
     directory: Path
     identities: Mapping[str, Mapping]
     form: object = None
-    upgrade: Callable[[dict], dict] | None = None
+    upgrade: Callable[[str, dict], dict] | None = None
 
     def path(self, name: str) -> Path:
         """Where the record of a cell is, or will be."""
@@ -119,10 +129,10 @@ class Cells:
     def read(self, name: str) -> dict:
         """The record of a finished cell. RunError where it is damaged or belongs to another cell."""
         path = self.path(name)
-        record = read_json(path, self.form)
+        record = read_json(path, dict)
         try:
-            check(record, dict)
-            record = record if self.upgrade is None else self.upgrade(record)
+            record = record if self.upgrade is None else self.upgrade(name, record)
+            check(record, self.form(name) if callable(self.form) and not isinstance(self.form, type) else self.form)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise RunError(f"{path} cannot be read ({error}): delete it to make it again") from error
         for field, expected in json.loads(json.dumps(self.identities[name])).items():
@@ -172,9 +182,9 @@ def read_json(path, form=None):
 def check(value, form, name: str = "it") -> None:
     """Raises ValueError, with the place, unless a JSON value has a form.
 
-    Forms: None = anything; a type (float takes whole numbers too, and numbers are finite); `[form]` = a list; `{str: form}` = an
-    object of any keys; `{"key": form}` = an object with these keys at least; a tuple = one of these forms, None in it being null;
-    a set = one of these texts.
+    Forms: None = anything; a type (float takes whole numbers too, and numbers are finite); `[form]` = a list, `[form, n]` = one
+    of n; `{"key": form}` = an object with these keys at least, and `str: form` in it says what all others hold; a tuple = one of
+    these forms, None in it being null; a set = one of these texts.
     """
     if form is None:
         return
@@ -195,6 +205,8 @@ def check(value, form, name: str = "it") -> None:
     elif isinstance(form, list):
         if not isinstance(value, list):
             raise ValueError(f"{name} must be a list, got {shown(value)}")
+        if len(form) == 2 and len(value) != form[1]:
+            raise ValueError(f"{name} must have {form[1]} entries, got {len(value)}")
         for n, item in enumerate(value):
             check(item, form[0], f"{name}[{n}]")
     elif isinstance(form, dict):
@@ -202,8 +214,8 @@ def check(value, form, name: str = "it") -> None:
             raise ValueError(f"{name} must be an object, got {shown(value)}")
         for key, part in form.items():
             if key is str:
-                for own, item in value.items():
-                    check(item, part, f"{name}.{own}")
+                for own in value.keys() - form.keys():
+                    check(value[own], part, f"{name}.{own}")
             elif key not in value:
                 raise ValueError(f"{name} must have {key!r}, got none")
             else:

@@ -59,7 +59,8 @@ class Array:
     """An array or scalar.
 
     Attributes:
-        shape: extents as C expressions over the parameters; () for a scalar.
+        shape: extents as C expressions over the parameters, "" for one that is not known (the first, behind a pointer); () for
+            a scalar.
         ctype: element type, such as "double".
         live_out: whether its final contents matter after the scop.
         local: whether it is declared inside the scop, so that generated code has to declare it.
@@ -70,6 +71,11 @@ class Array:
     ctype: str
     live_out: bool
     local: bool = False
+
+    @property
+    def sized(self) -> bool:
+        """Whether another array of this size can be made."""
+        return all(self.shape)
 
 
 @dataclass(frozen=True)

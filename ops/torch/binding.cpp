@@ -159,7 +159,7 @@ ScoreProblem ScoreProblemOf(const Tensor& qi, const Tensor& ki, const OptionalTe
 }
 
 Tensor IndexScores(const Tensor& qi, const Tensor& ki, const OptionalTensor& w, int64_t block, c10::string_view reduce,
-                   const OptionalTensor& valid)
+                   const OptionalTensor& valid, const OptionalTensor& /*partition*/)
 {
     const c10::DeviceGuard guard(qi.device());
     const IndexScoresProblem problem = ScoreProblemOf(qi, ki, w, block, reduce, valid);
@@ -207,7 +207,8 @@ std::tuple<Tensor, Tensor> SelectTokens(const Tensor& scores, int64_t k, int64_t
 }
 
 std::tuple<Tensor, Tensor> SelectByIndex(const Tensor& qi, const Tensor& ki, const OptionalTensor& w, int64_t k, int64_t block,
-                                         c10::string_view reduce, int64_t sink, int64_t recent, const OptionalTensor& valid)
+                                         c10::string_view reduce, int64_t sink, int64_t recent, const OptionalTensor& valid,
+                                         const OptionalTensor& /*partition*/)
 {
     const c10::DeviceGuard guard(qi.device());
     SelectByIndexProblem problem;
@@ -302,12 +303,12 @@ Tensor AttentionMass(const Tensor& q, const Tensor& k, double scale, int64_t blo
 // Every device has the one kernel: each refuses tensors whose memory its library cannot read.
 TORCH_LIBRARY(NPU_SPARSE_NAMESPACE, m)
 {
-    m.def("index_scores(Tensor qi, Tensor ki, Tensor? w, int block, str reduce, Tensor? valid) -> Tensor",
+    m.def("index_scores(Tensor qi, Tensor ki, Tensor? w, int block, str reduce, Tensor? valid, Tensor? partition) -> Tensor",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(IndexScores)));
     m.def("select_tokens(Tensor scores, int k, int sink, int recent, int block, int queries, Tensor? valid) -> (Tensor, Tensor)",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SelectTokens)));
-    m.def("select_by_index(Tensor qi, Tensor ki, Tensor? w, int k, int block, str reduce, int sink, int recent, Tensor? valid)"
-          " -> (Tensor, Tensor)",
+    m.def("select_by_index(Tensor qi, Tensor ki, Tensor? w, int k, int block, str reduce, int sink, int recent, Tensor? valid,"
+          " Tensor? partition) -> (Tensor, Tensor)",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SelectByIndex)));
     m.def("sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor count, int block, float scale) -> Tensor",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SparseAttention)));

@@ -285,8 +285,83 @@ def test_a_full_disk_leaves_the_previous_checkpoint_usable(finished, run, monkey
 
 def fresh(config):
     """An untrained indexer of the tiny model's geometry and its optimizer."""
-    indexer = Indexer(IndexerConfig(32, (0, 1), 16, config.heads, config.dim))
-    return indexer, torch.optim.AdamW(indexer.parameters())
+    indexer = Indexer(IndexerConfig(32, (0, 1), 16, config.heads, config.dim, partition=True))
+    return indexer, torch.optim.AdamW([p for p in indexer.parameters() if p.requires_grad])
+
+
+def test_other_base_weights_or_texts_are_refused_and_change_nothing(make_config, run, stop_at, model, tokenizer, tmp_path):
+    """The same config, but what its names stand for has changed: one curve would mix two runs."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for n in range(10):
+        (folder / f"{n}.txt").write_text(f"text {n} " + "river hill stone cloud ember " * 400)
+    config, output = make_config(texts=(str(folder),)), tmp_path / "run"
+    stop_at(4)
+    with pytest.raises(Stopped):
+        run(config, output)
+    stop_at(None)
+    before = (output / train.CHECKPOINT).read_bytes()
+    other = deepcopy(model)
+    other.model.embed_tokens.weight.data.add_(0.25)
+    with pytest.raises(RunError, match="was trained with other base weights than there are now: choose another directory"):
+        run_distill(config, output, model=other, tokenizer=tokenizer, progress=False)
+    (folder / "3.txt").write_text("another text 3 " + "willow lantern harbor " * 600)
+    with pytest.raises(RunError, match="was trained with other texts than there are now: choose another directory"):
+        run(config, output)
+    assert (output / train.CHECKPOINT).read_bytes() == before
+
+
+def without_a_validation(state: dict) -> None:
+    del state["metrics"][-1]["validation"]
+
+
+def with_a_text_for_a_loss(state: dict) -> None:
+    state["metrics"][1]["loss"] = "low"
+
+
+def a_step_behind(state: dict) -> None:
+    state["metrics"].pop()
+
+
+def of_no_such_inputs(state: dict) -> None:
+    state["inputs"] = ["weights"]
+
+
+def nested(state: dict) -> None:
+    for _ in range(900):
+        state["metrics"] = [state["metrics"]]
+
+
+@pytest.mark.parametrize("damage", [without_a_validation, with_a_text_for_a_loss, a_step_behind, of_no_such_inputs, nested])
+def test_a_curve_that_lacks_what_the_report_reads_is_one_sentence(make_config, run, tmp_path, damage):
+    config, path = make_config(steps=3, validate_every=2), tmp_path / train.CHECKPOINT
+    run(config, tmp_path)
+    with safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["curve"])
+    tensors = load(path.read_bytes())
+    damage(state)
+    curve = json.dumps(state)
+    path.write_bytes(save(tensors, metadata={"curve": curve, "sha256": train._digest(tensors, curve)}))
+    with pytest.raises(RunError, match=r"checkpoint.safetensors is damaged \(.+\): delete it to begin again") as caught:
+        run(config, tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_of_version_0_1_goes_on(finished, run, stop_at, tmp_path, curve_of):
+    """It does not say what it was trained on, and its digest is that of its tensors alone."""
+    config, output, _ = finished
+    stop_at(4)
+    with pytest.raises(Stopped):
+        run(config, tmp_path)
+    stop_at(None)
+    path = tmp_path / train.CHECKPOINT
+    with safe_open(path, "pt") as file:
+        state = json.loads(file.metadata()["curve"])
+    tensors = load(path.read_bytes())
+    del state["inputs"]
+    path.write_bytes(save(tensors, metadata={"curve": json.dumps(state), "sha256": train._digest(tensors)}))
+    run(config, tmp_path)
+    assert curve_of(tmp_path) == curve_of(output)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(make_config, model, tokenizer, tmp_path):

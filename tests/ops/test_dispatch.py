@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from npu_sparse import native, ops
 from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.support import Support
-from npu_sparse.testing import Backend, attention_inputs, index_inputs, padding, ragged_scores, random_support
+from npu_sparse.testing import Backend, attention_inputs, index_inputs, normal, padding, ragged_scores, random_support
 
 CPU = Backend("reference", "reference", "cpu")
 
@@ -21,12 +21,19 @@ def mass_arguments(at, block=8):
 
 def index_arguments(at, block=8):
     qi, ki, w = index_inputs(2, 3, 21, 30, 64, dtype=at.dtype(), device=at.device)
-    return qi, ki, w, block, "mean", padding(2, 30, "right", device=at.device)
+    served = at.limits is None or "softmax_max" in at.limits.reductions
+    reduce, own = ("softmax_max", normal(2, 21, device=at.device)) if served else ("mean", None)
+    return qi, ki, w, block, reduce, padding(2, 30, "right", device=at.device), own
+
+
+def partition_arguments(at, block=8):
+    qi, ki, w, _, _, valid, _ = index_arguments(at)
+    return qi, ki, w, valid
 
 
 def selection_arguments(at, block=8):
-    qi, ki, w, _, reduce, valid = index_arguments(at)
-    return qi, ki, w, 20, block, reduce, 2, 1, valid
+    qi, ki, w, _, reduce, valid, own = index_arguments(at)
+    return qi, ki, w, 20, block, reduce, 2, 1, valid, own
 
 
 def select_arguments(at, block=8):
@@ -35,7 +42,8 @@ def select_arguments(at, block=8):
 
 def two_level_arguments(at, block=8):
     qi, ki, w = index_inputs(2, 3, 21, 200, 64, dtype=at.dtype(), device=at.device)
-    return qi, ki, w, 20, 32, 16, block, "mean", 2, 1, padding(2, 200, "right", device=at.device)
+    own = normal(2, 21, device=at.device)
+    return qi, ki, w, 20, 32, 16, block, "softmax_max", 2, 1, padding(2, 200, "right", device=at.device), own
 
 
 def sparse_arguments(at, block=8):
@@ -60,23 +68,42 @@ def tail_arguments(at, block=8):
     return *sparse_arguments(at, block), padding(2, 30, "left", device=at.device)
 
 
+def sparse_backward_arguments(at, block=8):
+    inputs = sparse_arguments(at, block)
+    return dispatch.call("sparse_attention", at.impl, at.device, *inputs), *inputs
+
+
+def tail_backward_arguments(at, block=8):
+    inputs = tail_arguments(at, block)
+    return dispatch.call("sparse_attention", at.impl, at.device, *inputs[:-1]), *inputs
+
+
 def rows_arguments(at, block=8):
     q, k, v = attention_inputs(2, 4, 2, 5, 30, 16, at.dim(24), dtype=at.dtype(), device=at.device, strided=True)
     positions = torch.tensor([[29, 3, -1, 7, 28], [0, 1, 2, 12, 20]], dtype=torch.int32, device=at.device)
     return q, k, v, positions, 0.25, padding(2, 30, "left", device=at.device)
 
 
+def rows_backward_arguments(at, block=8):
+    inputs = rows_arguments(at, block)
+    return dispatch.call("dense_rows", "reference", at.device, *inputs), *inputs
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
     "dense_rows": rows_arguments,
+    "dense_rows_backward": rows_backward_arguments,
     "index_kl": kl_arguments,
     "index_kl_backward": kl_backward_arguments,
+    "index_partition": partition_arguments,
     "index_scores": index_arguments,
     "select_by_index": selection_arguments,
     "select_tokens": select_arguments,
     "select_two_level": two_level_arguments,
     "sparse_attention": sparse_arguments,
+    "sparse_attention_backward": sparse_backward_arguments,
     "sparse_attention_with_tail": tail_arguments,
+    "sparse_attention_with_tail_backward": tail_backward_arguments,
 }
 
 
@@ -86,13 +113,17 @@ def attention_mass(q, k, scale, block, reduce, per_kv, valid, impl):
     )
 
 
-def index_scores(qi, ki, w, block, reduce, valid, impl):
-    return ops.index_scores(qi, ki, w, block=block, reduce=reduce, valid=valid, impl=impl)
+def index_scores(qi, ki, w, block, reduce, valid, partition, impl):
+    return ops.index_scores(qi, ki, w, block=block, reduce=reduce, valid=valid, partition=partition, impl=impl)
 
 
-def select_by_index(qi, ki, w, k, block, reduce, sink, recent, valid, impl):
+def index_partition(qi, ki, w, valid, impl):
+    return ops.index_partition(qi, ki, w, valid=valid, impl=impl)
+
+
+def select_by_index(qi, ki, w, k, block, reduce, sink, recent, valid, partition, impl):
     support = ops.select_by_index(
-        qi, ki, w, k=k, block=block, reduce=reduce, sink=sink, recent=recent, valid=valid, impl=impl
+        qi, ki, w, k=k, block=block, reduce=reduce, sink=sink, recent=recent, valid=valid, partition=partition, impl=impl
     )
     return support.indices, support.count
 
@@ -104,10 +135,10 @@ def select_tokens(scores, k, sink, recent, block, queries, valid, impl):
     return support.indices, support.count
 
 
-def select_two_level(qi, ki, w, k, candidates, key_block, block, reduce, sink, recent, valid, impl):
+def select_two_level(qi, ki, w, k, candidates, key_block, block, reduce, sink, recent, valid, partition, impl):
     support = ops.select_two_level(
         qi, ki, w, k=k, candidates=candidates, key_block=key_block, block=block, reduce=reduce, sink=sink, recent=recent,
-        valid=valid, impl=impl,
+        valid=valid, partition=partition, impl=impl,
     )  # fmt: skip
     return support.indices, support.count
 
@@ -129,13 +160,26 @@ def sparse_attention_with_tail(q, k, v, indices, count, block, scale, valid, imp
     return ops.sparse_attention_with_tail(q, k, v, support, scale=scale, valid=valid, impl=impl)
 
 
+def sparse_attention_backward(*arguments, impl):
+    return dispatch.call("sparse_attention_backward", impl, arguments[0].device.type, *arguments)
+
+
+def sparse_attention_with_tail_backward(*arguments, impl):
+    return dispatch.call("sparse_attention_with_tail_backward", impl, arguments[0].device.type, *arguments)
+
+
 def dense_rows(q, k, v, positions, scale, valid, impl):
     return ops.dense_rows(q, k, v, positions, scale=scale, valid=valid, impl=impl)
 
 
+def dense_rows_backward(*arguments, impl):
+    return dispatch.call("dense_rows_backward", impl, arguments[0].device.type, *arguments)
+
+
 FUNCTIONS = (
-    attention_mass, dense_rows, index_kl, index_kl_backward, index_scores, select_by_index, select_tokens, select_two_level,
-    sparse_attention, sparse_attention_with_tail,
+    attention_mass, dense_rows, dense_rows_backward, index_kl, index_kl_backward, index_partition, index_scores, select_by_index,
+    select_tokens, select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail,
+    sparse_attention_with_tail_backward,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)
@@ -185,17 +229,17 @@ def test_full_graph_compile_gives_the_same(backend, op):
 
 
 def test_full_graph_compile_of_selection_in_slices_gives_the_same(backend):
-    qi, ki, w, block, reduce, valid = index_arguments(backend)
+    qi, ki, w, block, reduce, valid, own = index_arguments(backend)
 
-    def select(qi, ki, w, valid):
+    def select(qi, ki, w, valid, own):
         support = ops.select_by_index(
-            qi, ki, w, k=12, sink=1, recent=2, block=block, reduce=reduce, valid=valid, impl=backend.impl
+            qi, ki, w, k=12, sink=1, recent=2, block=block, reduce=reduce, valid=valid, partition=own, impl=backend.impl
         )
         return support.indices, support.count
 
     torch.compiler.reset()
     compiled = torch.compile(select, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(qi, ki, w, valid), select(qi, ki, w, valid), rtol=0, atol=0)
+    torch.testing.assert_close(compiled(qi, ki, w, valid, own), select(qi, ki, w, valid, own), rtol=0, atol=0)
 
 
 @pytest.mark.slow

@@ -55,7 +55,11 @@ class Case:
     def options(self, device="cpu"):
         names = ("k", "candidates", "key_block", "block", "reduce", "sink", "recent")
         valid = padding(self.B, self.Tk, self.side, device=device) if self.side else None
-        return {**{name: getattr(self, name) for name in names}, "valid": valid}
+        own = None
+        if self.reduce == "softmax_max":  # quarters are exact, like the scores
+            own = torch.randint(-40, 40, (self.B, self.Tq), generator=torch.Generator().manual_seed(self.seed)) / 4
+            own = own.to(device)
+        return {**{name: getattr(self, name) for name in names}, "valid": valid, "partition": own}
 
 
 CASES = [
@@ -73,13 +77,17 @@ CASES = [
     Case(key_block=64, block=32, candidates=70, k=40, Tq=129, Tk=450),
     Case(key_block=32, candidates=64, k=64, Tk=333),
     Case(key_block=128, candidates=1, k=1, block=2, Tq=20, Tk=640),
+    Case(reduce="softmax_max"),
+    Case(reduce="softmax_max", Tq=17, block=1, k=9),
+    Case(reduce="softmax_max", Tq=70, block=8, side="left", B=2, Hi=2, weighted=True, strided=True, sink=4, recent=9, k=24),
+    Case(reduce="softmax_max", block=128, Tq=150, Tk=400, k=32, Hi=3),
 ]
 SHAPES = st.builds(
     Case,
     B=st.integers(1, 2), Hi=st.integers(1, 2), Tq=st.integers(1, 130), Tk=st.integers(130, 260), Di=st.just(4),
     k=st.integers(1, 30), candidates=st.integers(30, 60), key_block=st.sampled_from([16, 32]),
     block=st.sampled_from([1, 8, 64, 128]), weighted=st.booleans(), side=st.sampled_from([None, "left", "right"]),
-    seed=st.integers(0, 9),
+    reduce=st.sampled_from(["max", "softmax_max"]), seed=st.integers(0, 9),
 )  # fmt: skip
 
 
@@ -100,7 +108,7 @@ def run(case, impl="reference", device="cpu", make=whole_index_inputs):
     o = case.options(device)
     indices, count = dispatch.call(
         "select_two_level", impl, device, qi, ki, w, o["k"], o["candidates"], o["key_block"], o["block"], o["reduce"],
-        o["sink"], o["recent"], o["valid"],
+        o["sink"], o["recent"], o["valid"], o["partition"],
     )  # fmt: skip
     return Support(indices, count, case.block).check(case.Tq, case.Tk)
 
@@ -371,7 +379,8 @@ def test_every_block_belongs_where_there_are_few():
         ({"candidates": 15}, ValueError, r"candidates must hold the k keys chosen of them \(16\), got 15"),
         ({"key_block": 48}, ValueError, "key_block must be one of 16, 32, 64, 128, got 48"),
         ({"block": 3}, ValueError, "block must be one of 1, 2, 4, 8, 16, 32, 64, 128, got 3"),
-        ({"reduce": "sum"}, ValueError, "reduce must be one of max, mean, got 'sum'"),
+        ({"reduce": "sum"}, ValueError, "reduce must be one of max, mean, softmax_max, got 'sum'"),
+        ({"reduce": "softmax_max"}, ValueError, "partition must be given for softmax_max in two levels, got None"),
         ({"valid": torch.ones(2, 200).bool()}, ValueError, r"valid must have shape \(1, 200\), got \(2, 200\)"),
     ],
 )
@@ -414,12 +423,12 @@ def compile(kernel, **constants):
     made = triton.compile(ASTSource(kernel, types, places), target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
     print(kernel.fn.__name__, len(made.asm["cubin"]), made.metadata.shared)
 
-for HI, PADDED, MEAN in ((1, False, False), (4, True, True)):
+for HI, PADDED, MEAN, NORMAL in ((1, False, False, True), (4, True, True, False)):
     common = dict(HI=HI, D=128, DP=128, WEIGHTED=HI > 1, PADDED=PADDED, PRECISION="tf32", q_d=1, w_h=1, v_t=1)
     compile(kernels._bound, C=64, D=128, DP=128, PADDED=PADDED, k_d=1, v_t=1)
-    compile(kernels._rank, ROWS=64, COLS=64, **common)
+    compile(kernels._rank, ROWS=64, COLS=64, NORMAL=NORMAL, **common)
     common.update(ROWS=64, C=64, k_d=1)
-    compile(kernels._score, SPLIT=16, MEAN=MEAN, SINK=4, RECENT=64, **common)
+    compile(kernels._score, SPLIT=16, MEAN=MEAN, NORMAL=NORMAL, SINK=4, RECENT=64, **common)
     if MEAN:
         compile(kernels._normalise, **common)
 compile(kernels._place, BN=2048)
@@ -437,3 +446,20 @@ def test_interpreted_kernels_compile_for_a_gpu_too():
         "_bound", "_rank", "_score", "_bound", "_rank", "_score", "_normalise", "_place"
     ]  # fmt: skip
     assert all(int(size) > 0 and int(shared) <= 232448 for _, size, shared in found)
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_what_is_not_finite_pushes_out_nothing_that_is_always_kept(two_level, block):
+    case = two_level.fit(Case(Tq=200, Tk=300, k=40, candidates=64, key_block=16, block=block, sink=3, recent=5, weighted=True))
+    qi, ki, w = case.inputs(two_level.device)
+    o = case.options(two_level.device)
+    clean = ops.select_two_level(qi, ki, w, impl=two_level.impl, **o).member_mask(300)
+    ki[:, 1], ki[:, 150], w[:, 120] = float("nan"), float("nan"), float("inf")
+    member = ops.select_two_level(qi, ki, w, impl=two_level.impl, **o).check(200, 300).member_mask(300)[0, 0].cpu()
+    reference = ops.select_two_level(qi.cpu(), ki.cpu(), w.cpu(), impl="reference", **o).member_mask(300)[0, 0]
+    assert torch.equal(member, reference) and bool(clean.any())
+    first = torch.arange(100, 300, block)
+    position = torch.arange(300)
+    recent = (position > first[:, None] - 5) & (position < first[:, None] + block)
+    assert bool(member[:, :3].all()) and bool(member[recent].all())
+    assert not bool(member[~recent[:, 150], 150].any())

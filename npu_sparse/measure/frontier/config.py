@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ...ops import workspace
 from ..quality import EvalConfig
+from ..quality.config import INSTRUMENTS
 from ..ttft import TtftConfig
 
 RUNTIME = (
@@ -42,6 +43,8 @@ class FrontierConfig:
     chat: bool = False
     texts: tuple[str, ...] = ("builtin",)
     min_dense_score: float = 0.5
+    instruments: tuple[str, ...] = INSTRUMENTS
+    stress: bool = False
     runs: int = 10
     warmup: int = 2
     stage_runs: int = 3
@@ -58,7 +61,7 @@ class FrontierConfig:
             if not value or len(set(value)) != len(value):
                 raise ValueError(f"{name} must name at least one value and none twice, got {value}")
             object.__setattr__(self, name, value)
-        for name in ("tasks", "texts"):
+        for name in ("tasks", "texts", "instruments"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
         for k, block in self.points():
@@ -96,14 +99,17 @@ class FrontierConfig:
 
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reads them back."""
-        return json.loads(json.dumps(asdict(replace(self, device=self.device.partition(":")[0]))))
+        out = asdict(replace(self, device=self.device.partition(":")[0]))
+        if self.instruments == ("generated",):  # as runs were before there was another
+            del out["instruments"], out["stress"]
+        return json.loads(json.dumps(out))
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "FrontierConfig":
         """The FrontierConfig that `to_dict` wrote; unknown fields are refused."""
         if unknown := set(data) - set(cls.__dataclass_fields__):
             raise ValueError(f"a frontier config must have known fields only, got {', '.join(sorted(unknown))}")
-        return cls(**data)
+        return cls(**{"instruments": ("generated",), **data})
 
 
 def timed_variant(block: int) -> str:

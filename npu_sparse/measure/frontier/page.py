@@ -6,18 +6,22 @@ from pathlib import Path
 from ...runs.figures import new_figure
 from ...runs.page import markdown_table
 from ..quality import GAPS, machine_lines, points
+from ..quality.forced import nats, percent
 from ..quality.page import EVIDENCE_COLOURS
+from ..teacher_forced import FLATTERS
 from ..variants import VARIANTS, budget_words, tail_note
 
 
 def markdown(result: dict) -> str:
     config = result["config"]
+    forced = bool(result["forced_tasks"])
     lines = []
     for row in result["rows"]:
         ttft, dense, speed_up = row["ttft_s"], row["dense_ttft_s"], row["speed_up"]
         lines.append({
             **{name: row[name] for name in ("label", "evidence", "k", "block", "how")},
             "score": points(row["score"]),
+            **(_forced(row["forced"]) if forced else {}),
             "ttft": ttft and f"{ttft['median']:.4g} ({ttft['q1']:.4g} - {ttft['q3']:.4g})",
             "dense": dense and dense["median"],
             "speed_up": speed_up and f"{speed_up['value']:.3f} [{speed_up['low']:.3f}, {speed_up['high']:.3f}]",
@@ -26,6 +30,7 @@ def markdown(result: dict) -> str:
     label = {name: variant.label for name, variant in VARIANTS.items()}
     columns = {
         "label": "prefill", "evidence": "evidence", "k": "k", "block": "b_sel", "score": "score (of 100)",
+        **({"right": "teacher-forced: right (%)", "change": "difference to dense (points)", "kl": "KL (nats)"} if forced else {}),
         "ttft": "TTFT median (quartiles) (s)", "dense": "dense beside it (s)", "speed_up": "speed-up",
         **{gap: f"{gap} ({label[before]} → {label[after]})" for gap, (before, after) in GAPS.items()}, "how": "how",
     }  # fmt: skip
@@ -42,11 +47,17 @@ def markdown(result: dict) -> str:
         f"did since.{budget_words(config)}\n\n"
         f"{markdown_table(lines, columns)}\n"
     )
+    if forced:
+        text += f"{FLATTERS} Teacher-forced: macro average over {', '.join(result['forced_tasks'])}; differences are paired.\n\n"
     if any(row["evidence"] == "untrained" for row in result["rows"]):
         text += "The indexer is untrained: its scores say nothing about quality.\n\n"
     text += "".join(f"Measured on {line}.\n" for line in machine_lines(result))
     line = {"config": config, "base": result["base"], "adapter": result["adapter"], "machine": result["machines"][0]}
     return text + f"\n```json\n{json.dumps(line)}\n```\n"
+
+
+def _forced(found: dict) -> dict:
+    return {"right": percent(found["right"]), "change": percent(found["change"]), "kl": nats(found["kl"])}
 
 
 K_COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
@@ -55,13 +66,34 @@ BLOCK_MARKERS = "os^vPX*h"
 
 def figure(result: dict):
     config = result["config"]
-    figure, axes = new_figure(width=7.6, height=4.6)
-    ax = axes[0, 0]
+    forced = bool(result["forced_tasks"])
+    figure, axes = new_figure(rows=2 if forced else 1, width=7.6, height=4.6)
+    _panel(axes[0, 0], result, lambda row: {name: 100 * value for name, value in row["score"].items()})
+    axes[0, 0].set_ylabel("macro score (points of 100), 95% interval")
+    axes[0, 0].set_title("Which budgets are worth their quality? Up and left is better.", fontsize=10, loc="left")
+    if forced:
+        _panel(axes[1, 0], result, lambda row: row["forced"]["kl"])
+        axes[1, 0].set_yscale("symlog", linthresh=0.01)
+        axes[1, 0].set_ylim(bottom=0)
+        axes[1, 0].set_ylabel("teacher-forced KL to dense (nats), 95% interval")
+        axes[1, 0].set_title("How far from dense is the answer? Down and left is better.", fontsize=10, loc="left")
+    figure.suptitle(
+        f"{Path(config['model']).name}, {result['length']} tokens, {config['dtype']}, {len(result['tasks'])} tasks x "
+        f"{config['count']} prompts\n"
+        + "\n".join(f"measured: {line}" for line in machine_lines(result)),
+        fontsize=8, x=0.01, ha="left",
+    )  # fmt: skip
+    return figure
+
+
+def _panel(ax, result: dict, quality) -> None:
+    """`quality(row)`, an estimate, of every point against its TTFT; oracles, which are not timed, as lines."""
+    config = result["config"]
     colour = {k: K_COLOURS[n % len(K_COLOURS)] for n, k in enumerate(sorted(config["ks"]))}
     marker = {block: BLOCK_MARKERS[n] for n, block in enumerate(sorted(config["blocks"]))}
     oracles = 0
     for row in result["rows"]:
-        score = {name: 100 * value for name, value in row["score"].items()}
+        score = quality(row)
         if row["evidence"] == "oracle":
             ax.axhline(
                 score["value"],
@@ -84,13 +116,4 @@ def figure(result: dict):
         )  # fmt: skip
     ax.set_xlim(left=0)
     ax.set_xlabel("TTFT (s): median and quartiles")
-    ax.set_ylabel("macro score (points of 100), 95% interval")
-    ax.set_title("Which budgets are worth their quality? Up and left is better.", fontsize=10, loc="left")
     ax.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.suptitle(
-        f"{Path(config['model']).name}, {result['length']} tokens, {config['dtype']}, {len(result['tasks'])} tasks x "
-        f"{config['count']} prompts\n"
-        + "\n".join(f"measured: {line}" for line in machine_lines(result)),
-        fontsize=8, x=0.01, ha="left",
-    )  # fmt: skip
-    return figure

@@ -64,8 +64,8 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
         _require_same("all points", whole, {**_identity(quality), "prompts": quality["prompts"]})
         _require_same("all ttft runs", _hardware(pairs[0][1]), _hardware(ttft))
     solved = [task for task, found in first["tasks"].items() if found["solved"]]
-    if not solved:
-        raise RunError("dense attention must solve at least one task for a frontier, got none: see the quality reports")
+    if not solved or (first.get("forced") and not any(found["solved"] for found in first["forced"]["tasks"].values())):
+        raise RunError("dense attention must solve at least one task by every instrument for a frontier: see the quality reports")
     timings = [ttft for _, ttft in pairs]
     dense_s = [seconds for ttft in timings for seconds in _row(ttft, "dense")["seconds"]]
     oracles = {quality["config"]["k"]: quality for quality, _ in pairs}
@@ -74,6 +74,7 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
         "adapter": whole["adapter"],
         "length": whole["length"],
         "tasks": solved,
+        "forced_tasks": [task for task, found in (first.get("forced") or {"tasks": {}})["tasks"].items() if found["solved"]],
         "unsolved": [task for task in first["tasks"] if task not in solved],
         "rows": [
             {**_scored(first, "dense"), "ttft_s": summary(dense_s), **_where(first, *timings)},
@@ -133,6 +134,10 @@ def _scored(quality: dict, variant: str) -> dict:
     """A row with the macro score of a variant and nothing timed."""
     row = _row(quality, variant)
     kept = {name: row[name] for name in ("variant", "label", "evidence", "k", "block", "score")}
+    kept["forced"] = None
+    if quality.get("forced") is not None:
+        forced = _row({**quality, "rows": quality["forced"]["rows"]}, variant)
+        kept["forced"] = {name: forced[name] for name in ("right", "change", "kl")}
     return {**kept, "ttft_s": None, "dense_ttft_s": None, "speed_up": None, "gaps": {}}
 
 

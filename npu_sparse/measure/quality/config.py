@@ -21,6 +21,7 @@ GAPS = {
 }
 TOTAL = {"total": ("dense", "indexer-shared")}
 MACRO = "macro average"
+INSTRUMENTS = ("generated", "forced")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,9 @@ class EvalConfig:
         qa_files: `{"qa_1": path, "qa_2": path}`.
         min_dense_score: in [0, 1]; a task that dense attention solves less well is listed, but not in the macro
             average.
+        instruments: how prompts are scored: "generated" (greedy, scored as RULER does), "forced" (the reference answer on the
+            cache of the prefill, beside dense logits: see `measure.teacher_forced`), or both.
+        stress: teacher-forced scores of prompt and answer in one sparse forward as well, a prefill more a prompt.
         only_solved: sparse variants skip the tasks that are not in the macro average.
         dtype: of weights and activations.
         device: "cpu", "cuda", "cuda:1", "npu", ...; its index is not part of the run's identity.
@@ -74,6 +78,8 @@ class EvalConfig:
     texts: tuple[str, ...] = ("builtin",)
     qa_files: Mapping[str, str] = field(default_factory=dict)
     min_dense_score: float = 0.5
+    instruments: tuple[str, ...] = INSTRUMENTS
+    stress: bool = True
     only_solved: bool = False
     dtype: str = "bfloat16"
     device: str = "cpu"
@@ -81,7 +87,7 @@ class EvalConfig:
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
-        for name in ("tasks", "variants", "texts"):
+        for name in ("tasks", "variants", "texts", "instruments"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
@@ -102,6 +108,10 @@ class EvalConfig:
             raise ValueError(f"max_new_tokens must lie in [1, length), got {self.max_new_tokens}")
         if not 0 <= self.min_dense_score <= 1:
             raise ValueError(f"min_dense_score must lie in [0, 1], got {self.min_dense_score}")
+        chosen = set(self.instruments)
+        if not chosen or chosen - set(INSTRUMENTS) or len(chosen) < len(self.instruments):
+            got = ", ".join(self.instruments) or "none"
+            raise ValueError(f"instruments must name {' or '.join(INSTRUMENTS)} or both, got {got}")
         if self.impl not in IMPLEMENTATIONS:
             raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {self.impl!r}")
         workspace.check(self.workspace_mib)
@@ -116,6 +126,8 @@ class EvalConfig:
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reads them back."""
         out = asdict(replace(self, device=self.device.partition(":")[0]))
+        if self.instruments == ("generated",):  # as runs were before there was another
+            del out["instruments"], out["stress"]
         return json.loads(json.dumps(out))
 
     @classmethod
@@ -123,4 +135,4 @@ class EvalConfig:
         """The EvalConfig that `to_dict` wrote; unknown fields are refused."""
         if unknown := set(data) - set(cls.__dataclass_fields__):
             raise ValueError(f"an eval config must have known fields only, got {', '.join(sorted(unknown))}")
-        return cls(**data)
+        return cls(**{"instruments": ("generated",), **data})

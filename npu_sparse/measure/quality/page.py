@@ -19,14 +19,25 @@ from ..variants import (
     variant_named,
 )
 from .config import GAPS, MACRO, TOTAL, EvalConfig
+from .forced import figure_forced, markdown_forced, tabulate_forced
 
 
 def mean_score(record: dict) -> float:
-    return sum(sample["score"] for sample in record["samples"]) / len(record["samples"])
+    return sum(_scores(record)) / len(record["samples"])
 
 
 def _scores(record: dict) -> list[float]:
-    return [sample["score"] for sample in record["samples"]]
+    """Generated scores, or what is right teacher-forced where nothing was generated."""
+    return [sample["score"] if "score" in sample else sample["right"] for sample in record["samples"]]
+
+
+def is_solved(config: EvalConfig, dense: dict) -> bool:
+    """Whether dense attention solves a task by one of the run's instruments."""
+    means = [
+        sum(sample[name] for sample in dense["samples"]) / len(dense["samples"])
+        for name in ("score", "right") if name in dense["samples"][0]
+    ]  # fmt: skip
+    return max(means) >= config.min_dense_score
 
 
 def tabulate(config: EvalConfig, records: dict) -> dict:
@@ -81,6 +92,7 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
         "rows": rows,
         "gaps": gaps,
         "options": options,
+        "forced": tabulate_forced(config, records),
     }
 
 
@@ -131,9 +143,10 @@ def markdown(result: dict) -> str:
         "the task says nothing about sparsity and is not in the macro average.\n\n"
     )  # fmt: skip
     columns = {"label": "prefill", "evidence": "evidence", "k": "k", "block": "b_sel", **{t: heading[t] for t in shown}}
+    how = "greedy" if "generated" in config.get("instruments", ("generated",)) else "teacher-forced"
     text = (
         f"# How much quality does sparse prefill lose?\n\n{config['model']}, {config['length']} tokens, "
-        f"{config['count']} prompts per task, greedy, {config['dtype']}; scores of 100 with 95% bootstrap intervals "
+        f"{config['count']} prompts per task, {how}, {config['dtype']}; scores of 100 with 95% bootstrap intervals "
         f"over prompts, all variants on the same prompts.{tail_note(config)}{budget_words(config)}\n\n## Scores\n\n"
         f"{markdown_table(list(by_variant.values()), columns)}\n{unsolved}"
     )
@@ -154,6 +167,7 @@ def markdown(result: dict) -> str:
             "## Options\n\nPaired differences on the same prompts, in points; negative = lost.\n\n"
             f"{markdown_table(list(lines.values()), columns)}\n"
         )
+    text += markdown_forced(result)
     if any(row["evidence"] == "untrained" for row in result["rows"]):
         text += "The indexer is untrained: its scores say nothing about quality.\n\n"
     text += "".join(f"Measured on {line}.\n" for line in machine_lines(result))
@@ -166,6 +180,26 @@ def markdown(result: dict) -> str:
 EVIDENCE_COLOURS = {
     "dense": "#222222", "oracle": "#0072b2", "distilled": "#d55e00", "untrained": "#cc79a7", "control": "#8a8a8a",
 }  # fmt: skip
+
+
+def variant_styles(columns: dict) -> dict:
+    """How matplotlib draws each variant of `{name: a row of it}`: its marker, its colour by evidence, hollow where shared."""
+    markers = dict(zip(VARIANTS, "DososXx"))
+    with_options = [name for name in columns if "+" in name]
+    markers.update(zip(with_options, itertools.cycle("^v<>Pph*")))
+    return {
+        name: {
+            "label": row["label"] if name == "dense" else f"{row['label']} ({row['evidence']})",
+            "marker": markers[name],
+            "color": EVIDENCE_COLOURS[row["evidence"]], "markerfacecolor": "white" if variant_named(name).shared else None,
+        }
+        for name, row in columns.items()
+    }  # fmt: skip
+
+
+def forced_figure(result: dict):
+    """`figure_forced` in the colours of the report's other figure."""
+    return figure_forced(result, variant_styles({row["variant"]: row for row in result["forced"]["rows"]}))
 
 
 def figure(result: dict):
@@ -201,19 +235,8 @@ def figure(result: dict):
         ax.set_title(question, fontsize=10, loc="left")
         ax.legend(fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(0, -0.55 / height - 0.06), ncols=2)
 
-    markers = dict(zip(VARIANTS, "DososXx"))
-    with_options = [name for name in columns if "+" in name]
-    markers.update(zip(with_options, itertools.cycle("^v<>Pph*")))
-    styles = {
-        name: {
-            "label": row["label"] if name == "dense" else f"{row['label']} ({row['evidence']})",
-            "marker": markers[name],
-            "color": EVIDENCE_COLOURS[row["evidence"]], "markerfacecolor": "white" if variant_named(name).shared else None,
-        }
-        for name, row in columns.items()
-    }  # fmt: skip
     panel(
-        axes[0, 0], styles, lambda name: [row for row in result["rows"] if row["variant"] == name],
+        axes[0, 0], variant_styles(columns), lambda name: [row for row in result["rows"] if row["variant"] == name],
         "score (points of 100)", "What does each prefill score?",
     )  # fmt: skip
     if gaps:

@@ -3,14 +3,15 @@
 A run directory holds
     config.json                     the EvalConfig
     prompts/<task>.json             the examples, the same for every variant
-    records/<task>-<variant>.json   one finished cell: the score and output of every prompt
-    report.json report.md report.png
+    records/<task>-<variant>.json   one finished cell: scores and output of every prompt
+    forced/<task>.safetensors       what dense attention makes of the reference answers, for all variants
+    report.json report.md report.png forced.png
 A cell is finished when its record is there, and is not computed again. Cells may be computed by several processes
 (`shard`), one per GPU, into one directory.
 
 Generation is greedy, in left-padded batches; the prefill runs as the variant says and decoding is dense. Where queries
 share a support, the blocks of a padded row begin at its padding: batches are the same for all variants, and `batch` is
-in the config.
+in the config. Teacher-forced answers go through one prompt at a time (`measure.teacher_forced`).
 """
 
 import hashlib
@@ -18,14 +19,17 @@ import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
+from ...budget import Budget
 from ...runs.figures import write_figure
 from ...runs.machine import machine
 from ...runs.page import say
 from ...runs.store import RunError, open_run, write_bytes, write_json, write_text
 from ...tasks import Example, encode, generate, score, texts
 from ...tasks.catalogue import task_named
+from .. import teacher_forced
 from ..decode import generate_texts
 from ..variants import (
     Subject,
@@ -40,16 +44,17 @@ from ..variants import (
     with_tokenizer,
 )
 from .config import EvalConfig
-from .page import figure, markdown, mean_score, tabulate
+from .page import figure, forced_figure, is_solved, markdown, mean_score, tabulate
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The examples of one task, their token ids, and a digest of both."""
+    """The examples of one task, their token ids, a digest of both, and the answers to force (none where nobody asks)."""
 
     examples: tuple[Example, ...]
     ids: tuple[tuple[int, ...], ...]
     digest: str
+    asked: tuple[teacher_forced.Forced, ...] = ()
 
 
 def run_eval(
@@ -116,6 +121,8 @@ def report_eval(output) -> dict:
     write_json(directory / "report.json", result)
     write_text(directory / "report.md", markdown(result))
     write_figure(directory / "report.png", figure(result))
+    if result["forced"] is not None:
+        write_figure(directory / "forced.png", forced_figure(result))
     return result
 
 
@@ -133,15 +140,16 @@ def adopt_records(config: EvalConfig, output, earlier: list[Path]) -> list[tuple
         if ours.to_dict() != theirs.to_dict():
             raise RunError(f"{other} must differ from {directory} in k, block, tail and variants only")
         for task in config.tasks:
-            source = _prompts_path(other, task)
-            if source.exists() and not _prompts_path(directory, task).exists():
-                _prompts_path(directory, task).parent.mkdir(exist_ok=True)
-                write_bytes(_prompts_path(directory, task), source.read_bytes())
+            for path in (_prompts_path, _rows_path):
+                source, ours = path(other, task), path(directory, task)
+                if source.exists() and not ours.exists():
+                    ours.parent.mkdir(exist_ok=True)
+                    write_bytes(ours, source.read_bytes())
         for cell in _cells(config):
             if _record_path(directory, cell).exists() or not _record_path(other, cell).exists():
                 continue
             record = _read(other, cell)
-            if record["budget"] == _budget_dict(config, cell[1]):
+            if _same_budget(record["budget"], budget_of(cell[1], config.budget)):
                 _write_record(directory, record)
                 copied.append(cell)
     return copied
@@ -161,7 +169,7 @@ def _skipped(config: EvalConfig, directory: Path, cell: tuple[str, str]) -> bool
     dense = (cell[0], "dense")
     if not config.only_solved or cell == dense or not _record_path(directory, dense).exists():
         return False
-    return mean_score(_read(directory, dense)) < config.min_dense_score
+    return not is_solved(config, _read(directory, dense))
 
 
 def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
@@ -196,19 +204,16 @@ def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
 
 def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, common: dict) -> None:
     task, name = cell
-    budget = budget_of(name, config.budget)
-    if budget is None:
-        prefill = nullcontext()
-    else:
-        from ...prefill import SparsePrefill
-
-        selector = selector_of(name, subject.indexer, config.seed)
-        prefill = SparsePrefill.attach(
-            subject.model, selector, budget, impl=config.impl, workspace_mib=config.workspace_mib
-        )
     started = time.perf_counter()
-    with prefill:
-        outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, config.batch)
+    samples = [{"index": example.index, "length": example.length} for example in prompts.examples]
+    if "forced" in config.instruments:
+        for sample, found in zip(samples, _forced(config, directory, cell, subject, prompts)):
+            sample |= found
+    if "generated" in config.instruments:
+        with _prefill(config, name, subject):
+            outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, config.batch)
+        for sample, example, output in zip(samples, prompts.examples, outputs):
+            sample |= {"score": score(example, output), "output": output}
     record = {
         "task": task,
         "variant": name,
@@ -218,13 +223,36 @@ def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, c
         **common,
         "adapter": common["adapter"] if needs_indexer([name]) else None,
         "seconds": round(time.perf_counter() - started, 3),
-        "samples": [
-            {"index": example.index, "length": example.length, "score": score(example, output), "output": output}
-            for example, output in zip(prompts.examples, outputs)
-        ],
+        "samples": samples,
     }
     _write_record(directory, record)
     say(f"{task} / {name}: {100 * mean_score(record):.1f} ({record['seconds']:.1f} s)")
+
+
+def _prefill(config: EvalConfig, name: str, subject: Subject):
+    """The context in which a variant's prompts are prefilled."""
+    budget = budget_of(name, config.budget)
+    if budget is None:
+        return nullcontext()
+    from ...prefill import SparsePrefill
+
+    selector = selector_of(name, subject.indexer, config.seed)
+    return SparsePrefill.attach(subject.model, selector, budget, impl=config.impl, workspace_mib=config.workspace_mib)
+
+
+def _forced(config: EvalConfig, directory: Path, cell, subject: Subject, prompts: Prompts) -> list[dict]:
+    """The teacher-forced scores of a cell; what dense attention makes of the answers is computed once for all variants."""
+    task, name = cell
+    path = _rows_path(directory, task)
+    if name == "dense" or not path.exists():
+        samples, rows = teacher_forced.score_forced(subject.model, prompts.asked, stress=config.stress and name == "dense")
+        path.parent.mkdir(exist_ok=True)
+        teacher_forced.write_states(path, rows)
+        if name == "dense":
+            return samples
+    dense = teacher_forced.read_states(path)
+    attach = partial(_prefill, config, name, subject)
+    return teacher_forced.score_forced(subject.model, prompts.asked, attach, dense, stress=config.stress)[0]
 
 
 def _prompts(config: EvalConfig, directory: Path, task: str, tokenizer) -> Prompts:
@@ -249,11 +277,16 @@ def _prompts(config: EvalConfig, directory: Path, task: str, tokenizer) -> Promp
             raise RunError(f"{path} was made with another tokenizer: example {example.index} must have "
                            f"{example.length} tokens, got {len(tokens)}")  # fmt: skip
     content = json.dumps([[asdict(example) for example in examples], ids])
-    return Prompts(tuple(examples), ids, hashlib.sha256(content.encode()).hexdigest()[:16])
+    asked = (teacher_forced.forced(tokenizer, example) for example in examples if "forced" in config.instruments)
+    return Prompts(tuple(examples), ids, hashlib.sha256(content.encode()).hexdigest()[:16], tuple(asked))
 
 
 def _prompts_path(directory: Path, task: str) -> Path:
     return directory / "prompts" / f"{task}.json"
+
+
+def _rows_path(directory: Path, task: str) -> Path:
+    return directory / "forced" / f"{task}.safetensors"
 
 
 def _record_path(directory: Path, cell: tuple[str, str]) -> Path:
@@ -282,6 +315,11 @@ def _read_config(directory: Path) -> EvalConfig:
     if found.pop("stage", None) != "eval":
         raise RunError(f"{directory} must be the directory of an eval run")
     return EvalConfig.from_dict(found)
+
+
+def _same_budget(recorded: dict | None, budget: Budget | None) -> bool:
+    """Whether a record is of this budget; fields that came later have their defaults in it."""
+    return budget is None if recorded is None else budget is not None and Budget.from_dict(recorded) == budget
 
 
 def _budget_dict(config: EvalConfig, name: str) -> dict | None:

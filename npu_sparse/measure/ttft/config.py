@@ -12,7 +12,7 @@ from ..variants import (
     check_names,
 )
 
-STAGES = ("projection", "scoring", "top-k", "attention", "rest")
+STAGES = ("projection", "scoring", "top-k", "attention", "exact", "rest")
 ATTACHED = "attached"
 PROMPTS = ("text", "random")
 

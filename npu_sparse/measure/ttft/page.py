@@ -116,7 +116,7 @@ COLOURS = {
     "indexer-shared": "#d55e00", "local": "#009e73", "random": "#cc79a7",
 }  # fmt: skip
 LINES = {False: "-", True: "--"}  # with options of its own
-STAGE_COLOURS = dict(zip(STAGES, ("#f0e442", "#e69f00", "#d55e00", "#0072b2", "#cccccc")))
+STAGE_COLOURS = dict(zip(STAGES, ("#f0e442", "#e69f00", "#d55e00", "#0072b2", "#56b4e9", "#cccccc")))
 
 
 def figure(result: dict):

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ...budget import REDUCTIONS
+from ...budget import MASS_REDUCTIONS
 from .. import dispatch
 from .reference import attention_mass as reference
 
@@ -39,7 +39,7 @@ def attention_mass(
     `P[t](s) = mean over heads of softmax_s(<q[t], k[s]> * scale)` over the keys s that query t sees (arXiv 2606.07703,
     "Oracle"); rows of one query sum to 1. With `reduce_block > 1` the rows of a block of queries become one by `reduce`:
     the maximum over its queries, or the mean over those that see anything. Keys nobody sees have mass 0. A padding query
-    sees nothing, so it has no part in its block.
+    sees nothing, so it has no part in its block. A query with NaN among its scores makes all mass of its row NaN.
 
     Args:
         q: `[B, Hq, Tq, D]` queries after rotary embedding, the last Tq of Tk positions; fp16, bf16 or fp32.
@@ -59,8 +59,8 @@ def attention_mass(
     check_lengths(Tq, k.shape[2])
     if reduce_block < 1:
         raise ValueError(f"reduce_block must be >= 1, got {reduce_block}")
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    if reduce not in MASS_REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(MASS_REDUCTIONS)}, got {reduce!r}")
     check_valid(valid, B, k.shape[2], q.device)
     return dispatch.call("attention_mass", impl, q.device.type, q, k, float(scale), reduce_block, reduce, per_kv, valid)
 

@@ -1,3 +1,3 @@
-from .op import index_scores, select_by_index
+from .op import index_partition, index_scores, select_by_index
 
-__all__ = ["index_scores", "select_by_index"]
+__all__ = ["index_partition", "index_scores", "select_by_index"]

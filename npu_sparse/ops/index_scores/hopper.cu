@@ -125,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
             for (int i = 0; i < ACCUMULATORS; i++) {
                 float weight = 1;
                 if (WEIGHTED) weight = weights[h * COLUMNS + (BSEL == 1 ? row + i / 2 % 2 * 8 : i / 4 * 8 + 2 * quad + i % 2)];
-                const float part = fmaxf(s[i], 0.0f) * weight;
+                const float part = larger(s[i], 0.0f) * weight;
                 z[i] = h ? z[i] + part : part;
             }
 #endif
@@ -164,6 +164,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
                     const int n = place + PLACE(i), key = SAMPLE ? sampled_key(n) : n, position = a.offset + token[r];
                     if (key > position || n >= stop) SCORE(i) = MINUS_INFINITY;
                     else if (key < a.sink || (a.recent && key > position - a.recent)) SCORE(i) = INFINITY_;
+                    else if (SAMPLE) SCORE(i) = ordinary(SCORE(i));
                 }
         }
 #pragma unroll
@@ -214,7 +215,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++)
                 if (hits & 1u << i) {
-                    *reinterpret_cast<u64*>(candidates + to) = entry(SCORE(i), first + i / 2 * 8 + i % 2);
+                    const int key = first + i / 2 * 8 + i % 2;
+                    const bool always = key < a.sink || (a.recent && key > a.offset + token[r] - a.recent);
+                    *reinterpret_cast<u64*>(candidates + to) = entry(always ? SCORE(i) : ordinary(SCORE(i)), key);
                     to += 8;
                 }
 #endif
@@ -268,20 +271,20 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
             for (int i = 0; i < BLOCKS; i++) {
                 best[r][i] = scores[i * BSEL / 2 + 2 * r];
 #pragma unroll
-                for (int c = 1; c < BSEL / 4; c++) best[r][i] = fmaxf(best[r][i], scores[i * BSEL / 2 + c / 2 * 4 + 2 * r + c % 2]);
+                for (int c = 1; c < BSEL / 4; c++) best[r][i] = larger(best[r][i], scores[i * BSEL / 2 + c / 2 * 4 + 2 * r + c % 2]);
             }
             // four lanes share a key: each ends up with the maxima of a quarter of the blocks
 #pragma unroll
             for (int i = 0; i < HALF; i++) {
                 const float mine = BLOCKS > 1 && upper ? best[r][i + HALF * (BLOCKS > 1)] : best[r][i];
                 const float theirs = BLOCKS > 1 ? (upper ? best[r][i] : best[r][i + HALF * (BLOCKS > 1)]) : best[r][i];
-                best[r][i] = fmaxf(mine, __shfl_xor_sync(FULL, theirs, 2));
+                best[r][i] = larger(mine, __shfl_xor_sync(FULL, theirs, 2));
             }
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
                 const float mine = HALF > 1 && odd ? best[r][i + MINE * (HALF > 1)] : best[r][i];
                 const float theirs = HALF > 1 ? (odd ? best[r][i] : best[r][i + MINE * (HALF > 1)]) : best[r][i];
-                best[r][i] = fmaxf(mine, __shfl_xor_sync(FULL, theirs, 1));
+                best[r][i] = larger(mine, __shfl_xor_sync(FULL, theirs, 1));
                 if (ONE_PLAIN_HEAD && best[r][i] > MINUS_INFINITY) best[r][i] = fmaxf(best[r][i], 0.0f);
             }
         }
@@ -292,9 +295,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
                 float value = best[r][i];
-                if (special && value > MINUS_INFINITY) {
+                bool always = false;
+                if (special && value != MINUS_INFINITY) {
                     const int first = a.offset + a.first_query + (first_row + i) * BSEL;
-                    if (key < a.sink || (a.recent && key > first - a.recent)) value = INFINITY_;
+                    always = key < a.sink || (a.recent && key > first - a.recent);
+                    if (always) value = INFINITY_;
+                    else if (SAMPLE) value = ordinary(value);
                 }
                 if (SAMPLE) {
                     if (reports && first_row + i < a.rows && n < stop) a.sample[(b * a.rows + first_row + i) * a.samples + n] = value;
@@ -302,7 +308,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
                     waiting[r][i] = -1;
                     if (value >= bound[i] && value > MINUS_INFINITY && (value > bound[i] || key <= key_of_rank(least[i]))) {
                         waiting[r][i] = atomicAdd(a.held + b * a.rows + first_row + i, 1);
-                        kept[r][i] = value;
+                        kept[r][i] = always ? value : ordinary(value);
                     }
                 }
             }

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..maxima import larger, largest
 from . import hopper
 from .op import select_by_slices
 
@@ -27,7 +28,7 @@ def _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_
             queries = qi + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + d[None, :] * q_d
             queries = tl.load(queries, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, STEP]
             products += tl.dot(queries, keys, input_precision=PRECISION)
-        products = tl.maximum(products * scale, 0.0)
+        products = larger(products * scale, 0.0)
         if WEIGHTED:
             weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t + h * w_h, mask=live, other=0.0).to(tl.float32)
             products = products * weight[:, None]
@@ -41,12 +42,19 @@ def _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_
 
 
 @triton.jit
+def _less(z, norm, token, Tq):
+    """Every query's scores less its own norm; what it does not see stays at -inf."""
+    return tl.where(z != float("-inf"), z - tl.load(norm + token, mask=token < Tq, other=0.0)[:, None], float("-inf"))
+
+
+@triton.jit
 def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
             q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h, v_b, v_t, n_b, o_b, o_n,
             HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, SPLIT: tl.constexpr,
-            MEAN: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+            MEAN: tl.constexpr, NORMAL: tl.constexpr, WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
             STEP: tl.constexpr):  # fmt: skip
-    """SPLIT > 0: the tile holds ROWS / SPLIT whole blocks of SPLIT queries. SPLIT = 0: one block, in `chunks` tiles of ROWS."""
+    """SPLIT > 0: the tile holds ROWS / SPLIT whole blocks of SPLIT queries. SPLIT = 0: one block, in `chunks` tiles of ROWS. With
+    NORMAL, scores are less each query's `norm [B, Tq]`."""
     b = tl.program_id(2).to(tl.int64)
     key = tl.program_id(0) * COLS + tl.arange(0, COLS)
     if SPLIT:
@@ -55,16 +63,18 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
         token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         z = _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h,
                     v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION, STEP)  # fmt: skip
+        if NORMAL:
+            z = _less(z, norm + b * n_b, token, Tq)
         if MEAN:
             high = tl.load(norm + b * n_b + token, mask=token < Tq, other=float("-inf"))
-            live = high > float("-inf")
-            weights = tl.where(z > float("-inf"), tl.exp(z - tl.where(live, high, 0.0)[:, None]), 0.0)
+            live = high != float("-inf")
+            weights = tl.where(z != float("-inf"), tl.exp(z - tl.where(live, high, 0.0)[:, None]), 0.0)
             speaking = tl.sum(tl.reshape(live.to(tl.float32), [BLOCKS, SPLIT]), 1)
-            seen = tl.max(tl.reshape(z, [BLOCKS, SPLIT, COLS]), 1) > float("-inf")
+            seen = largest(tl.reshape(z, [BLOCKS, SPLIT, COLS]), 1) != float("-inf")
             mean = tl.sum(tl.reshape(weights, [BLOCKS, SPLIT, COLS]), 1) / tl.maximum(speaking, 1.0)[:, None]
             reduced = tl.where(seen, mean, float("-inf"))
         else:
-            reduced = tl.max(tl.reshape(z, [BLOCKS, SPLIT, COLS]), 1)
+            reduced = largest(tl.reshape(z, [BLOCKS, SPLIT, COLS]), 1)
         n = first_block + tl.arange(0, BLOCKS)
         place = out + b * o_b + n[:, None].to(tl.int64) * o_n + key[None, :]
         tl.store(place, reduced, mask=(n * SPLIT < Tq)[:, None] & (key < Tk)[None, :])
@@ -78,15 +88,17 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
             token = tl.where(inner < block, n * block + inner, Tq)
             z = _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h,
                         v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION, STEP)  # fmt: skip
-            best = tl.maximum(best, tl.max(z, 0))
+            if NORMAL:
+                z = _less(z, norm + b * n_b, token, Tq)
+            best = larger(best, largest(z, 0))
             if MEAN:
                 high = tl.load(norm + b * n_b + token, mask=token < Tq, other=float("-inf"))
-                live = high > float("-inf")
-                total += tl.sum(tl.where(z > float("-inf"), tl.exp(z - tl.where(live, high, 0.0)[:, None]), 0.0), 0)
+                live = high != float("-inf")
+                total += tl.sum(tl.where(z != float("-inf"), tl.exp(z - tl.where(live, high, 0.0)[:, None]), 0.0), 0)
                 speaking += tl.sum(live.to(tl.float32), 0)
         reduced = best
         if MEAN:
-            reduced = tl.where(best > float("-inf"), total / tl.maximum(speaking, 1.0), float("-inf"))
+            reduced = tl.where(best != float("-inf"), total / tl.maximum(speaking, 1.0), float("-inf"))
         tl.store(out + b * o_b + n.to(tl.int64) * o_n + key, reduced, mask=key < Tk)
 
 
@@ -94,7 +106,7 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
 def _normalise(qi, ki, w, valid, norm, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h, v_b, v_t, n_b,
                HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """log sum exp of every query's scores; -inf where it sees nothing."""
+    """log sum exp of every query's scores; -inf where it sees nothing, NaN where a score is NaN or +inf."""
     b = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     high = tl.full([ROWS], float("-inf"), tl.float32)
@@ -108,46 +120,61 @@ def _normalise(qi, ki, w, valid, norm, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(high - base) + tl.sum(tl.exp(z - base[:, None]), 1)
         high = higher
-    norm_of = tl.where(high > float("-inf"), high + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    norm_of = tl.where(total == 0, float("-inf"), high + tl.log(total))  # NaN where a score is
     tl.store(norm + b * n_b + token, norm_of, mask=token < Tq)
 
 
-def index_scores(qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: str, valid: Tensor | None) -> Tensor:
+def index_scores(
+    qi: Tensor, ki: Tensor, w: Tensor | None, block: int, reduce: str, valid: Tensor | None, partition: Tensor | None
+) -> Tensor:
     B, Hi, Tq, Di = qi.shape
     Tk = ki.shape[1]
     Nq = -(-Tq // block)
     out = torch.empty((B, Nq, Tk), dtype=torch.float32, device=qi.device)
-    single, DP = qi.dtype == torch.float32, max(16, triton.next_power_of_2(Di))
-    common = dict(
-        HI=Hi, D=Di, DP=DP, COLS=64 if single else 128, WEIGHTED=w is not None, PADDED=valid is not None,
-        PRECISION="ieee" if single else "tf32", STEP=min(32, DP) if single else DP, num_warps=8 if Di > 64 else 4,
-        num_stages=2 if single else 3,
-    )  # fmt: skip
-    inputs = (qi, ki, qi if w is None else w, qi if valid is None else valid.view(torch.uint8))
-    sizes = (Tq, Tk, Tk - Tq, Di**-0.5)
-    strides = (*qi.stride(), *ki.stride(), *(w.stride() if w is not None else (0, 0, 0)))
-    strides += valid.stride() if valid is not None else (0, 0)
+    inputs, sizes, strides, common = _launch(qi, ki, w, valid)
     norm = out
     if reduce == "mean":
-        norm = torch.empty((B, Tq), dtype=torch.float32, device=qi.device)
-        _normalise[(triton.cdiv(Tq, 64), B)](*inputs, norm, *sizes, *strides, Tq, ROWS=64, **common)
+        norm = index_partition(qi, ki, w, valid)
+    elif partition is not None:
+        norm = partition.contiguous()
     whole = block <= 128 and block & (block - 1) == 0
     rows = max(64, block) if whole else min(128, max(16, triton.next_power_of_2(block)))
     tiles = triton.cdiv(Tq, rows) if whole else Nq
     _reduce[(triton.cdiv(Tk, common["COLS"]), tiles, B)](
         *inputs, norm, out, *sizes, block, triton.cdiv(block, rows), *strides, Tq, *out.stride()[:2],
-        ROWS=rows, SPLIT=block if whole else 0, MEAN=reduce == "mean", **common,
+        ROWS=rows, SPLIT=block if whole else 0, MEAN=reduce == "mean", NORMAL=partition is not None, **common,
     )  # fmt: skip
     return out
 
 
+def index_partition(qi: Tensor, ki: Tensor, w: Tensor | None, valid: Tensor | None) -> Tensor:
+    B, _, Tq, _ = qi.shape
+    inputs, sizes, strides, common = _launch(qi, ki, w, valid)
+    norm = torch.empty((B, Tq), dtype=torch.float32, device=qi.device)
+    _normalise[(triton.cdiv(Tq, 64), B)](*inputs, norm, *sizes, *strides, Tq, ROWS=64, **common)
+    return norm
+
+
+def _launch(qi: Tensor, ki: Tensor, w: Tensor | None, valid: Tensor | None) -> tuple[tuple, tuple, tuple, dict]:
+    """Inputs, with placeholders for what is missing, sizes, strides and constants that both kernels take."""
+    Tq, Tk, Di = qi.shape[2], ki.shape[1], qi.shape[3]
+    single, DP = qi.dtype == torch.float32, max(16, triton.next_power_of_2(Di))
+    common = dict(
+        HI=qi.shape[1], D=Di, DP=DP, COLS=64 if single else 128, WEIGHTED=w is not None, PADDED=valid is not None,
+        PRECISION="ieee" if single else "tf32", STEP=min(32, DP) if single else DP, num_warps=8 if Di > 64 else 4,
+        num_stages=2 if single else 3,
+    )  # fmt: skip
+    inputs = (qi, ki, qi if w is None else w, qi if valid is None else valid.view(torch.uint8))
+    strides = (*qi.stride(), *ki.stride(), *(w.stride() if w is not None else (0, 0, 0)))
+    strides += valid.stride() if valid is not None else (0, 0)
+    return inputs, (Tq, Tk, Tk - Tq, Di**-0.5), strides, common
+
+
 def select_by_index(
-    qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce: str, sink: int, recent: int, valid: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    select = hopper.select_by_index if hopper.serves(qi, ki, w, k, block, reduce, sink, recent, valid) else _select_by_slices
-    return select(qi, ki, w, k, block, reduce, sink, recent, valid)
-
-
-def _select_by_slices(*arguments) -> tuple[Tensor, Tensor]:
-    support = select_by_slices(*arguments, impl="kernel")
+    qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce: str, sink: int, recent: int, valid: Tensor | None,
+    partition: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if hopper.serves(qi, ki, w, k, block, reduce, sink, recent, valid):
+        return hopper.select_by_index(qi, ki, w, k, block, reduce, sink, recent, valid)
+    support = select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, partition, impl="kernel")
     return support.indices, support.count

@@ -10,11 +10,12 @@ from .blocks import block_bounds
 from .levels import two_levels
 
 TILE_ELEMENTS = 1 << 22  # scores of single keys alive at once
+MOST = 3e38  # of a score: those of blocks and keys that always belong are above it
 
 
 def block_scores(
     qi: Tensor, bounds: Tensor, w: Tensor | None, sinks: Tensor, position: int, key_block: int, group: int, recent: int,
-    valid: Tensor | None,
+    valid: Tensor | None, partition: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The scores of key blocks for groups of queries, float32 `[B, Ng, Nc]`: -inf for blocks that are ahead or all padding, +inf
     for those of the group and its recent keys, the largest number for those of the first keys.
@@ -29,6 +30,8 @@ def block_scores(
         q = qi[:, h].float()
         best = q.clamp(min=0) @ towards_high.mT + q.clamp(max=0) @ towards_low.mT  # [B, R, Nc]
         z += best.relu_() if w is None else best.relu_().mul_(w[:, :, h, None])
+    if partition is not None:
+        z -= partition[..., None]
     place = torch.arange(Nc, device=qi.device)
     first = position + torch.arange(Ng, device=qi.device)[:, None] * group  # [Ng, 1]
     last = (first + group - 1).clamp(max=position + R - 1)
@@ -36,6 +39,7 @@ def block_scores(
         z.masked_fill_(~valid[:, position : position + R, None], float("-inf"))  # a padding query speaks for nobody
     z = torch.nn.functional.pad(z, (0, 0, 0, Ng * group - R), value=float("-inf"))
     z = z.unflatten(1, (Ng, group)).amax(2)  # [B, Ng, Nc]
+    z.nan_to_num_(nan=float("-inf"), posinf=MOST, neginf=float("-inf"))
     z.masked_fill_(sinks[:, None], torch.finfo(torch.float32).max)
     z.masked_fill_((place + 1) * key_block > first - max(recent, 1) + 1, float("inf"))
     if valid is not None:
@@ -47,7 +51,7 @@ def block_scores(
 
 def candidate_scores(
     qi: Tensor, ki: Tensor, w: Tensor | None, chosen: Tensor, held: Tensor, position: int, key_block: int, block: int, group: int,
-    reduce: str, sink: int, recent: int, valid: Tensor | None,
+    reduce: str, sink: int, recent: int, valid: Tensor | None, partition: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The scores of the keys of every group's blocks, reduced over blocks of queries: float32 `[B, ceil(R / block), W *
     key_block]`, +inf for keys that are always kept, -inf where no query of the block sees the key.
@@ -60,6 +64,8 @@ def candidate_scores(
     scaled = torch.nn.functional.pad(qi * Di**-0.5, (0, 0, 0, Ng * group - R)).unflatten(2, (Ng, group))  # [B, Hi, Ng, group, Di]
     if w is not None:
         w = torch.nn.functional.pad(w, (0, 0, 0, Ng * group - R)).unflatten(1, (Ng, group))  # [B, Ng, group, Hi]
+    if partition is not None:
+        partition = torch.nn.functional.pad(partition, (0, Ng * group - R)).unflatten(1, (Ng, group))  # [B, Ng, group]
     used = torch.arange(W, device=qi.device) < held[..., None]  # [B, Ng, W]
     key = chosen.where(used, 0)[..., None] * key_block + torch.arange(key_block, device=qi.device)
     inside = (used[..., None] & (key < Tk)).flatten(2)  # [B, Ng, W * key_block]
@@ -81,6 +87,8 @@ def candidate_scores(
             if w is not None:
                 z.mul_(w[b, n].mT[..., None])
             z = z.sum(1) if Hi > 1 else z[:, 0]  # [n, group, W * key_block]
+            if partition is not None:
+                z = z - partition[b, n, :, None]  # at least fp32
             sees = inside[b, n, None] & live[b, n, :, None] & (key[b, n, None] <= query[n, :, None])
             z = z.masked_fill(~sees, float("-inf"))
             if reduce == "mean":
@@ -93,7 +101,9 @@ def candidate_scores(
                 kept |= (key[b, n, None] > first - recent) & (key[b, n, None] < first + block)
             if sink:
                 kept |= ((key[b, n] if valid is None else rank[b, key[b, n]]) < sink)[:, None]
-            scores[b, n] = z.masked_fill(kept & (z > float("-inf")), float("inf"))
+            kept &= z != float("-inf")
+            z = z.float().nan_to_num(nan=float("-inf"), posinf=MOST, neginf=float("-inf"))
+            scores[b, n] = z.masked_fill_(kept, float("inf"))
     return scores.flatten(1, 2)[:, : -(-R // block)].contiguous()
 
 

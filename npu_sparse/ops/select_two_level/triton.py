@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks import sink_ends
+from ..maxima import larger, largest
 from .levels import two_levels
 
 ROW_ELEMENTS = 2048  # slots that one program of `_place` turns into keys
@@ -34,10 +35,11 @@ def _bound(ki, valid, out, Tk, k_b, k_t, k_d, v_b, v_t, D: tl.constexpr, DP: tl.
 
 
 @triton.jit
-def _rank(qi, bounds, w, kinds, valid, out, R, Nc, Ng, position, key_block, reach, q_b, q_h, q_t, q_d, w_b, w_t, w_h, v_b, v_t,
-          HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, WEIGHTED: tl.constexpr,
-          PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """The rank of COLS key blocks for a group of ROWS queries; `reach`: how far before it the group keeps everything."""
+def _rank(qi, bounds, w, kinds, valid, norm, out, R, Nc, Ng, position, key_block, reach, q_b, q_h, q_t, q_d, w_b, w_t, w_h, v_b,
+          v_t, HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, NORMAL: tl.constexpr,
+          WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The rank of COLS key blocks for a group of ROWS queries; `reach`: how far before it the group keeps everything. With
+    NORMAL, scores are less each query's `norm [B, Ng, ROWS]`."""
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1)
     first_block = tl.program_id(0) * COLS
     c = first_block + tl.arange(0, COLS)
@@ -56,16 +58,19 @@ def _rank(qi, bounds, w, kinds, valid, out, R, Nc, Ng, position, key_block, reac
             q = qi + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + d[None, :] * q_d
             q = tl.load(q, mask=(token < R)[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, DP]
             zero = tl.zeros_like(q)  # a maximum of bf16 would be fp32
-            score = tl.dot(tl.where(q > zero, q, zero), high, input_precision=PRECISION)
-            score = tl.maximum(tl.dot(tl.where(q < zero, q, zero), low, score, input_precision=PRECISION), 0.0)
+            score = tl.dot(tl.where(q < zero, zero, q), high, input_precision=PRECISION)
+            score = larger(tl.dot(tl.where(q < zero, q, zero), low, score, input_precision=PRECISION), 0.0)
             if WEIGHTED:
                 weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t + h * w_h, mask=token < R, other=0.0).to(tl.float32)
                 score = score * weight[:, None]
             z += score
+        if NORMAL:
+            z -= tl.load(norm + (b * Ng + g) * ROWS + tl.arange(0, ROWS))[:, None]
         speaks = token < R
         if PADDED:
             speaks = speaks & (tl.load(valid + b * v_b + (position + token) * v_t, mask=speaks, other=0) != 0)
-        best = tl.max(tl.where(speaks[:, None], z, float("-inf")), 0)
+        best = largest(tl.where(speaks[:, None], z, float("-inf")), 0)
+        best = tl.where(best == best, tl.minimum(best, 3e38), float("-inf"))  # below the blocks that always belong
     kind = tl.load(kinds + b * Nc + c, mask=c < Nc, other=0)
     best = tl.where(kind == 2, 3.4028234663852886e38, best)
     best = tl.where((c + 1) * key_block > first - reach, float("inf"), best)
@@ -84,7 +89,7 @@ def _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scal
     keys = ki + b * k_b + key[None, :].to(tl.int64) * k_t + d[:, None] * k_d
     keys = tl.load(keys, mask=(key < Tk)[None, :] & (d < D)[:, None], other=0.0)  # [DP, C]
     if HI == 1:
-        z = tl.maximum(tl.dot(q, keys, input_precision=PRECISION) * scale, 0.0)
+        z = larger(tl.dot(q, keys, input_precision=PRECISION) * scale, 0.0)
         if WEIGHTED:
             weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t, mask=token < R, other=0.0).to(tl.float32)
             z = z * weight[:, None]
@@ -93,7 +98,7 @@ def _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scal
         for h in range(0, HI):
             other = qi + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + d[None, :] * q_d
             other = tl.load(other, mask=(token < R)[:, None] & (d < D)[None, :], other=0.0)
-            product = tl.maximum(tl.dot(other, keys, input_precision=PRECISION) * scale, 0.0)
+            product = larger(tl.dot(other, keys, input_precision=PRECISION) * scale, 0.0)
             if WEIGHTED:
                 weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t + h * w_h, mask=token < R, other=0.0).to(tl.float32)
                 product = product * weight[:, None]
@@ -111,8 +116,8 @@ def _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scal
 @triton.jit
 def _score(qi, ki, w, chosen, held, valid, ends, norm, out, R, Tk, Ng, W, position, scale, chunk, q_b, q_h, q_t, q_d, k_b, k_t,
            k_d, w_b, w_t, w_h, v_b, v_t, HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, C: tl.constexpr,
-           SPLIT: tl.constexpr, MEAN: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr, WEIGHTED: tl.constexpr,
-           PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           SPLIT: tl.constexpr, MEAN: tl.constexpr, NORMAL: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
+           WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """`chunk` blocks of a group of ROWS queries: their keys' scores, reduced over blocks of SPLIT queries."""
     b, g = tl.program_id(2).to(tl.int64), tl.program_id(1)
     BLOCKS: tl.constexpr = ROWS // SPLIT
@@ -137,21 +142,22 @@ def _score(qi, ki, w, chosen, held, valid, ends, norm, out, R, Tk, Ng, W, positi
     row = out + (b * rows + row)[:, None] * (W * C) + tl.arange(0, C)[None, :]
     high = tl.zeros([ROWS], tl.float32)
     speaking = tl.zeros([BLOCKS], tl.float32)
-    if MEAN:
+    if MEAN or NORMAL:
         high = tl.load(norm + (b * Ng + g) * ROWS + tl.arange(0, ROWS))
-        live = high > float("-inf")
+    if MEAN:
+        live = high != float("-inf")
         speaking = tl.sum(tl.reshape(live.to(tl.float32), [BLOCKS, SPLIT]), 1)
         high = tl.where(live, high, 0.0)
     for i in range(start, tl.minimum(filled, equal)):
         key, z = _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d,
                               w_b, w_t, w_h, v_b, v_t, HI, D, DP, ROWS, C, WEIGHTED, PADDED, False, PRECISION)  # fmt: skip
-        reduced = _reduced(z, high, speaking, BLOCKS, SPLIT, C, MEAN)
+        reduced = _reduced(z, high, speaking, BLOCKS, SPLIT, C, MEAN, NORMAL)
         reduced = _with_kept(reduced, key, row_first, valid, ends, b, Tk, v_b, v_t, SPLIT, SINK, RECENT, PADDED)
         tl.store(row + i * C, reduced, mask=real_row)
     for i in range(tl.maximum(start, equal), filled):
         key, z = _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d,
                               w_b, w_t, w_h, v_b, v_t, HI, D, DP, ROWS, C, WEIGHTED, PADDED, True, PRECISION)  # fmt: skip
-        reduced = _reduced(z, high, speaking, BLOCKS, SPLIT, C, MEAN)
+        reduced = _reduced(z, high, speaking, BLOCKS, SPLIT, C, MEAN, NORMAL)
         reduced = _with_kept(reduced, key, row_first, valid, ends, b, Tk, v_b, v_t, SPLIT, SINK, RECENT, PADDED)
         tl.store(row + i * C, reduced, mask=real_row)
     for i in range(tl.maximum(start, filled), stop):
@@ -159,28 +165,35 @@ def _score(qi, ki, w, chosen, held, valid, ends, norm, out, R, Tk, Ng, W, positi
 
 
 @triton.jit
-def _reduced(z, high, speaking, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr):
-    """`[BLOCKS, C]`: the largest score of every block of queries, or the mean of its softmax weights."""
-    best = tl.max(tl.reshape(z, [BLOCKS, SPLIT, C]), 1)
+def _reduced(z, high, speaking, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, C: tl.constexpr, MEAN: tl.constexpr,
+             NORMAL: tl.constexpr):  # fmt: skip
+    """`[BLOCKS, C]`: the largest score of every block of queries, with NORMAL less each query's `high`, or the mean of its
+    softmax weights."""
+    if NORMAL:
+        z = tl.where(z != float("-inf"), z - high[:, None], float("-inf"))
+    best = largest(tl.reshape(z, [BLOCKS, SPLIT, C]), 1)
     if MEAN:
-        weights = tl.where(z > float("-inf"), tl.exp(z - high[:, None]), 0.0)
+        weights = tl.where(z != float("-inf"), tl.exp(z - high[:, None]), 0.0)
         mean = tl.sum(tl.reshape(weights, [BLOCKS, SPLIT, C]), 1) / tl.maximum(speaking, 1.0)[:, None]
-        best = tl.where(best > float("-inf"), mean, float("-inf"))
+        best = tl.where(best != float("-inf"), mean, float("-inf"))
     return best
 
 
 @triton.jit
 def _with_kept(reduced, key, first, valid, ends, b, Tk, v_b, v_t, SPLIT: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
                PADDED: tl.constexpr):  # fmt: skip
-    """Scores with +inf for the keys that are always kept; `first [BLOCKS]`: the position of every block's first query."""
+    """Scores with +inf for the keys that are always kept, below that for all others, and -inf for those that are NaN; `first
+    [BLOCKS]`: the position of every block's first query."""
+    seen = reduced != float("-inf")
+    reduced = tl.where(reduced == reduced, tl.minimum(reduced, 3e38), float("-inf"))
     if SINK > 0:
         kept = key < tl.load(ends + b)
         if PADDED:
             kept = kept & (tl.load(valid + b * v_b + key * v_t, mask=key < Tk, other=0) != 0)
-        reduced = tl.where(kept[None, :] & (reduced > float("-inf")), float("inf"), reduced)
+        reduced = tl.where(kept[None, :] & seen, float("inf"), reduced)
     if RECENT > 0:
         kept = (key[None, :] > first[:, None] - RECENT) & (key[None, :] < first[:, None] + SPLIT)
-        reduced = tl.where(kept & (reduced > float("-inf")), float("inf"), reduced)
+        reduced = tl.where(kept & seen, float("inf"), reduced)
     return reduced
 
 
@@ -204,7 +217,7 @@ def _normalise(qi, ki, w, chosen, held, valid, norm, R, Tk, Ng, W, position, sca
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(high - base) + tl.sum(tl.exp(z - base[:, None]), 1)
         high = higher
-    value = tl.where(high > float("-inf"), high + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    value = tl.where(total == 0, float("-inf"), high + tl.log(total))
     tl.store(norm + (b * Ng + g) * ROWS + tl.arange(0, ROWS), value)
 
 
@@ -244,7 +257,7 @@ def block_bounds(ki: Tensor, key_block: int, valid: Tensor | None) -> Tensor:
 
 def block_scores(
     qi: Tensor, bounds: Tensor, w: Tensor | None, sinks: Tensor, position: int, key_block: int, group: int, recent: int,
-    valid: Tensor | None,
+    valid: Tensor | None, partition: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference."""
     B, _, R, _ = qi.shape
@@ -255,17 +268,19 @@ def block_scores(
         kinds *= torch.nn.functional.pad(valid, (0, missing)).unflatten(1, (Nc, key_block)).any(-1)
     out = torch.empty((B, Ng, Nc), dtype=torch.float32, device=qi.device)
     constants, weights, real, q_strides, rest = _inputs(qi, w, valid)
+    norm = out if partition is None else _by_groups(partition, Ng, group)
     cols = 64 if qi.shape[-1] <= 128 else 32
     _rank[(triton.cdiv(Nc, cols), Ng, B)](
-        qi, bounds.contiguous(), weights, kinds, real, out, R, Nc, Ng, position, key_block, max(recent, 1) - 1, *q_strides,
-        *rest, ROWS=group, COLS=cols, num_warps=4 if group <= 64 else 8, num_stages=2, **constants,
+        qi, bounds.contiguous(), weights, kinds, real, norm, out, R, Nc, Ng, position, key_block, max(recent, 1) - 1, *q_strides,
+        *rest, ROWS=group, COLS=cols, NORMAL=partition is not None, num_warps=4 if group <= 64 else 8, num_stages=2,
+        **constants,
     )  # fmt: skip
     return out
 
 
 def candidate_scores(
     qi: Tensor, ki: Tensor, w: Tensor | None, chosen: Tensor, held: Tensor, position: int, key_block: int, block: int, group: int,
-    reduce: str, sink: int, recent: int, valid: Tensor | None,
+    reduce: str, sink: int, recent: int, valid: Tensor | None, partition: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """As in the reference."""
     B, _, R, Di = qi.shape
@@ -279,16 +294,21 @@ def candidate_scores(
     stages = 3 if tile_bytes <= 32 << 10 else 2 if tile_bytes <= 64 << 10 else 1  # what shared memory holds
     launch = dict(ROWS=group, C=key_block, num_warps=4 if group <= 64 else 8, num_stages=stages, **constants)
     out = torch.empty((B, triton.cdiv(R, block), W * key_block), dtype=torch.float32, device=qi.device)
-    norm = out
+    norm = out if partition is None else _by_groups(partition, Ng, group)
     if reduce == "mean":
         norm = torch.empty((B, Ng, group), dtype=torch.float32, device=qi.device)
         _normalise[(Ng, B)](*inputs, norm, *sizes, *strides, **launch)
     chunk = max(1, 1024 // key_block)
     _score[(triton.cdiv(W, chunk), Ng, B)](
         *inputs, sink_ends(sink, B, Tk, valid, qi.device), norm, out, *sizes, chunk, *strides, SPLIT=block, MEAN=reduce == "mean",
-        SINK=sink, RECENT=recent, **launch,
+        NORMAL=partition is not None, SINK=sink, RECENT=recent, **launch,
     )  # fmt: skip
     return out
+
+
+def _by_groups(partition: Tensor, Ng: int, group: int) -> Tensor:
+    """`[B, R]` -> `[B, Ng, group]`, a ragged last group filled up with zeros."""
+    return torch.nn.functional.pad(partition, (0, Ng * group - partition.shape[1])).view(-1, Ng, group)
 
 
 def keys_of_slots(slots: Tensor, count: Tensor, chosen: Tensor, key_block: int, rows_per_group: int) -> Tensor:

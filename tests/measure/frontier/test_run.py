@@ -14,6 +14,7 @@ from npu_sparse.runs.store import RunError
 CONFIG = FrontierConfig(
     model="tiny", length=900, ks=(32, 64), blocks=(1, 16), tasks=("niah_single_1", "vt"), count=2, batch=2,
     max_new_tokens=2, min_dense_score=0.0, runs=2, warmup=0, stage_runs=1, prompt="random", dtype="float32",
+    instruments=("generated",),
 )  # fmt: skip
 
 
@@ -164,3 +165,21 @@ def test_a_frontier_needs_an_indexer(tmp_path):
 def test_config_survives_json():
     assert FrontierConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
     assert timed_variant(1) == "indexer"
+
+
+def test_teacher_forced_answers_stand_beside_the_scores_of_every_point(model, tokenizer, indexer, tmp_path):
+    config = replace(CONFIG, ks=(32,), tasks=("vt",), max_new_tokens=60, instruments=("generated", "forced"))
+    found = run_frontier(config, tmp_path, model=model, tokenizer=tokenizer, indexer=indexer)
+    for k, block in config.points():
+        report = json.loads((tmp_path / "quality" / f"k{k}-b{block}" / "report.json").read_text())
+        macro = {row["variant"]: row for row in report["forced"]["rows"] if row["task"] == MACRO}
+        (row,) = [row for row in found["rows"] if row["evidence"] == "untrained" and row["block"] == block]
+        expected = macro[timed_variant(block)]
+        assert row["forced"] == {name: expected[name] for name in ("right", "change", "kl")} and row["forced"]["kl"]["value"] > 0
+    assert found["rows"][0]["forced"]["kl"]["value"] == 0 and found["forced_tasks"] == ["vt"]
+    text = (tmp_path / "report.md").read_text()
+    assert "KL (nats)" in text and "flatter" in text
+
+
+def test_a_frontier_of_before_is_read_as_a_generated_one():
+    assert FrontierConfig.from_dict(CONFIG.to_dict()) == CONFIG and "instruments" not in CONFIG.to_dict()

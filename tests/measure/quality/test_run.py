@@ -17,7 +17,7 @@ from npu_sparse.tasks import encode, generate, score
 CONFIG = EvalConfig(
     model="tiny", tasks=("niah_single_1", "vt"), length=900, count=3, k=32, block=16, batch=2, max_new_tokens=6,
     variants=("dense", "oracle", "oracle-shared", "indexer", "indexer-shared", "local", "random"), min_dense_score=0.0,
-    dtype="float32",
+    dtype="float32", instruments=("generated",),
 )  # fmt: skip
 
 
@@ -296,3 +296,13 @@ def test_errors_come_before_anything_is_computed(evaluate, model, tmp_path, coun
 def test_config_survives_json_and_forgets_the_device_index():
     config = replace(CONFIG, device="cuda:1", texts=("builtin", "stdlib"))
     assert EvalConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == replace(config, device="cuda")
+
+
+def test_records_from_before_a_field_of_the_budget_are_adopted(evaluate, tmp_path):
+    config = replace(CONFIG, tasks=("vt",), variants=("dense", "local"))
+    evaluate(config, tmp_path / "old")
+    path = tmp_path / "old" / "records" / "vt-local.json"
+    record = json.loads(path.read_text())
+    del record["budget"]["exact_last"]
+    path.write_text(json.dumps(record))
+    assert adopt_records(config, tmp_path / "new", [tmp_path / "old"]) == [("vt", "dense"), ("vt", "local")]

@@ -1,0 +1,335 @@
+#!/usr/bin/env python3
+"""What does each way of sparse prefill lose, and what does it save? Quality and TTFT of the same path, on one GPU, resumable.
+
+    python scripts/matched.py qwen2.5-coder-0.5b --adapter runs/adapter --texts bible-kjv-text --output runs/matched
+
+Variants are `SELECTOR:BUDGET`, such as `indexer:k=2048,block=16,reduce=softmax_max,exact_last=128`, spelled as `Budget.parse`
+reads it; SELECTOR is oracle, indexer, local (4 sinks + recent) or random. `--variants` are scored and timed, `--scored` are
+scored alone (an oracle has no runtime).
+
+Quality is teacher-forced (`measure.teacher_forced`): a prompt counts where every token of its answer is the most likely one after
+a sparse prefill and a dense continuation; KL(dense || variant) stands beside it, and the paired difference to dense. A task is
+left out of the means where dense attention solves less than `--solved` of it. TTFT is `npu-sparse ttft`'s clock: batch 1, all
+variants and dense implementations interleaved in one process.
+
+A cell is one task of one variant, or all timings of one length; a finished cell is not done again. `--seconds` starts no cell
+after that time: the same command goes on. The report is written whenever the command ends, of the cells that are there.
+"""
+
+import argparse
+import gc
+import json
+import random
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, selectors, tasks
+from npu_sparse.measure.teacher_forced import forced, read_states, score_forced, write_states
+from npu_sparse.measure.ttft import time_to_first_token
+from npu_sparse.measure.ttft.baselines import register
+from npu_sparse.measure.variants import adapter_fingerprint
+from npu_sparse.models.architectures import attention_selection, text_config
+from npu_sparse.runs import stats
+from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.machine import machine, machine_line
+from npu_sparse.runs.page import markdown_table, say
+from npu_sparse.runs.store import Cells, open_run, read_json, write_json, write_text
+from npu_sparse.tasks.catalogue import task_named
+
+STARTED = time.monotonic()
+SELECTORS = ("oracle", "indexer", "local", "random")
+COLOURS = {"dense": "#000000", "oracle": "#009e73", "distilled": "#0072b2", "untrained": "#999999", "control": "#d55e00"}
+
+
+def arguments(words=None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--adapter", help="an adapter's directory or name")
+    parser.add_argument("--variants", default="indexer:k=1024,block=64", help="scored and timed, separated by semicolons")
+    parser.add_argument("--scored", default="", help="scored alone, separated by semicolons")
+    parser.add_argument("--tasks", default="niah_multikey_2,niah_multikey_1")
+    parser.add_argument("--texts", default="builtin", help="haystacks: files, folders, packages")
+    parser.add_argument("--length", type=int, default=16384, help="of the scored prompts, in tokens")
+    parser.add_argument("--count", type=int, default=30, help="prompts a task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--solved", type=float, default=0.5, help="share that dense must solve for a task to count in the means")
+    parser.add_argument("--timed", default="", help="lengths of the timings, in tokens; none = no timing")
+    parser.add_argument("--dense", default="sdpa", help="dense implementations to time: sdpa, fa2, cudnn, fa3")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--impl", default="auto")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after this")
+    parser.add_argument("--output", type=Path, required=True)
+    args = parser.parse_args(words)
+    split = lambda text, by=",": [part.strip() for part in text.split(by) if part.strip()]  # noqa: E731
+    args.variants, args.scored = split(args.variants, ";"), split(args.scored, ";")
+    args.tasks, args.texts, args.dense = split(args.tasks), split(args.texts), split(args.dense)
+    args.timed = [int(length) for length in split(args.timed)]
+    for spec in (*args.variants, *args.scored):
+        parsed(spec)
+    return args
+
+
+def parsed(spec: str) -> tuple[str, Budget]:
+    name, _, budget = spec.partition(":")
+    if name not in SELECTORS:
+        raise ValueError(f"a variant must begin with one of {', '.join(SELECTORS)}, got {spec!r}")
+    return name, Budget.parse(budget)
+
+
+def selector(name: str, indexer):
+    if name == "indexer" and indexer is None:
+        raise ValueError("adapter must be named for variants of the indexer")
+    choices = {"oracle": selectors.Oracle, "local": lambda: selectors.Local(4), "random": selectors.Random}
+    return indexer if name == "indexer" else choices[name]()
+
+
+def evidence(spec: str, indexer) -> str:
+    name = spec.partition(":")[0]
+    return {"dense": "dense", "oracle": "oracle", "indexer": indexer and indexer.evidence}.get(name, "control")
+
+
+class Subject:
+    """Model, tokenizer and indexer, loaded when the first cell needs them."""
+
+    def __init__(self, args):
+        self.args, self.model = args, None
+
+    def load(self):
+        if self.model is None:
+            args = self.args
+            self.model, self.tokenizer = checkpoints.load(args.model, dtype=args.dtype, device=args.device)
+            self.indexer = Indexer.from_pretrained(args.adapter) if args.adapter else None
+            self.asked = {}
+        return self
+
+    def attach(self, spec: str):
+        name, budget = parsed(spec)
+        return SparsePrefill.attach(self.model, selector(name, self.indexer), budget, impl=self.args.impl)
+
+    def questions(self, task: str) -> list:
+        if task not in self.asked:
+            args = self.args
+            haystack = {}
+            if task_named(task).needs == "haystack":
+                haystack["haystack"] = tasks.documents(tuple(args.texts))
+            found = tasks.generate(task, self.tokenizer, length=args.length, count=args.count, seed=args.seed, **haystack)
+            self.asked = {task: [forced(self.tokenizer, example) for example in found]}
+        return self.asked[task]
+
+    def identity(self) -> dict:
+        adapter = None if self.indexer is None else adapter_fingerprint(self.indexer)
+        return {"base": checkpoints.identity(self.model), "adapter": adapter}
+
+
+def score(subject: Subject, directory: Path, task: str, spec: str) -> dict:
+    """One cell of quality: the samples of one task under one variant."""
+    subject.load()
+    rows, asked = directory / "dense" / f"{task}.safetensors", subject.questions(task)
+    rows.parent.mkdir(exist_ok=True)
+    began = time.perf_counter()
+    if spec == "dense":
+        samples, states = score_forced(subject.model, asked)
+        write_states(rows, states)
+    else:
+        samples, _ = score_forced(subject.model, asked, lambda: subject.attach(spec), read_states(rows))
+    mean = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("right", "kl")}
+    say(f"{task} {spec}: {100 * mean['right']:.1f} right, KL {mean['kl']:.4f}, {time.perf_counter() - began:.0f} s")
+    return {"samples": samples, **subject.identity(), "evidence": evidence(spec, subject.indexer),
+            "machine": machine(subject.args.device)}  # fmt: skip
+
+
+@contextmanager
+def implementation(model, name: str):
+    """The model's dense attention is implementation `name`."""
+    native = text_config(model)._attn_implementation
+    model.set_attn_implementation(attention_selection(model, register(name)))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention_selection(model, native))
+
+
+def timing(subject: Subject, length: int) -> dict:
+    """One cell of timing: seconds of every variant and dense implementation, by round, at one length."""
+    subject.load()
+    args, model = subject.args, subject.model
+    import torch
+
+    text = " ".join(document.text for document in tasks.documents(tuple(args.texts)))[: 8 * length]
+    ids = subject.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :length]
+    if ids.shape[1] < length:
+        raise ValueError(f"texts must hold {length} tokens, got {ids.shape[1]}")
+    names = [*(f"dense {name}" for name in args.dense), *args.variants]
+    seconds, shuffled = {name: [] for name in names}, random.Random(args.seed)
+    for turn in range(-2, args.rounds):
+        gc.collect()
+        for name in shuffled.sample(names, len(names)):
+            dense = name.partition(" ")[2] if name.startswith("dense ") else None
+            with implementation(model, dense) if dense else subject.attach(name):
+                elapsed, _ = time_to_first_token(model, ids)
+            if turn >= 0:
+                seconds[name].append(elapsed)
+    medians = {name: stats.summary(values)["median"] for name, values in seconds.items()}
+    say(f"{length} tokens: " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in medians.items()))
+    torch.cuda.empty_cache() if args.device.startswith("cuda") else None
+    return {"seconds": seconds, **subject.identity(), "machine": machine(args.device)}
+
+
+def report(args, quality: Cells, timings: Cells) -> dict:
+    """report.json of the cells that are there: a row a variant, means over the tasks that dense solves."""
+    cells, timed = quality.records(), timings.records()
+    by = {(cell["task"], cell["variant"]): cell["samples"] for cell in cells.values()}
+    column = lambda task, spec, name: [sample[name] for sample in by[task, spec]]  # noqa: E731
+    right = {task: sum(column(task, "dense", "right")) / args.count for task in args.tasks if (task, "dense") in by}
+    solved = [task for task, share in right.items() if share > args.solved]
+    rows = []
+    for spec in ["dense", *args.scored, *args.variants]:
+        done = [task for task in right if (task, spec) in by]
+        row = {"variant": spec, "evidence": next((c["evidence"] for c in cells.values() if c["variant"] == spec), None)}
+        row["tasks"] = {
+            task: {name: stats.macro_mean([column(task, spec, name)]).to_dict() for name in ("right", "kl")} for task in done
+        }
+        if solved and set(solved) <= set(done):
+            pick = lambda which, name: [column(task, which, name) for task in solved]  # noqa: E731
+            row["right"] = stats.macro_mean(pick(spec, "right")).to_dict()
+            row["kl"] = stats.macro_mean(pick(spec, "kl")).to_dict()
+            row["over_dense"] = stats.macro_difference(pick("dense", "right"), pick(spec, "right")).to_dict()
+            worst = min(solved, key=lambda task: row["tasks"][task]["right"]["value"] - right[task])
+            row["worst"] = {"task": worst, "difference": row["tasks"][worst]["right"]["value"] - right[worst]}
+        rows.append(row)
+    clock = []
+    for cell in timed.values():
+        seconds = cell["seconds"]
+        best = min((name for name in seconds if name.startswith("dense ")), key=lambda n: stats.summary(seconds[n])["median"])
+        for name, values in seconds.items():
+            clock.append({
+                "length": cell["length"], "variant": name, "ttft_s": stats.summary(values), "best_dense": best,
+                "speed_up": stats.ratio_of_medians(seconds[best], values).to_dict(),
+            })  # fmt: skip
+    everything = [*cells.values(), *timed.values()]
+    for name in ("base", "adapter"):
+        if any(cell[name] != everything[0][name] for cell in everything):
+            raise ValueError(f"all cells of {quality.directory.parent} must have the same {name}: use another directory")
+    return {
+        "config": read_json(quality.directory.parent / "config.json"),
+        "solved": solved,
+        "rows": rows,
+        "timings": clock,
+        "machines": [json.loads(line) for line in dict.fromkeys(json.dumps(cell["machine"]) for cell in everything)],
+        **{name: everything[0][name] if everything else None for name in ("base", "adapter")},
+    }
+
+
+def interval(found: dict | None, scale: float = 100, digits: int = 1) -> str:
+    if found is None:
+        return ""
+    value, low, high = (scale * found[name] for name in ("value", "low", "high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def markdown(found: dict) -> str:
+    config, lengths = found["config"], sorted({row["length"] for row in found["timings"]})
+    clock = {(row["variant"], row["length"]): row for row in found["timings"]}
+    lines = []
+    for row in found["rows"]:
+        line = {
+            "prefill": row["variant"], "evidence": row["evidence"], "right (of 100)": interval(row.get("right")),
+            "over dense": "" if row["variant"] == "dense" else interval(row.get("over_dense")),
+            "KL (nats)": interval(row.get("kl"), 1, 4),
+            "worst task": f"{row['worst']['task']} {100 * row['worst']['difference']:+.1f}" if "worst" in row else "",
+        }  # fmt: skip
+        for length in lengths:
+            name = row["variant"]
+            if name == "dense":
+                name = next(r["best_dense"] for r in found["timings"] if r["length"] == length)
+            timed = clock.get((name, length))
+            line[f"TTFT {length} (ms)"] = f"{1e3 * timed['ttft_s']['median']:.1f}" if timed else ""
+            line[f"over dense {length}"] = f"{timed['speed_up']['value']:.2f}x" if timed else ""
+        lines.append(line)
+    single = [
+        {"prefill": row["variant"], **{
+            task: f"{100 * value['right']['value']:.1f}, {value['kl']['value']:.4f}" for task, value in row["tasks"].items()
+        }} for row in found["rows"]
+    ]  # fmt: skip
+    implementations = [
+        {"length": row["length"], "dense": row["variant"], "TTFT (ms)": f"{1e3 * row['ttft_s']['median']:.1f}"}
+        for row in found["timings"] if row["variant"].startswith("dense ")
+    ]  # fmt: skip
+    text = (
+        f"# Quality and TTFT of the same path\n\n{config['model']}, {config['dtype']}. Quality: teacher-forced, "
+        f"{config['length']} tokens, {config['count']} prompts a task, means over "
+        f"{', '.join(found['solved']) or 'no task that dense solves'}; 95% "
+        f"bootstrap intervals, differences paired. TTFT: batch 1, {config['rounds']} interleaved rounds, medians; dense is the "
+        f"fastest of {', '.join(config['dense'])}.\n\n{markdown_table(lines)}\n## Single tasks (right of 100, KL in nats)\n\n"
+        f"{markdown_table(single)}\n"
+    )
+    if implementations:
+        text += f"## Dense implementations\n\n{markdown_table(implementations)}\n"
+    return text + "".join(f"Measured on {machine_line(line)}.\n" for line in found["machines"])
+
+
+def figure(found: dict):
+    """Quality against TTFT at the longest timed length; a point a variant."""
+    length = max((row["length"] for row in found["timings"]), default=None)
+    shown, axes = new_figure(width=7.6, height=4.4)
+    ax = axes[0, 0]
+    for row in found["rows"]:
+        if "right" not in row:
+            continue
+        score = {name: 100 * value for name, value in row["right"].items()}
+        colour = COLOURS.get(row["evidence"], "#999999")
+        best = next((r["best_dense"] for r in found["timings"] if r["length"] == length), None)
+        name = best if row["variant"] == "dense" else row["variant"]
+        timed = next((r for r in found["timings"] if r["length"] == length and r["variant"] == name), None)
+        label = f"{name} ({row['evidence']})"
+        if timed is None:
+            ax.axhline(score["value"], color=colour, linewidth=1, linestyle="--", label=label)
+        else:
+            spread = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
+            place = (1e3 * timed["ttft_s"]["median"], score["value"])
+            ax.errorbar(*([x] for x in place), yerr=spread, fmt="o", color=colour, capsize=2, alpha=0.9)
+            ax.annotate(label, place, fontsize=6, xytext=(5, 4), textcoords="offset points")
+    config = found["config"]
+    ax.set_xlabel(f"TTFT at {length} tokens (ms)" if length else "not timed")
+    ax.set_ylabel(f"answers right, teacher-forced,\n{config['length']} tokens (of 100)")
+    if any(row["evidence"] == "oracle" for row in found["rows"]):
+        ax.legend(fontsize=6, frameon=False)
+    return shown
+
+
+def main(words=None) -> int:
+    args = arguments(words)
+    config = {name: value for name, value in vars(args).items() if name not in ("output", "seconds")}
+    directory = open_run(args.output, {"stage": "matched", **config})
+    specs = ["dense", *args.scored, *args.variants]
+    quality = Cells(directory / "quality", {
+        f"{task}-{number}": {"task": task, "variant": spec} for task in args.tasks for number, spec in enumerate(specs)
+    })  # fmt: skip
+    timings = Cells(directory / "timings", {str(length): {"length": length} for length in args.timed})
+    subject = Subject(args)
+    work = [(timings, name, lambda name=name: timing(subject, int(name))) for name in timings.missing()]
+    work += [
+        (quality, name, lambda name=name: score(subject, directory, *quality.identities[name].values()))
+        for name in quality.missing()
+    ]  # fmt: skip
+    for cells, name, compute in work:
+        if time.monotonic() - STARTED < args.seconds:
+            cells.write(name, compute())
+    found = report(args, quality, timings)
+    write_json(directory / "report.json", found)
+    write_text(directory / "report.md", markdown(found))
+    write_figure(directory / "report.png", figure(found))
+    left = len(quality.missing()) + len(timings.missing())
+    print((directory / "report.md").read_text() + (f"{left} cells are left: run the same command again\n" if left else ""))
+    return 3 if left else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ValueError as error:
+        sys.exit(f"error: {error}")

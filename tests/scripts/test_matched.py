@@ -1,0 +1,76 @@
+"""scripts/matched.py: what its report says of cells whose figures are known, and what it refuses."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+specification = importlib.util.spec_from_file_location("matched", ROOT / "scripts" / "matched.py")
+matched = importlib.util.module_from_spec(specification)
+specification.loader.exec_module(matched)
+
+VARIANT = "indexer:k=64,block=16"
+COMMON = {"base": {"model_type": "llama"}, "adapter": "0123", "machine": {
+    "processor": "p", "cores": 2, "python": "3", "platform": "l", "device": "cpu", "commit": "c", "dirty": False, "date": "d",
+    "torch": "2", "transformers": "5"}}  # fmt: skip
+
+
+def sample(right, kl):
+    return {"right": right, "tokens": right, "kl": kl}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run whose cells are all there: dense solves `easy` and not `hard`."""
+    words = ["tiny", "--tasks", "easy,hard", "--variants", VARIANT, "--count", "4", "--timed", "300", "--dense", "sdpa,fa2",
+             "--device", "cpu", "--output", str(tmp_path / "run")]  # fmt: skip
+    args = matched.arguments(words)
+    config = {name: value for name, value in vars(args).items() if name not in ("output", "seconds")}
+    matched.open_run(args.output, {"stage": "matched", **config})
+    scores = {("easy", "dense"): [1, 1, 1, 0], ("easy", VARIANT): [1, 0, 1, 0], ("hard", "dense"): [0, 0, 1, 0],
+              ("hard", VARIANT): [1, 1, 1, 1]}  # fmt: skip
+    for task in ("easy", "hard"):
+        for number, spec in enumerate(("dense", VARIANT)):
+            samples = [sample(float(right), 0.0 if spec == "dense" else 0.25) for right in scores[task, spec]]
+            evidence = "dense" if spec == "dense" else "distilled"
+            record = {**COMMON, "task": task, "variant": spec, "samples": samples, "evidence": evidence}
+            path = args.output / "quality" / f"{task}-{number}.json"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(record))
+    (args.output / "timings").mkdir()
+    seconds = {"dense sdpa": [0.4, 0.4, 0.4], "dense fa2": [0.3, 0.3, 0.3], VARIANT: [0.2, 0.2, 0.2]}
+    (args.output / "timings" / "300.json").write_text(json.dumps({**COMMON, "length": 300, "seconds": seconds}))
+    return words, args.output
+
+
+def test_the_report_averages_what_dense_solves_and_compares_with_the_fastest_dense(run, capsys):
+    words, output = run
+    assert matched.main(words) == 0
+    found = json.loads((output / "report.json").read_text())
+    assert found["solved"] == ["easy"]
+    dense, row = found["rows"]
+    assert (dense["right"]["value"], row["right"]["value"], row["over_dense"]["value"]) == (0.75, 0.5, -0.25)
+    assert row["kl"]["value"] == 0.25 and dense["kl"]["value"] == 0
+    assert row["worst"] == {"task": "easy", "difference": -0.25}
+    timed = next(line for line in found["timings"] if line["variant"] == VARIANT)
+    assert timed["best_dense"] == "dense fa2" and timed["speed_up"]["value"] == pytest.approx(1.5)
+    assert "1.50x" in capsys.readouterr().out and (output / "report.png").exists()
+
+
+def test_cells_of_two_adapters_are_no_report(run):
+    words, output = run
+    path = output / "quality" / "hard-1.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"adapter": "4567"}))
+    with pytest.raises(ValueError, match="must have the same adapter"):
+        matched.main(words)
+
+
+@pytest.mark.parametrize("spec, message", [
+    ("best:k=3", "must begin with one of oracle, indexer, local, random, got 'best:k=3'"),
+    ("indexer:k=three", "k"),
+])  # fmt: skip
+def test_a_variant_that_cannot_be_read_is_refused_before_anything_is_loaded(spec, message, tmp_path):
+    with pytest.raises((ValueError, TypeError), match=message):
+        matched.main(["tiny", "--variants", spec, "--output", str(tmp_path / "run")])
