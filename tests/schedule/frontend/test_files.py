@@ -50,7 +50,8 @@ SURROUNDINGS = {
     "brace and function on one line": "int x; " + SIGNATURE + " {\n" + REGION + "}\n",
     "function behind a comment": "/* of two\nlines */ " + SIGNATURE + " {\n" + REGION + "}\n",
     "function behind a macro": "#define M \\\n  0\n" + SIGNATURE + " {\n" + REGION + "}\n",
-    "pragma in a comment": "/*\n#pragma scop\n#pragma endscop\n*/\n// #pragma scop\n" + SIGNATURE + " {\n/*\n#pragma scop\n*/\n" + REGION + "}\n",
+    "pragma in a comment": "/*\n#pragma scop\n#pragma endscop\n*/\n// #pragma scop\n" + SIGNATURE + " {\n/*\n#pragma scop\n*/\n"
+                           + REGION + "}\n",
     "pragma under #if 0": "#if 0\n#pragma scop\n" + REGION + "#endif\n" + SIGNATURE + " {\n#if 0\n" + REGION + "#else\n" + REGION
                           + "#endif\n}\n",
     "pragma in a string": 'const char *s = "\\\n#pragma scop\\\n";\n' + SIGNATURE + " {\n" + REGION + "}\n",
@@ -70,7 +71,7 @@ def test_surroundings_stay_as_they_are(name, tmp_path):
 
 
 def test_one_of_two_functions_is_scheduled(tmp_path):
-    other = "void g(int n, double a[n], double b[n]) {\n#pragma scop\nfor (int i = 0; i < n; i++) a[i] = 3 * b[i];\n#pragma endscop\n}\n"
+    other = SIGNATURE.replace("f(", "g(") + " {\n" + REGION.replace("b[i] = 2 * a[i]", "a[i] = 3 * b[i]") + "}\n"
     for text in (SIGNATURE + " {\n" + REGION + "}\n" + other, other + SIGNATURE + " {\n" + REGION + "}\n"):
         new = agree(text, tmp_path, "f")
         assert "a[i] = 3 * b[i]" in new and new.count("#pragma scop") == 1
@@ -81,8 +82,9 @@ def test_one_of_two_functions_is_scheduled(tmp_path):
 def test_printed_code_is_nothing_but_code(tmp_path):
     path = tmp_path / 'k "quoted" \'.c'
     path.write_text(HEAD + SIGNATURE + " {\n" + REGION + "}\n")
-    done = subprocess.run([sys.executable, "-m", "npu_sparse", "schedule", path.name], cwd=tmp_path, capture_output=True, text=True,
-                          env={"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"})
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3]), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-m", "npu_sparse", "schedule", path.name]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert not done.returncode, done.stderr
     assert done.stdout.startswith(HEAD)
     (tmp_path / "out.c").write_text(done.stdout)
@@ -100,7 +102,7 @@ def test_a_quote_in_a_name_and_an_error(tmp_path):
         parse_c(path)
     assert str(caught.value).startswith(f"{path}:3: ")
     path.write_text("#define N 3\n" + SIGNATURE + " {\n" + REGION.replace("n;", "N;") + "}\n")
-    assert str(parse_c(path, cpp=("-DM=1",)).statements[0].domain) == "{ S0[i] : 0 <= i <= 2 }"
+    assert str(parse_c(path, cpp=("-DM=1",)).statements[0].domain) == "[n] -> { S0[i] : 0 <= i <= 2 }"
 
 
 WORKSPACE = """#include <stdlib.h>
@@ -146,40 +148,47 @@ def test_private_arrays_bring_their_declarations(tmp_path):
     assert "malloc(" in new and output(new, tmp_path) == output(text, tmp_path)
 
 
+# EACH is a loop over i; between SCOP and END is the region.
 NAMES = {
-    "max and min": "double max = -9, min = 9;\n#pragma scop\nfor (int i = 0; i < n; i++) { max = fmax(max, a[i]); min = fmin(min, a[i]); }\n"
-                   "for (int i = 0; i < n; i++) b[i] = max - min;\n#pragma endscop\na[0] = max + min;\n",
-    "mod as a bound": "int mod = n - 2;\n#pragma scop\nfor (int i = 0; i < mod; i++) b[i] = mod * a[i];\n#pragma endscop\n",
-    "floor as an iterator": "#pragma scop\nfor (int floor = 0; floor < n; floor++) b[floor] = a[floor] - floor;\n#pragma endscop\n",
-    "rat as an array": "double rat[n];\n#pragma scop\nfor (int i = 0; i < n; i++) rat[i] = a[i];\nfor (int i = 0; i < n; i++) b[i] = rat[i];\n"
-                       "#pragma endscop\na[0] = rat[1];\n",
-    "one local name in two loops": "#pragma scop\nfor (int i = 0; i < n; i++) { double t = a[i]; b[i] = t * t; }\n"
-                                   "for (int i = 1; i < n; i++) { float t = b[i - 1]; { int t = 3; a[i] = t; } a[i] += t; }\n#pragma endscop\n",
-    "a local that hides an argument": "#pragma scop\nfor (int i = 0; i < n; i++) { double n = a[i]; b[i] = n * n; }\n#pragma endscop\n",
-    "MIN and MAX of a macro": "#define MIN(a, b) ((a) < (b) ? (a) : (b))\n#define MAX(a, b) ((a) > (b) ? (a) : (b))\n#pragma scop\n"
-                              "for (int t = 0; t < n; t += 4) for (int i = MAX(t, 1); i < MIN(t + 4, n - 1); i++) b[i] = b[i - 1] + a[i];\n"
-                              "#pragma endscop\n",
-    "half the elements": "#pragma scop\nfor (int i = 0; i < n/2; i++) b[i] = a[n - 1 - i];\n#pragma endscop\n",
-    "half of what may be negative": "int m = n - 20;\n#pragma scop\nfor (int i = 8; i > m / 3 + 4; i--) b[i] = i;\n#pragma endscop\n",
-    "a shift": "#pragma scop\nfor (int i = 0; i < n >> 1; i++) b[i << 1] = a[(i - 3 >> 1) + 2];\n#pragma endscop\n",
-    "enumerators": "enum { FIRST = 2, NEXT, LAST = FIRST * 4 };\n#pragma scop\nfor (int i = FIRST; i < LAST; i++) b[i] = NEXT;\n#pragma endscop\n",
-    "typedefs of an index": "typedef long idx;\n#pragma scop\nfor (idx i = 0; i < (idx)n; i++) b[i] = i;\n#pragma endscop\n",
-    "a periodic subscript": "#pragma scop\nfor (int i = 0; i < n; i++) b[i] = a[i == 0 ? n - 1 : i - 1] + a[(i + 1) % n == 0 ? 0 : i];\n"
-                            "#pragma endscop\n".replace("(i + 1) % n == 0 ? 0 : i", "i == n - 1 ? 0 : i + 1"),
-    "chained assignments": "#pragma scop\nfor (int i = 0; i < n; i++) { float t; a[i] = t = b[i] = 0.1; a[i] += b[i] -= t; }\n#pragma endscop\n",
-    "a condition on data": "double t = 0;\n#pragma scop\nfor (int i = 1; i < n; i++) { if (a[i] > 0) { b[i] = a[i]; t += 1; } else if (a[i] < -2)\n"
-                           "b[i] = i; }\nfor (int i = 1; i < n; i++) b[i] = b[i] * 2 + t;\n#pragma endscop\n",
-    "a temporary under a condition on data": "double t = 0;\n#pragma scop\nfor (int i = 0; i < n; i++) { if (a[i] > 0) t = a[i]; b[i] = t; }\n"
-                                             "#pragma endscop\n",
-    "an affine local": "#pragma scop\nfor (int i = 0; i < n; i++) { const int k = n - 1 - i; int l = k; b[l] = a[i] + k / 2; }\n#pragma endscop\n",
-    "commas": "#pragma scop\nfor (int i = 0; i < n; i++) a[i] = 2, b[i] = a[i] + i;\n#pragma endscop\n",
-    "unequal": "#pragma scop\nfor (int i = n - 1; i != -1; --i) b[i] = a[i];\nfor (int i = 0; i != n; i++) if (i != 3) a[i] = b[i];\n#pragma endscop\n",
+    "max and min":
+        "double max = -9, min = 9;\nSCOP\nEACH { max = fmax(max, a[i]); min = fmin(min, a[i]); }\n"
+        "EACH b[i] = max - min;\nEND\na[0] = max + min;\n",
+    "mod as a bound": "int mod = n - 2;\nSCOP\nfor (int i = 0; i < mod; i++) b[i] = mod * a[i];\nEND\n",
+    "floor as an iterator": "SCOP\nfor (int floor = 0; floor < n; floor++) b[floor] = a[floor] - floor;\nEND\n",
+    "rat as an array": "double rat[n];\nSCOP\nEACH rat[i] = a[i];\nEACH b[i] = rat[i];\nEND\na[0] = rat[1];\n",
+    "one local name in two loops":
+        "SCOP\nEACH { double t = a[i]; b[i] = t * t; }\n"
+        "for (int i = 1; i < n; i++) { float t = b[i - 1]; { int t = 3; a[i] = t; } a[i] += t; }\nEND\n",
+    "a local that hides an argument": "SCOP\nEACH { double n = a[i]; b[i] = n * n; }\nEND\n",
+    "MIN and MAX of a macro":
+        "#define MIN(a, b) ((a) < (b) ? (a) : (b))\n#define MAX(a, b) ((a) > (b) ? (a) : (b))\nSCOP\n"
+        "for (int t = 0; t < n; t += 4) for (int i = MAX(t, 1); i < MIN(t + 4, n - 1); i++) b[i] = b[i - 1] + a[i];\n"
+        "END\n",
+    "half the elements": "SCOP\nfor (int i = 0; i < n/2; i++) b[i] = a[n - 1 - i];\nEND\n",
+    "half of what may be negative": "int m = n - 20;\nSCOP\nfor (int i = 8; i > m / 3 + 4; i--) b[i] = i;\nEND\n",
+    "a shift": "SCOP\nfor (int i = 0; i < n >> 1; i++) b[i << 1] = a[(i - 3 >> 1) + 2];\nEND\n",
+    "enumerators": "enum { FIRST = 2, NEXT, LAST = FIRST * 4 };\nSCOP\nfor (int i = FIRST; i < LAST; i++) b[i] = NEXT;\nEND\n",
+    "typedefs of an index": "typedef long idx;\nSCOP\nfor (idx i = 0; i < (idx)n; i++) b[i] = i;\nEND\n",
+    "a periodic subscript": "SCOP\nEACH b[i] = a[i == 0 ? n - 1 : i - 1] + a[i == n - 1 ? 0 : i + 1];\nEND\n",
+    "chained assignments": "SCOP\nEACH { float t; a[i] = t = b[i] = 0.1; a[i] += b[i] -= t; }\nEND\n",
+    "a condition on data":
+        "double t = 0;\nSCOP\n"
+        "for (int i = 1; i < n; i++) { if (a[i] > 0) { b[i] = a[i]; t += 1; } else if (a[i] < -2)\n"
+        "b[i] = i; }\nfor (int i = 1; i < n; i++) b[i] = b[i] * 2 + t;\nEND\n",
+    "a temporary under a condition on data": "double t = 0;\nSCOP\nEACH { if (a[i] > 0) t = a[i]; b[i] = t; }\nEND\n",
+    "an affine local": "SCOP\nEACH { const int k = n - 1 - i; int l = k; b[l] = a[i] + k / 2; }\nEND\n",
+    "commas": "SCOP\nEACH a[i] = 2, b[i] = a[i] + i;\nEND\n",
+    "unequal":
+        "SCOP\nfor (int i = n - 1; i != -1; --i) b[i] = a[i];\n"
+        "for (int i = 0; i != n; i++) if (i != 3) a[i] = b[i];\nEND\n",
 }
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_names_and_expressions_of_users(name, tmp_path):
-    agree(SIGNATURE + " {\n" + NAMES[name] + "}\n", tmp_path)
+    text = NAMES[name].replace("EACH", "for (int i = 0; i < n; i++)")
+    text = text.replace("SCOP", "#pragma scop").replace("END", "#pragma endscop")
+    agree(SIGNATURE + " {\n" + text + "}\n", tmp_path)
 
 
 def test_arguments_that_isl_cannot_name_have_sizes():
