@@ -73,10 +73,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidates(const __
 
 struct Rescue {
     const u16 *q, *k, *w;
+    const float* shift;  // [B, ...]: what every query's scores are less, or null
     float* scores;  // [blocks, keys]
     int *indices, *count;
     const int* failed;
-    long long q_b, q_h, q_t, k_b, k_t, w_b, w_t, w_h;
+    long long q_b, q_h, q_t, k_b, k_t, w_b, w_t, w_h, shift_b;
     Row row;
     int keys, k_best, width, first_row, all_rows, heads, dim, sink, recent;
 };
@@ -116,7 +117,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) rescue_rows(const __grid_c
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int column = token + 2 * quad + i % 2, key = place + lane / 4 + i / 2 * 8;
-                    if (column < end && key <= a.row.offset + column) best[i / 2] = larger(best[i / 2], z[i]);
+                    if (column >= end || key > a.row.offset + column) continue;
+                    best[i / 2] = larger(best[i / 2], a.shift ? z[i] - a.shift[b * a.shift_b + column] : z[i]);
                 }
             }
 #pragma unroll

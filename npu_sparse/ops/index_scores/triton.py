@@ -175,6 +175,6 @@ def select_by_index(
     partition: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if hopper.serves(qi, ki, w, k, block, reduce, sink, recent, valid):
-        return hopper.select_by_index(qi, ki, w, k, block, reduce, sink, recent, valid)
+        return hopper.select_by_index(qi, ki, w, k, block, reduce, sink, recent, valid, partition)
     support = select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, partition, impl="kernel")
     return support.indices, support.count
