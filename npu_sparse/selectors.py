@@ -30,6 +30,7 @@ class LayerInputs:
         partition: float32 `[B, Tq]` learned log-partitions of the index scores where `learns_partition` says so, else None.
         impl: which operators run: "auto", "reference" or "kernel".
         stage: `stage(name)` is a context manager around each stage, for timing.
+        note: `note(what, finite)` is told, by a bool tensor, whether what a selection is made from is finite.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class LayerInputs:
     impl: str = "auto"
     stage: Callable = lambda name: nullcontext()
     partition: Tensor | None = None
+    note: Callable = lambda what, finite: None
 
 
 class Selector(Protocol):
@@ -190,6 +192,7 @@ def select_by_scores(inputs: LayerInputs, budget: Budget, score, heads: int = 1)
             scores = score(start, stop, end, valid)
             visible = visible_to_block(stop - start, end, budget.block, valid, scores.device)
             scores.masked_fill_(~visible[:, None], float("-inf"))
+            inputs.note("scores", scores.amax() < float("inf"))  # NaN is not
         with inputs.stage("top-k"):
             parts.append(ops.select_tokens(
                 scores, k=budget.k_for(Tk, inputs.layer), sink=budget.sink, recent=budget.recent, block=budget.block,
