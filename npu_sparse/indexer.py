@@ -193,9 +193,8 @@ class Indexer(nn.Module):
         """
         copy = Indexer(self.config, self.base, self.evidence, self.budget)
         copy.load_state_dict(self.state_dict())
-        parameter = next(model.parameters())
-        copy = copy.to(device=parameter.device, dtype=parameter.dtype).requires_grad_(False)
-        _check_finite(copy, f"an indexer in {str(parameter.dtype).removeprefix('torch.')}")
+        copy = copy.to(device=model.device, dtype=model.dtype).requires_grad_(False)  # weights in few bits are not its dtype
+        _check_finite(copy, f"an indexer in {str(model.dtype).removeprefix('torch.')}")
         return copy
 
     def forward(self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor):
