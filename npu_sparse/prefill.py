@@ -175,20 +175,35 @@ class SparsePrefill:
 
     def _patch(self) -> None:
         modules, text = attention_modules(self.model), decoder(self.model)
+        _forget_copied_hooks(self.model)
         name = register_sparse(self.native, self.budget.dense_below)
         self.model.set_attn_implementation(attention_selection(self.model, name))
         self._decoder_arguments = tuple(inspect.signature(text.forward).parameters)
+        self._attached_as = name, _kind(text)
         self._handles += [
-            self.model.register_forward_pre_hook(_before_model, with_kwargs=True),
-            text.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            text.register_forward_hook(_check_finite, with_kwargs=True),
+            self.model.register_forward_pre_hook(_Hook(_before_model), with_kwargs=True),
+            text.register_forward_pre_hook(_Hook(self._before_decoder), with_kwargs=True),
+            text.register_forward_hook(_Hook(_check_finite), with_kwargs=True),
         ]
         for layer, module in modules.items():
-            hook = self._layer_hook(layer)
+            hook = _Hook(self._layer_hook(layer))
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _check_unchanged(self, text) -> None:
+        """Refuses what has been done to the model since it was attached, and would have no effect or break a layer."""
+        name, kind = self._attached_as
+        if text.config._attn_implementation != name:
+            raise ValueError(
+                f"model must keep its attention implementation while attached, got {text.config._attn_implementation!r}: "
+                "detach(), set_attn_implementation(), and attach again"
+            )
+        if self.indexer is not None and _kind(text) != kind:
+            was, now = (" on ".join(map(str, one)) for one in (kind, _kind(text)))
+            raise ValueError(f"model must stay {was} while attached, got {now}: detach(), change it, and attach again")
 
     def _before_decoder(self, module, args, kwargs):
         """Makes the ForwardContext of a forward and hands it to the layers, through transformers' own keywords."""
+        self._check_unchanged(module)
         given = dict(zip(self._decoder_arguments, args)) | kwargs
         tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
         if tokens is None:
@@ -206,6 +221,7 @@ class SparsePrefill:
     def _layer_hook(self, layer: int):
         selects = self._selects[layer] == layer
         head = None if self.indexer is None or not selects else self.indexer.layers[str(layer)]
+        maker = None if head is None else head.key_maker()
 
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -214,14 +230,14 @@ class SparsePrefill:
             first = forward.sparse_queries
             if not first:
                 if head is not None and cache is not None:
-                    IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head)
+                    IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head, maker)
                 return args, {**kwargs, LAYER: None}
             index = learns_from = None
             if head is not None:
                 with self.stage("projection"):
                     qi, ki, w = head(hidden, cos, sin)
                     if cache is not None:
-                        ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head)
+                        ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head, maker)
                     index = (qi[:, :, :first], ki[:, : forward.end], None if w is None else w[:, :first])
                 learns_from = hidden[:, :first] if self._learns else None
             if not torch.compiler.is_compiling():
@@ -300,6 +316,42 @@ def _attend(attached: SparsePrefill, inputs: LayerInputs, support: Support) -> T
         if attached.budget.tail:
             return ops.sparse_attention_with_tail(inputs.q, inputs.k, inputs.v, support, valid=inputs.valid, **options)
         return ops.sparse_attention(inputs.q, inputs.k, inputs.v, support, **options)
+
+
+class _Hook:
+    """A hook of an attached model. It belongs to this model: its deep copies refuse to run, and it is not saved."""
+
+    def __init__(self, run: Callable, is_copy: bool = False):
+        self.run, self.is_copy = run, is_copy
+
+    def __call__(self, *what):
+        return self.run(*what)
+
+    def __deepcopy__(self, memo):
+        return _Hook(_refuse_copy, is_copy=True)
+
+    def __reduce__(self):
+        raise ValueError("model must be detached before it is pickled, got one that is attached: detach() first")
+
+
+def _refuse_copy(module, *what) -> None:
+    config = getattr(module.config, "get_text_config", lambda: module.config)()
+    if config._attn_implementation.startswith(PREFIX):
+        raise ValueError(
+            "model must be copied before attach() or after detach(), got a copy of one that was attached: "
+            "set_attn_implementation() makes this copy dense"
+        )
+
+
+def _forget_copied_hooks(model) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.is_copy]:
+                del hooks[key]
+
+
+def _kind(text) -> tuple[torch.dtype, torch.device]:
+    return text.norm.weight.dtype, text.norm.weight.device
 
 
 def _before_model(module, args, kwargs):

@@ -1,6 +1,6 @@
 """The intermediate representation of a static control part (SCoP): statements, their iterations, what they read and write."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import islpy as isl
 
@@ -89,6 +89,9 @@ class Scop:
         function: the C function it stands in; "" without one.
         arguments: the parameters of that function in order: sizes and coefficients (shape ()) and arrays.
         region: its lines in the source, from `#pragma scop` to `#pragma endscop`, both included; (0, 0) without one.
+        start: the line on which the definition of that function begins; 0 where it does not begin a line, or is unknown.
+        types: the C type of each parameter.
+        aliases: C's names of parameters, arrays and arguments that have other names here, as isl does not read C's.
     """
 
     name: str
@@ -100,6 +103,9 @@ class Scop:
     function: str = ""
     arguments: tuple[Array, ...] = ()
     region: tuple[int, int] = (0, 0)
+    start: int = 0
+    types: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def domain(self) -> isl.UnionSet:
         """All statement instances."""

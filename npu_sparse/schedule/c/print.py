@@ -17,6 +17,7 @@ from npu_sparse.schedule.c.expressions import Expressions, Names, constant_exten
 from npu_sparse.schedule.c.isolate import drop_options, isolate_full_tiles, isolate_unrolled
 from npu_sparse.schedule.c.marks import CodegenError, Hint, resolve_marks
 from npu_sparse.schedule.c.work import work_guard
+from npu_sparse.schedule.frontend.preprocess import TOKEN
 from npu_sparse.schedule.scop import Scop
 
 SEPARATION, UNROLLING, OPERATIONS = 1_000_000, 3_000_000, 30_000_000  # isl operations per attempt: about a second a million
@@ -39,11 +40,14 @@ def generate_file(scop: Scop, source: str, tree: isl.Schedule, *, separate: bool
     Loop nests become static functions in front of the one that holds the SCoP: their `restrict` parameters tell the compiler
     that arrays do not overlap, which is what a SCoP assumes, and what OpenMP regions otherwise hide from it.
     """
-    place = _function_start(source, scop.function)
+    place = _line(source, scop.start) if scop.start else None
     functions, text = _generate(scop, tree, separate, identifiers(source), outline=place is not None)
+    if "malloc(" in functions + text and not re.search(r"^[ \t]*#[ \t]*include[ \t]*<stdlib.h>", source, re.M):
+        functions = "#include <stdlib.h>\n" + functions
     if place is None:
-        return replace_scop(source, functions + text)
-    return source[:place] + functions + replace_scop(source[place:], text)
+        return replace_scop(source, functions + text, scop.region)
+    rest = (scop.region[0] - scop.start + 1, scop.region[1] - scop.start + 1)
+    return source[:place] + functions + replace_scop(source[place:], text, rest)
 
 
 def _generate(scop: Scop, tree: isl.Schedule, separate: bool, reserved: Iterable[str], outline: bool) -> tuple[str, str]:
@@ -64,17 +68,23 @@ def _generate(scop: Scop, tree: isl.Schedule, separate: bool, reserved: Iterable
     raise AssertionError
 
 
-def _function_start(source: str, function: str) -> int | None:
-    """Where the definition of `function` begins in `source`, at the start of a line."""
-    region = re.search(r"^[ \t]*#[ \t]*pragma[ \t]+scop\b", source, re.M)
-    pattern = rf"^[A-Za-z_][\w \t*]*\b{re.escape(function)}[ \t\n]*\(" if function else r"(?!)"
-    starts = [found.start() for found in re.finditer(pattern, source, re.M) if region and found.start() < region.start()]
-    return starts[-1] if starts else None
+def _line(source: str, number: int) -> int | None:
+    """Where a line begins, or None where text before it goes on in it."""
+    place = len("".join(source.splitlines(keepends=True)[: number - 1]))
+    inside = any(match.start() < place < match.end() for match in TOKEN.finditer(source))
+    return None if inside or source[:place].rstrip("\r\n").endswith("\\") else place
 
 
-def replace_scop(source: str, text: str) -> str:
-    """C source with everything from `#pragma scop` to `#pragma endscop` replaced by `text`."""
+def replace_scop(source: str, text: str, region: tuple[int, int] = (0, 0)) -> str:
+    """C source with the lines of its region, from `#pragma scop` to `#pragma endscop`, replaced by `text`.
+
+    Without the numbers of these lines, counted from 1, the source must have one region.
+    """
     pattern = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+scop\b.*?^[ \t]*#[ \t]*pragma[ \t]+endscop\b[^\n]*\n?", re.M | re.S)
+    if region != (0, 0):
+        lines = source.splitlines(keepends=True)
+        if pattern.fullmatch("".join(lines[region[0] - 1 : region[1]])):
+            return "".join([*lines[: region[0] - 1], text, *lines[region[1] :]])
     found = pattern.findall(source)
     if len(found) != 1:
         raise CodegenError(f"the source must have one region between #pragma scop and #pragma endscop, got {len(found)}")
@@ -102,7 +112,7 @@ def _within_budget(operations: int, function):
 
 
 def _names(scop: Scop, reserved: Iterable[str]) -> Names:
-    used = set(reserved) | set(scop.parameters) | set(scop.arrays)
+    used = set(reserved) | set(scop.parameters) | set(scop.arrays) | set(scop.aliases.values())
     for s in scop.statements:
         used |= identifiers(s.body) | set(s.iterators)
     for array in scop.arrays.values():
@@ -142,6 +152,7 @@ def _print(scop: Scop, ast, hints, names: Names, note: str, outline: bool) -> tu
         for s in scop.statements
     ]
     first = [note] if note else []
+    needed += [(alias, name) for alias, name in scop.aliases.items()]
     first += [f"#define {head} {definition}" for head, definition in needed]
     last = [f"#undef {head.partition('(')[0]}" for head, _ in needed]
     return "\n".join([*first, *printer.functions]) + "\n", "\n".join(["{", *body, "}", *last]) + "\n"
@@ -155,6 +166,8 @@ class _Printer:
         self.functions: list[str] = []
         self.iterators: list[str] = []  # of the loops around the current node
         self.expressions = Expressions(names)
+        # Beside an unsigned parameter, a negative value would become a large one.
+        self.expressions.substituted = {name: f"((long){name})" for name, kind in scop.types.items() if "unsigned" in kind}
 
     def node(self, node, level: int, loop: tuple[Hint, ...] = ()) -> list[str]:
         kind, pad = node.get_type(), "  " * level
@@ -229,7 +242,7 @@ class _Printer:
         arrays = [a for a in self.scop.arrays.values() if a.name in used and a.name not in inside]
         used |= {name for a in arrays for extent in a.shape for name in identifiers(extent)}
         taken = inside | {a.name for a in arrays}
-        known = {a.name: a.ctype for a in self.scop.arguments if not a.shape}
+        known = {**self.scop.types, **{a.name: a.ctype for a in self.scop.arguments if not a.shape}}
         values = {name: known.get(name, "long") for name in [*self.scop.parameters, *known] if name in used and name not in taken}
         values |= {name: "long" for name in self.iterators if name in used}
         parameters = [f"{ctype} {name}" for name, ctype in values.items()] + [_restricted(a) for a in arrays]

@@ -73,7 +73,8 @@ def run(
     """
     if not scop.function:
         raise RunError(f"{scop.source} must define the SCoP inside of a function to be run")
-    values = _checked(scop, {**sizes, **(scalars or {})})
+    keys = {name: key for key, name in scop.aliases.items()}
+    values = _checked(scop, {keys.get(name, name): value for name, value in {**sizes, **(scalars or {})}.items()})
     passed = {a.name for a in scop.arguments if a.shape}
     results = [a.name for a in scop.arrays.values() if a.live_out]
     hidden = [name for name in results if name not in passed]
