@@ -179,12 +179,13 @@ def markdown(result: dict) -> str:
 
 EVIDENCE_COLOURS = {
     "dense": "#222222", "oracle": "#0072b2", "distilled": "#d55e00", "untrained": "#cc79a7", "control": "#8a8a8a",
+    "training-free": "#009e73",
 }  # fmt: skip
 
 
 def variant_styles(columns: dict) -> dict:
     """How matplotlib draws each variant of `{name: a row of it}`: its marker, its colour by evidence, hollow where shared."""
-    markers = dict(zip(VARIANTS, "DososXx"))
+    markers = dict(zip(VARIANTS, "DososXxHp8"))
     with_options = [name for name in columns if "+" in name]
     markers.update(zip(with_options, itertools.cycle("^v<>Pph*")))
     return {
