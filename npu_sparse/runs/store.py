@@ -81,8 +81,8 @@ def read_config(directory, stage: str) -> dict:
     """config.json of a run of this stage, without "stage". RunError where it is none."""
     directory = Path(directory)
     found = _config(directory)
-    if found.pop("stage", None) != stage:
-        raise RunError(f"{directory} must be the directory of a run of {stage}")
+    if (own := found.pop("stage", None)) != stage:
+        raise RunError(f"{directory} must be the directory of a run of {stage}, got a config.json of stage {shown(own)}")
     return found
 
 
@@ -237,9 +237,15 @@ def shown(value, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"it must hold finite numbers, got {shown(text, 20)}")
+    return value
+
+
 def _decoded(data: bytes):
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_constant=_finite, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [value]
