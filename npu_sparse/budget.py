@@ -37,6 +37,9 @@ class Budget:
         share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer selects.
         dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit. "auto" = the length from
             which this budget was measured to be faster on the model's device (`crossover.dense_below`), decided when attaching.
+        exact_last: the last `exact_last` queries of a prompt read every key (`ops.dense_rows`): those at positions from the
+            prompt's length less `exact_last` on, whichever chunk holds them. As many as the prompt has, or more: all of it is
+            dense. 0 = none.
         candidates: an indexer's scores in two levels: whole blocks of keys are ranked first, and only the keys of the best
             blocks, at least this many, are scored one by one; 0 = every key is scored (one level).
         key_block: keys of such a block, a power of two from 16 to 128.
@@ -51,6 +54,7 @@ class Budget:
     dense_below: int | str = 0
     share_layers: int = 1
     tail: bool = False
+    exact_last: int = 0
     candidates: int = 0
     key_block: int = 64
     partition: str = "auto"
@@ -71,7 +75,7 @@ class Budget:
             raise ValueError(f"partition must be one of {', '.join(PARTITIONS)}, got {self.partition!r}")
         if self.key_block not in KEY_BLOCKS or isinstance(self.key_block, bool):
             raise ValueError(f"key_block must be one of {', '.join(map(str, KEY_BLOCKS))}, got {self.key_block!r}")
-        for name in ("sink", "recent", "candidates"):
+        for name in ("sink", "recent", "exact_last", "candidates"):
             _whole(name, getattr(self, name), 0)
         if self.dense_below != "auto":
             _whole("dense_below", self.dense_below, 0)

@@ -150,6 +150,7 @@ def _schedule(
     openscop: Annotated[Path | None, typer.Option(help="Where an OpenScop text for other tools goes.")] = None,
     sizes: Annotated[str, typer.Option(help="ni=100,alpha=1.5: compile, run both programs and compare them.")] = "",
     time_limit: Annotated[float, typer.Option(help="Seconds that the runs of --sizes may take.", min=0.1)] = 300,
+    pure: Annotated[str, typer.Option(help="g,h: functions without state and side effects that the loops may call.")] = "",
 ) -> None:
     try:
         from npu_sparse.schedule.command import schedule_file
@@ -162,6 +163,7 @@ def _schedule(
     text = schedule_file(
         source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop,
         sizes=values, time_limit_s=time_limit,
+        pure=[name.strip() for name in pure.split(",") if name.strip()],
     )  # fmt: skip
     if text:
         typer.echo(text)

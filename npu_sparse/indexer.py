@@ -102,6 +102,14 @@ class IndexHead(nn.Module):
         """`ki [B, T, Di]` of hidden states `[B, T, hidden_size]`; cos and sin are the model's."""
         return rotate(self.k_norm(self.k_proj(hidden)), rotary_for(cos, self.dim), rotary_for(sin, self.dim))
 
+    def key_maker(self) -> str:
+        """A fingerprint of the weights that index keys are made with: the same for the same weights in the same dtype."""
+        weights = (self.k_proj.weight, self.k_norm.weight, self.k_norm.bias)
+        digest = hashlib.sha256(str((self.k_norm.eps, *(tensor.dtype for tensor in weights))).encode())
+        for tensor in weights:
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
 
 def rotary_for(table: Tensor, dim: int) -> Tensor:
     """The model's cos or sin table `[..., R]` cut to at most `dim` dimensions, keeping the whole range of frequencies."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .budget import Budget
+from .exact_end import exact_end
 from .indexer import Indexer as IndexerModule
 from .models import crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config
@@ -71,8 +72,10 @@ class SparsePrefill:
             selector: a Selector, or an npu_sparse.Indexer (its base must be this model).
             budget: None = the adapter's recommended budget, else Budget().
             impl: which operators run, "auto", "reference" or "kernel"; limits are checked here, before the first token.
-            stage: `stage(name)` gives a context manager around projection, scoring, top-k and attention, for timing.
-            observe: called as `observe(inputs: LayerInputs, support: Support, out)` after every sparse layer.
+            stage: `stage(name)` gives a context manager around projection, scoring, top-k, attention and the exact end, for
+                timing.
+            observe: called as `observe(inputs: LayerInputs, support: Support, out)` after every sparse layer, with the queries
+                that a support was selected for; not where all of them are exact (`Budget.exact_last`).
             workspace_mib: MiB of a slice of scores; an operator holds up to five times as much. Smaller is slower, and no result
                 depends on it. A prefill that is out of memory says which to choose (torch.OutOfMemoryError).
 
@@ -146,6 +149,8 @@ class SparsePrefill:
             require_kernels(self.model.device.type)
             if self.budget.tail:
                 require_kernel("sparse_attention_with_tail", self.model.device.type, "or Budget(tail=False)")
+            if self.budget.exact_last:
+                require_kernel("dense_rows", self.model.device.type, "or Budget(exact_last=0)")
             if self.budget.candidates:
                 require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
             if self._takes_exact_partitions():
@@ -170,20 +175,35 @@ class SparsePrefill:
 
     def _patch(self) -> None:
         modules, text = attention_modules(self.model), decoder(self.model)
+        _forget_copied_hooks(self.model)
         name = register_sparse(self.native, self.budget.dense_below)
         self.model.set_attn_implementation(attention_selection(self.model, name))
         self._decoder_arguments = tuple(inspect.signature(text.forward).parameters)
+        self._attached_as = name, _kind(text)
         self._handles += [
-            self.model.register_forward_pre_hook(_before_model, with_kwargs=True),
-            text.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-            text.register_forward_hook(_check_finite, with_kwargs=True),
+            self.model.register_forward_pre_hook(_Hook(_before_model), with_kwargs=True),
+            text.register_forward_pre_hook(_Hook(self._before_decoder), with_kwargs=True),
+            text.register_forward_hook(_Hook(_check_finite), with_kwargs=True),
         ]
         for layer, module in modules.items():
-            hook = self._layer_hook(layer)
+            hook = _Hook(self._layer_hook(layer))
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+
+    def _check_unchanged(self, text) -> None:
+        """Refuses what has been done to the model since it was attached, and would have no effect or break a layer."""
+        name, kind = self._attached_as
+        if text.config._attn_implementation != name:
+            raise ValueError(
+                f"model must keep its attention implementation while attached, got {text.config._attn_implementation!r}: "
+                "detach(), set_attn_implementation(), and attach again"
+            )
+        if self.indexer is not None and _kind(text) != kind:
+            was, now = (" on ".join(map(str, one)) for one in (kind, _kind(text)))
+            raise ValueError(f"model must stay {was} while attached, got {now}: detach(), change it, and attach again")
 
     def _before_decoder(self, module, args, kwargs):
         """Makes the ForwardContext of a forward and hands it to the layers, through transformers' own keywords."""
+        self._check_unchanged(module)
         given = dict(zip(self._decoder_arguments, args)) | kwargs
         tokens = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
         if tokens is None:
@@ -201,6 +221,7 @@ class SparsePrefill:
     def _layer_hook(self, layer: int):
         selects = self._selects[layer] == layer
         head = None if self.indexer is None or not selects else self.indexer.layers[str(layer)]
+        maker = None if head is None else head.key_maker()
 
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -209,14 +230,14 @@ class SparsePrefill:
             first = forward.sparse_queries
             if not first:
                 if head is not None and cache is not None:
-                    IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head)
+                    IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head, maker)
                 return args, {**kwargs, LAYER: None}
             index = learns_from = None
             if head is not None:
                 with self.stage("projection"):
                     qi, ki, w = head(hidden, cos, sin)
                     if cache is not None:
-                        ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head)
+                        ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head, maker)
                     index = (qi[:, :, :first], ki[:, : forward.end], None if w is None else w[:, :first])
                 learns_from = hidden[:, :first] if self._learns else None
             if not torch.compiler.is_compiling():
@@ -237,7 +258,10 @@ class SparsePrefill:
         selecting = self._selects[inputs.layer]
         if selecting != inputs.layer:
             return forward.supports[selecting]
-        support = self.selector.select(inputs, self.budget)
+        budget = self.budget
+        if inputs.k.shape[2] < forward.end and isinstance(budget.k, Mapping):  # k is the context's, whatever is left out
+            budget = budget.replace(k=budget.k_for(forward.end))
+        support = self.selector.select(inputs, budget)
         if self.budget.share_layers > 1:
             if not forward.keeps_supports:
                 forward.supports.clear()  # nobody reads them any more
@@ -268,10 +292,17 @@ class _Layer:
         inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition)
         workspace.use(attached.workspace_mib)
         try:
-            support = attached._support(inputs, self.forward)
-            out = _attend(attached, inputs, support)
-            if attached.observe is not None:
-                attached.observe(inputs, support, out)
+            end = exact_end(inputs, self.forward, attached.budget)
+            chosen = inputs if end is None else end.left(inputs, attached.budget)
+            out = None
+            if chosen is not None:
+                support = attached._support(chosen, self.forward)
+                out = _attend(attached, chosen, support)
+                if attached.observe is not None:
+                    attached.observe(chosen, support, out)
+            if end is not None:
+                with attached.stage("exact"):
+                    out = end.over(out, inputs)
             return out.transpose(1, 2).contiguous()
         except (RuntimeError, MemoryError) as error:
             if not workspace.is_exhausted(error):
@@ -285,6 +316,42 @@ def _attend(attached: SparsePrefill, inputs: LayerInputs, support: Support) -> T
         if attached.budget.tail:
             return ops.sparse_attention_with_tail(inputs.q, inputs.k, inputs.v, support, valid=inputs.valid, **options)
         return ops.sparse_attention(inputs.q, inputs.k, inputs.v, support, **options)
+
+
+class _Hook:
+    """A hook of an attached model. It belongs to this model: its deep copies refuse to run, and it is not saved."""
+
+    def __init__(self, run: Callable, is_copy: bool = False):
+        self.run, self.is_copy = run, is_copy
+
+    def __call__(self, *what):
+        return self.run(*what)
+
+    def __deepcopy__(self, memo):
+        return _Hook(_refuse_copy, is_copy=True)
+
+    def __reduce__(self):
+        raise ValueError("model must be detached before it is pickled, got one that is attached: detach() first")
+
+
+def _refuse_copy(module, *what) -> None:
+    config = getattr(module.config, "get_text_config", lambda: module.config)()
+    if config._attn_implementation.startswith(PREFIX):
+        raise ValueError(
+            "model must be copied before attach() or after detach(), got a copy of one that was attached: "
+            "set_attn_implementation() makes this copy dense"
+        )
+
+
+def _forget_copied_hooks(model) -> None:
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Hook) and hook.is_copy]:
+                del hooks[key]
+
+
+def _kind(text) -> tuple[torch.dtype, torch.device]:
+    return text.norm.weight.dtype, text.norm.weight.device
 
 
 def _before_model(module, args, kwargs):

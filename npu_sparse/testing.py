@@ -244,7 +244,7 @@ def _index_scores_of_queries(qi, ki, w, valid, dtype, products) -> tuple[Tensor,
         product = qi[:, h].to(dtype) @ ki.to(dtype).mT if products is None else products(qi[:, h], ki)
         product = product / qi.shape[-1] ** 0.5
         weight = 1.0 if w is None else w[:, :, h, None].to(dtype)
-        z = z + weight * torch.where(product > 0, product, 0.0)
+        z = z + weight * torch.where(product <= 0, 0.0, product)
     return z, sees
 
 
@@ -265,7 +265,7 @@ def naive_select_tokens(
                 row = scores[b, h, n].tolist()
                 positions = [Tk - Tq + t for t in range(n * block, min((n + 1) * block, Tq))]
                 kept = {s for t in positions for s in range(t - recent + 1, t + 1)} | set(real[:sink])
-                visible = [s for s in range(Tk) if row[s] > float("-inf")]
+                visible = [s for s in range(Tk) if row[s] > float("-inf") or (math.isnan(row[s]) and s in kept)]
                 order = sorted(visible, key=lambda s: (s not in kept, -row[s] if s not in kept else 0.0, s))
                 chosen = sorted(order[: min(k, Tk)])
                 indices[b, h, n, : len(chosen)] = torch.tensor(chosen, dtype=torch.int32)

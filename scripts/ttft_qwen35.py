@@ -56,7 +56,7 @@ UNFINISHED = 3  # exit status where --budget-s left lengths out
 # on an NPU "flash_attention_2" is torch_npu's fused attention
 DENSE = {"npu": "flash_attention_2,sdpa", "cpu": "sdpa"}
 HYBRID = {"cuda": "fast"}
-STAGES = ("projection", "scoring", "top-k", "attention", "gdn", "feed-forward", "norms", "rest")
+STAGES = ("projection", "scoring", "top-k", "attention", "exact", "gdn", "feed-forward", "norms", "rest")
 COLOURS = ("#f0e442", "#e69f00", "#d55e00", "#0072b2", "#009e73", "#56b4e9", "#cc79a7", "#cccccc")
 
 

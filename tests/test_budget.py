@@ -16,7 +16,7 @@ def budgets(draw):
     return Budget(
         k=draw(st.one_of(ks, tiers)), block=block, reduce=draw(st.sampled_from(REDUCTIONS)), sink=sink, recent=recent,
         per_layer=draw(st.dictionaries(st.integers(0, 40), ks, max_size=3)), dense_below=draw(st.integers(0, 9999)),
-        tail=draw(st.booleans()),
+        tail=draw(st.booleans()), exact_last=draw(st.integers(0, 300)),
         share_layers=draw(st.integers(1, 4)), candidates=draw(st.sampled_from([0, 5000, 8192])),
         key_block=draw(st.sampled_from(KEY_BLOCKS)), partition=draw(st.sampled_from(PARTITIONS)),
     )  # fmt: skip

@@ -230,7 +230,7 @@ def test_missing_files_are_named(adapter, tmp_path):
 @pytest.mark.parametrize("victim", ["model.safetensors", "README.md", "config.json"])
 def test_a_disk_that_fills_up_leaves_the_old_adapter_usable(indexer, adapter, victim, monkeypatch):
     before = Indexer.from_pretrained(adapter).state_dict()
-    real = builtins.open
+    real, real_open, victims = builtins.open, os.open, set()
 
     class Full:
         def __init__(self, file):
@@ -242,17 +242,27 @@ def test_a_disk_that_fills_up_leaves_the_old_adapter_usable(indexer, adapter, vi
         def __exit__(self, *exception):
             self.file.close()
 
+        def fileno(self):
+            return self.file.fileno()
+
         def write(self, data):
             self.file.write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
 
     def opened(path, mode="r", *args, **kwargs):
         file = real(path, mode, *args, **kwargs)
-        return Full(file) if "w" in mode and victim in str(path) else file
+        return Full(file) if "w" in mode and path in victims else file
+
+    def opening(path, *args, **kwargs):
+        descriptor = real_open(path, *args, **kwargs)
+        if victim in str(path):
+            victims.add(descriptor)
+        return descriptor
 
     changed = Indexer(indexer.config, indexer.base)
     with monkeypatch.context() as patch:
         patch.setattr(builtins, "open", opened)
+        patch.setattr(os, "open", opening)
         with pytest.raises(OSError, match="No space left"):
             changed.save_pretrained(adapter)
     assert sorted(entry.name for entry in adapter.iterdir()) == ["README.md", "config.json", "model.safetensors"]

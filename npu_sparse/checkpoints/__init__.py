@@ -10,11 +10,11 @@ load.py is the way through them. `python -m npu_sparse.checkpoints NAME` prepare
 
 from .cache import MARKER, MARKER_FORMAT, CheckpointError, cache_dir, is_prepared
 from .demos import DEMOS, Demo, Wheel
-from .identity import weights_fingerprint
+from .identity import backbone_fingerprint, weights_fingerprint
 from .load import identity, load, load_tokenizer, main, prepare
 from .sources import Checkpoint, resolve
 
 __all__ = [
-    "DEMOS", "MARKER", "MARKER_FORMAT", "Checkpoint", "CheckpointError", "Demo", "Wheel", "cache_dir", "identity",
-    "is_prepared", "load", "load_tokenizer", "main", "prepare", "resolve", "weights_fingerprint",
+    "DEMOS", "MARKER", "MARKER_FORMAT", "Checkpoint", "CheckpointError", "Demo", "Wheel", "backbone_fingerprint",
+    "cache_dir", "identity", "is_prepared", "load", "load_tokenizer", "main", "prepare", "resolve", "weights_fingerprint",
 ]  # fmt: skip

@@ -27,11 +27,14 @@ class CheckpointError(RuntimeError):
 
 
 def cache_dir() -> Path:
-    """The directory that prepared checkpoints are kept in; it may not exist yet."""
+    """The directory that prepared checkpoints and compiled kernels are kept in; it may not exist yet.
+
+    A relative XDG_CACHE_HOME is invalid and ignored, as the XDG base directory specification has it.
+    """
     if cache := os.environ.get("NPU_SPARSE_CACHE"):
         return Path(cache).expanduser().absolute()
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "npu-sparse"
+    return (Path(base) if base and os.path.isabs(base) else Path.home() / ".cache") / "npu-sparse"
 
 
 def is_prepared(directory: Path) -> bool:
@@ -126,10 +129,6 @@ def progress_bar(description: str, total_bytes: int | None, shown: bool) -> Iter
 
 def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def command_for(name: str) -> str:

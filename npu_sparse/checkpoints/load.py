@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .cache import CheckpointError, cache_dir, cache_error, first_line, is_prepared, locked, say, sha256_of, swept
+from ..boundary import reading, reason
+from .cache import CheckpointError, cache_dir, cache_error, is_prepared, locked, say, sha256_of, swept
 from .demos import DEMOS, obtain
 from .gguf import convert, transformers_bars
-from .identity import first_full_attention_layer, stored_fingerprint, weights_fingerprint
+from .identity import backbone_fingerprint, first_full_attention_layer, stored_fingerprints, weights_fingerprint
 from .sources import WHAT_LOADS, Checkpoint, resolve
+from .weights import check_files, check_loaded
 
 if TYPE_CHECKING:
     import torch
@@ -78,13 +80,20 @@ def load(
     """A causal language model in evaluation mode on `device`, and its tokenizer.
 
     `name_or_path`: a hub id, which goes to transformers unchanged; a local directory; a GGUF file; or a demo name, see
-    `DEMOS`. `dtype`: a torch dtype or its name ("auto" keeps the stored one). Raises CheckpointError, see `prepare`.
+    `DEMOS`. `dtype`: a torch dtype or its name ("auto" keeps the stored one). Weights that the model wants and the
+    checkpoint has not, or the other way round, are refused by name: no weight is ever random. Raises CheckpointError,
+    see `prepare`.
     """
     checkpoint = prepare(name_or_path, progress=progress)
+    if checkpoint.path is not None:
+        check_files(checkpoint.path)
     from transformers import AutoModelForCausalLM
 
     with transformers_bars(progress):
-        model = _from_pretrained(AutoModelForCausalLM, checkpoint, dtype=dtype)
+        model, info = _from_pretrained(
+            AutoModelForCausalLM, checkpoint, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    check_loaded(checkpoint.path or checkpoint.name, info)
     return model.to(device).eval(), _tokenizer(checkpoint)
 
 
@@ -97,9 +106,9 @@ def identity(model_or_path: Any) -> dict[str, Any]:
     """What an adapter records of the backbone it was made for, JSON-serialisable.
 
     model_type, architectures, hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads, head_dim,
-    vocab_size, weights_fingerprint. All but `architectures` describe the text model, so a text model and the
-    vision-language model around it differ in `architectures` only. For a hub id the weights are not fetched, and
-    weights_fingerprint is None; other names and paths are prepared first, see `prepare`.
+    vocab_size, weights_fingerprint (of two matrices), backbone_fingerprint (of all). All but `architectures` describe
+    the text model, so a text model and the vision-language model around it differ in `architectures` only. For a hub id
+    the weights are not fetched, and the fingerprints are None; other names and paths are prepared first, see `prepare`.
     """
     if isinstance(model_or_path, (str, os.PathLike)):
         checkpoint = prepare(model_or_path)
@@ -107,11 +116,11 @@ def identity(model_or_path: Any) -> dict[str, Any]:
 
         config = _from_pretrained(AutoConfig, checkpoint)
         layer = first_full_attention_layer(config)
-        fingerprint = None if checkpoint.path is None else stored_fingerprint(checkpoint.path, layer)
+        weights, backbone = (None, None) if checkpoint.path is None else stored_fingerprints(checkpoint.path, layer)
         architectures = config.architectures
     else:
         config = model_or_path.config
-        fingerprint = weights_fingerprint(model_or_path)
+        weights, backbone = weights_fingerprint(model_or_path), backbone_fingerprint(model_or_path)
         architectures = [type(model_or_path).__name__]
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
@@ -124,18 +133,23 @@ def identity(model_or_path: Any) -> dict[str, Any]:
         "num_key_value_heads": getattr(text, "num_key_value_heads", None) or heads,
         "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
         "vocab_size": text.vocab_size,
-        "weights_fingerprint": fingerprint,
+        "weights_fingerprint": weights,
+        "backbone_fingerprint": backbone,
     }
 
 
 def _from_pretrained(auto_class: Any, checkpoint: Checkpoint, **options: Any) -> Any:
     if checkpoint.path is not None:
-        return auto_class.from_pretrained(checkpoint.path, local_files_only=True, **options)
+        with reading(checkpoint.path, CheckpointError):
+            return auto_class.from_pretrained(checkpoint.path, local_files_only=True, **options)
     try:
         return auto_class.from_pretrained(checkpoint.name, **options)
-    except OSError as error:
-        reason = first_line(error)
-        raise CheckpointError(f"transformers cannot load {checkpoint.name!r} ({reason}): give {WHAT_LOADS}") from error
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
+        raise CheckpointError(
+            f"transformers cannot load {checkpoint.name!r} ({reason(error)}): give {WHAT_LOADS}"
+        ) from error
 
 
 def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -3,7 +3,8 @@
 They live on the cache's own layer object, so they are reordered by beam search, cropped, reset and copied with it.
 """
 
-from functools import partial
+import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -20,9 +21,13 @@ class KeyMaker(Protocol):
 
 
 class IndexKeyCache:
-    """Index keys `[B, T, Di]` of one layer, plus hidden states whose keys nobody has needed yet."""
+    """Index keys `[B, T, Di]` of one layer, plus hidden states whose keys nobody has needed yet.
+
+    `maker` names the weights that the keys are made with: keys of two adapters are not comparable.
+    """
 
     def __init__(self):
+        self.maker: str | None = None
         self.keys: Tensor | None = None
         self.pending: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -36,18 +41,31 @@ class IndexKeyCache:
             holder.index_keys = IndexKeyCache()
             for name, method in _CARRYING.items():
                 if hasattr(holder, name):
-                    setattr(holder, name, partial(method, holder))
+                    setattr(holder, name, _Carried(method, holder))
         return holder.index_keys
 
-    def remember(self, hidden: Tensor, cos: Tensor, sin: Tensor, head: KeyMaker) -> None:
-        """Keeps the hidden states of a dense step, so that a later sparse prefill can make index keys of them."""
+    def remember(self, hidden: Tensor, cos: Tensor, sin: Tensor, head: KeyMaker, maker: str | None = None) -> None:
+        """Keeps the hidden states of a dense step, so that a later sparse prefill can make index keys of them.
+
+        A step under another maker is not kept: its tokens are without index keys.
+        """
+        if not self._is_of(maker):
+            return
         B = hidden.shape[0]
         self.pending.append((hidden, cos.expand(B, -1, -1), sin.expand(B, -1, -1)))
         if len(self.pending) > PENDING_STEPS:
             self.flush(head)
 
-    def extend(self, keys: Tensor, seen: int, head: KeyMaker) -> Tensor:
-        """Appends the index keys of new tokens and returns those of all `seen` + new tokens."""
+    def extend(self, keys: Tensor, seen: int, head: KeyMaker, maker: str | None = None) -> Tensor:
+        """Appends the index keys of new tokens and returns those of all `seen` + new tokens.
+
+        Raises ValueError where earlier tokens have no index keys, or those of another maker.
+        """
+        if not self._is_of(maker):
+            raise ValueError(
+                "cache must be continued with the adapter that made its index keys, got another adapter: prefill the "
+                "conversation into a cache of its own"
+            )
         self.flush(head)
         held = 0 if self.keys is None else self.keys.shape[1]
         if held != seen:
@@ -56,6 +74,12 @@ class IndexKeyCache:
             )
         self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
         return self.keys
+
+    def _is_of(self, maker: str | None) -> bool:
+        """Whether what is held is this maker's; nobody's is everybody's."""
+        if self.keys is None and not self.pending:
+            self.maker = maker
+        return self.maker == maker
 
     def flush(self, head: KeyMaker) -> None:
         """Turns remembered hidden states into index keys."""
@@ -88,8 +112,25 @@ class IndexKeyCache:
         self.pending = kept
 
 
-# What a cache layer does to its batch or its length, done to its index keys too. Set on the layer object, so that
-# transformers' classes stay as they are and a deep copy of the cache carries its own.
+class _Carried:
+    """What a cache layer does to its batch or its length, done to its index keys too.
+
+    Set on the layer object, so that transformers' classes stay as they are. It does not keep the layer alive: a cache is gone
+    with its last user, and not when the garbage collector comes by. A deep copy of the layer carries its own.
+    """
+
+    def __init__(self, method: Callable, layer):
+        self.method, self.layer = method, weakref.ref(layer)
+
+    def __call__(self, *args, **kwargs):
+        return self.method(self.layer(), *args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        layer = self.layer()
+        return _Carried(self.method, memo.get(id(layer), layer))
+
+    def __reduce__(self):
+        return _Carried, (self.method, self.layer())
 
 
 def _reorder_cache(layer, beam_idx):

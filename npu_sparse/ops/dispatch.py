@@ -18,6 +18,7 @@ IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has kernels
+_DIFFERENTIABLE: set[str] = set()  # operators with gradients
 _HOW = {
     "cuda": "its kernels need triton: run `pip install triton`, or pass impl='reference'",
     "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
@@ -64,9 +65,12 @@ def uses_kernel(impl: str, device_type: str) -> bool:
 
 
 def call(op: str, impl: str, device_type: str, *args):
-    """Runs `op` through the dispatcher, as kernel or as reference."""
-    name = op if uses_kernel(impl, device_type) else f"{op}_reference"
-    return getattr(torch.ops.npu_sparse, name)(*args)
+    """Runs `op` through the dispatcher, as kernel or as reference. What has no gradients, such as a selection, is a constant."""
+    run = getattr(torch.ops.npu_sparse, op if uses_kernel(impl, device_type) else f"{op}_reference")
+    if op in _DIFFERENTIABLE:
+        return run(*args)
+    with torch.no_grad():
+        return run(*args)
 
 
 def define(
@@ -75,7 +79,8 @@ def define(
 ) -> None:  # fmt: skip
     """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
 
-    `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one.
+    `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one. It is a
+    constant to autograd until `differentiate` says otherwise.
     """
     for name in (op, f"{op}_reference"):
         torch.library.define(f"npu_sparse::{name}", signature)
@@ -85,6 +90,14 @@ def define(
         torch.library.impl(f"npu_sparse::{op}", key, _kernel_or_error(op, device_type))
     OPERATORS[op] = folder or op
     _DEVICES[op] = devices
+
+
+def differentiate(op: str, remember: Callable, backward: Callable) -> None:
+    """Gives both entries of an operator gradients: torch.library.register_autograd's `setup_context` and `backward`, the latter
+    made by `backward(suffix)` for the entry's suffix."""
+    for suffix in ("", "_reference"):
+        torch.library.register_autograd(f"npu_sparse::{op}{suffix}", backward(suffix), setup_context=remember)
+    _DIFFERENTIABLE.add(op)
 
 
 def has_kernels_for(op: str, device_type: str) -> bool:
@@ -102,6 +115,8 @@ def register_triton(device_type: str) -> None:
     if importlib.util.find_spec("triton") is None:
         return
     for op, folder in OPERATORS.items():
+        if not has_kernels_for(op, "cuda"):
+            continue
         register_kernel(op, device_type, getattr(importlib.import_module(f"npu_sparse.ops.{folder}.triton"), op))
 
 

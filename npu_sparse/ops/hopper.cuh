@@ -23,6 +23,7 @@ typedef unsigned long long u64;
 #define INFINITY_ __uint_as_float(0x7f800000u)
 #define LEAST __uint_as_float(0xff7fffffu)
 #define NOT_A_NUMBER __uint_as_float(0x7fffffffu)
+#define LARGEST __uint_as_float(0x7f7fffffu)
 constexpr u32 FULL = 0xffffffffu;
 
 DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
@@ -148,6 +149,14 @@ DEVICE float exp2_(float x)
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// The larger of two numbers, or NaN where one is: fmaxf would hide a score that is none.
+DEVICE float larger(float x, float y)
+{
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
 }
 
 DEVICE float number(u16 x)

@@ -8,6 +8,9 @@ DEVICE u32 ordered(float score)
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
 
+// The score of a key that is not always kept: below theirs, which is +inf, and none at all where it is NaN.
+DEVICE float ordinary(float score) { return score != score ? MINUS_INFINITY : fminf(score, LARGEST); }
+
 DEVICE u64 rank(float score, int key) { return (u64)ordered(score) << 32 | (u32)~key; }
 
 DEVICE float score_of(u64 rank)

@@ -10,7 +10,7 @@ PALETTE = {
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#999933")  # for whatever else is compared
 STAGES = {
     "projection": "#f0e442", "scoring": "#e69f00", "top-k": "#d55e00", "attention": "#0072b2", "gdn": "#009e73",
-    "feed-forward": "#56b4e9", "norms": "#cc79a7", "rest": "#cccccc",
+    "exact": "#999933", "feed-forward": "#56b4e9", "norms": "#cc79a7", "rest": "#cccccc",
 }  # fmt: skip
 PAPER, RULE = "#ffffff", "#bbbbbb"
 

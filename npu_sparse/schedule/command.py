@@ -1,5 +1,6 @@
 """What `npu-sparse schedule` does: one C file in, the scheduled C file and what was asked for beside it out."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from npu_sparse.schedule import config, legality, openscop, render
@@ -24,15 +25,18 @@ def schedule_file(
     export: Path | None = None,
     sizes: dict[str, float] | None = None,
     time_limit_s: float = 300,
+    pure: Collection[str] = (),
 ) -> str:
     """Schedules the SCoP of a C file by a shipped strategy or a YAML file; returns what is to be printed.
 
     That is the generated C without `output`, the schedule tree with `tree`, and with `sizes` (a value for every scalar argument
     of the function) a comparison of the original and the generated program, run with 1, 2 and 4 threads within `time_limit_s`
-    seconds. Raises ValueError in one sentence for any mistake; nothing is written then.
+    seconds. `pure` names functions whose calls may move (see parse_c).
+
+    Raises ValueError in one sentence for any mistake; nothing is written then.
     """
     settings = config.load(strategy)
-    scop = parse_c(source, function or None)
+    scop = parse_c(source, function or None, pure=pure)
     plan = schedule(scop, settings)
     violations = legality.check(scop, plan.union_map(), settings.relax_reductions)
     if violations:

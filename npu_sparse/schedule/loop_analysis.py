@@ -64,7 +64,7 @@ class Dependences:
             if sure or perhaps:
                 reads = [(isl.UnionMap.from_map(r), _flow(scop, isl.UnionMap.from_map(r), name)) for r in _reads(scop, name)]
                 simple = all(r.is_single_valued() for r in [*sure, *_reads(scop, name)])
-                self.written[name] = (union(sure + perhaps), reads, simple and not perhaps and not array.live_out)
+                self.written[name] = (union(sure + perhaps), reads, simple and not perhaps and not array.live_out and array.sized)
 
     def loop(self, band, member: int = 0, statements: set[str] | None = None) -> tuple[str, tuple[str, ...]]:
         """`(why the member is not parallel or "", arrays that each of its iterations needs a copy of)`.

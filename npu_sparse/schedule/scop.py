@@ -1,6 +1,6 @@
 """The intermediate representation of a static control part (SCoP): statements, their iterations, what they read and write."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import islpy as isl
 
@@ -59,7 +59,8 @@ class Array:
     """An array or scalar.
 
     Attributes:
-        shape: extents as C expressions over the parameters; () for a scalar.
+        shape: extents as C expressions over the parameters, "" for one that is not known (the first, behind a pointer); () for
+            a scalar.
         ctype: element type, such as "double".
         live_out: whether its final contents matter after the scop.
         local: whether it is declared inside the scop, so that generated code has to declare it.
@@ -70,6 +71,11 @@ class Array:
     ctype: str
     live_out: bool
     local: bool = False
+
+    @property
+    def sized(self) -> bool:
+        """Whether another array of this size can be made."""
+        return all(self.shape)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,9 @@ class Scop:
         function: the C function it stands in; "" without one.
         arguments: the parameters of that function in order: sizes and coefficients (shape ()) and arrays.
         region: its lines in the source, from `#pragma scop` to `#pragma endscop`, both included; (0, 0) without one.
+        start: the line on which the definition of that function begins; 0 where it does not begin a line, or is unknown.
+        types: the C type of each parameter.
+        aliases: C's names of parameters, arrays and arguments that have other names here, as isl does not read C's.
     """
 
     name: str
@@ -94,6 +103,9 @@ class Scop:
     function: str = ""
     arguments: tuple[Array, ...] = ()
     region: tuple[int, int] = (0, 0)
+    start: int = 0
+    types: dict[str, str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
 
     def domain(self) -> isl.UnionSet:
         """All statement instances."""

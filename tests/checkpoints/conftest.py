@@ -170,15 +170,18 @@ def byte_symbols():
     return [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]
 
 
-@pytest.fixture(scope="module")
-def gguf_file(tmp_path_factory):
-    """A Llama of one layer, hidden size 64, in Q8_0, with a byte-level vocabulary; and its unpacked weights."""
-    gguf = pytest.importorskip("gguf")
-    np = pytest.importorskip("numpy")
-    file = tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf"
+def write_gguf(file, architecture, change=lambda tensors: None, kind="Q8_0"):
+    """A GGUF file of one layer, hidden size 64, with a byte-level vocabulary; returns its unpacked tensors by name.
+
+    `change` may alter the tensors (GGUF name -> fp32 array) first; matrices are stored as `kind`, where rows allow it.
+    """
+    import gguf
+    import numpy as np
+
     rng = np.random.default_rng(0)
-    hidden, vocabulary = 64, [*byte_symbols(), "he", "<eos>"]
-    writer = gguf.GGUFWriter(file, "llama")
+    hidden, vocabulary = 64, [*byte_symbols(), "he", "hel", "<eos>"]
+    width = 128 if architecture == "qwen3" else 16  # of a head; transformers' reader knows no other for Qwen3
+    writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("tiny")
     writer.add_context_length(128)
     writer.add_embedding_length(hidden)
@@ -186,35 +189,83 @@ def gguf_file(tmp_path_factory):
     writer.add_feed_forward_length(96)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    writer.add_rope_dimension_count(16)
     writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_vocab_size(len(vocabulary))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    if architecture == "llama":
+        writer.add_rope_dimension_count(16)
+        writer.add_vocab_size(len(vocabulary))
+    else:
+        writer.add_key_length(width)
+        writer.add_value_length(width)
+    if architecture == "gemma3":
+        writer.add_sliding_window(32)
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([-float(rank) for rank in range(len(vocabulary))])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_merges(["h e", "he l"])
     writer.add_token_list(vocabulary)
     writer.add_token_types([1] * (len(vocabulary) - 1) + [3])
-    writer.add_token_merges(["h e"])
     writer.add_bos_token_id(len(vocabulary) - 1)
     writer.add_eos_token_id(len(vocabulary) - 1)
+    if architecture == "gemma3":
+        writer.add_unk_token_id(0)
     shapes = {
         "token_embd": (len(vocabulary), hidden),
-        "blk.0.attn_q": (hidden, hidden),
-        "blk.0.attn_k": (hidden // 2, hidden),
-        "blk.0.attn_v": (hidden // 2, hidden),
-        "blk.0.attn_output": (hidden, hidden),
+        "blk.0.attn_q": (4 * width, hidden),
+        "blk.0.attn_k": (2 * width, hidden),
+        "blk.0.attn_v": (2 * width, hidden),
+        "blk.0.attn_output": (hidden, 4 * width),
         "blk.0.ffn_gate": (96, hidden),
         "blk.0.ffn_up": (96, hidden),
         "blk.0.ffn_down": (hidden, 96),
     }
+    tensors = {f"{name}.weight": rng.normal(size=shape).astype("float32") for name, shape in shapes.items()}
+    norms = ["blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"]
+    if architecture == "gemma3":
+        norms += ["blk.0.post_attention_norm", "blk.0.post_ffw_norm"]
+    tensors |= {f"{name}.weight": 1 + rng.normal(size=hidden).astype("float32") / 8 for name in norms}
+    if architecture in ("qwen3", "gemma3"):
+        for name in ("blk.0.attn_q_norm", "blk.0.attn_k_norm"):
+            tensors[f"{name}.weight"] = 1 + rng.normal(size=width).astype("float32") / 8
+    if architecture == "qwen2":
+        for name, size in (("q", hidden), ("k", hidden // 2), ("v", hidden // 2)):
+            tensors[f"blk.0.attn_{name}.bias"] = rng.normal(size=size).astype("float32")
+    change(tensors)
+    kind = gguf.GGMLQuantizationType[kind]
     unpacked = {}
-    for name, shape in shapes.items():
-        packed = gguf.quants.quantize(rng.normal(size=shape).astype("float32"), gguf.GGMLQuantizationType.Q8_0)
-        unpacked[name] = gguf.quants.dequantize(packed, gguf.GGMLQuantizationType.Q8_0)
-        writer.add_tensor(f"{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    for name in ("blk.0.attn_norm", "blk.0.ffn_norm", "output_norm"):
-        writer.add_tensor(f"{name}.weight", np.ones(hidden, dtype="float32"))
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1:
+            packed = gguf.quants.quantize(tensor, kind)
+            unpacked[name] = gguf.quants.dequantize(packed, kind)
+            writer.add_tensor(name, packed, raw_dtype=kind)
+        else:
+            unpacked[name] = tensor
+            writer.add_tensor(name, tensor)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return file, unpacked
+    return unpacked
+
+
+@pytest.fixture
+def make_gguf(tmp_path):
+    """`make_gguf(architecture, change, kind)` writes a GGUF file, see `write_gguf`, and returns its path."""
+    pytest.importorskip("gguf")
+
+    def make(architecture="llama", change=lambda tensors: None, kind="Q8_0"):
+        file = tmp_path / f"made-{architecture}.gguf"
+        write_gguf(file, architecture, change, kind)
+        return file
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory):
+    """A Llama of one layer in Q8_0, see `write_gguf`; and its unpacked weights, without their suffix."""
+    pytest.importorskip("gguf")
+    file = tmp_path_factory.mktemp("gguf") / "tiny-llama.gguf"
+    unpacked = write_gguf(file, "llama")
+    return file, {name.removesuffix(".weight"): tensor for name, tensor in unpacked.items()}

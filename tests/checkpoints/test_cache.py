@@ -19,6 +19,8 @@ def test_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     assert checkpoints.cache_dir() == tmp_path / "a"
     monkeypatch.delenv("NPU_SPARSE_CACHE")
     assert checkpoints.cache_dir() == tmp_path / "b" / "npu-sparse"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative/cache")  # invalid, by its specification
+    assert checkpoints.cache_dir() == tmp_path / "c" / ".cache" / "npu-sparse"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert checkpoints.cache_dir() == tmp_path / "c" / ".cache" / "npu-sparse"
 

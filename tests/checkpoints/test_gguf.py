@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import struct
 
 import pytest
 
@@ -49,14 +50,102 @@ def umask():
     return mask
 
 
-def test_file_that_is_no_gguf_is_refused_in_one_sentence(tmp_path, monkeypatch):
+@pytest.fixture
+def refused(tmp_path, monkeypatch):
+    """`refused(file)`: the sentence that preparing a file ends with; nothing is left of it in the cache."""
     monkeypatch.setenv("NPU_SPARSE_CACHE", str(tmp_path / "cache"))
+
+    def refuse(file):
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.prepare(file, progress=False)
+        assert "\n" not in str(caught.value) and file.name in str(caught.value)
+        assert list((tmp_path / "cache" / "checkpoints").iterdir()) == []
+        assert [entry.name for entry in (tmp_path / "cache" / "partial").rglob("*") if entry.is_file()] == []
+        return str(caught.value)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "must be a GGUF file, and is empty"),
+        (b"GGUF", "is cut off or damaged"),
+        (b"GGUF" + bytes(64), "must be GGUF version 2 or 3, got 0"),
+        (b"PK\x03\x04" + bytes(64), r"must be a GGUF file, and begins with b'PK\x03\x04'"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "that git-LFS leaves in its place: run `git lfs pull`"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60) + bytes(64), "is cut off or damaged"),
+        (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 62) + bytes(64), "is cut off or damaged"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 0, 0), "its header must name general.architecture"),
+    ],
+)
+def test_file_that_is_no_gguf_is_refused_in_one_sentence(refused, tmp_path, content, message):
     file = tmp_path / "broken.gguf"
-    file.write_bytes(b"GGUF" + bytes(64))
-    with pytest.raises(CheckpointError, match=r"transformers cannot convert .*broken\.gguf: ") as caught:
-        checkpoints.prepare(file, progress=False)
-    assert "\n" not in str(caught.value)
-    assert list((tmp_path / "cache" / "checkpoints").iterdir()) == []
+    file.write_bytes(content)
+    assert message in refused(file)
+
+
+@pytest.mark.parametrize("kept", [0.01, 0.3, 0.6, 0.99])
+def test_a_gguf_file_that_is_cut_off_is_refused(refused, make_gguf, kept):
+    file = make_gguf()
+    file.write_bytes(file.read_bytes()[: int(file.stat().st_size * kept)])
+    assert "is cut off" in refused(file)
+
+
+@pytest.mark.parametrize("by_transformers", [False, True])
+def test_a_gguf_file_with_a_tensor_renamed_is_refused_by_its_name(refused, make_gguf, monkeypatch, by_transformers):
+    if by_transformers:
+        monkeypatch.setattr(gguf, "_DIRECT", ())
+
+    def rename(tensors):
+        tensors["blk.0.ffn_upper.weight"] = tensors.pop("blk.0.ffn_up.weight")
+
+    said = refused(make_gguf(change=rename))
+    assert "lacks weights of its model, which would run on random numbers: " in said
+    assert ("model.layers.0.mlp.up_proj.weight" if by_transformers else "blk.0.ffn_up.weight") in said
+
+
+def test_a_tensor_that_the_model_has_no_place_for_is_refused_by_its_name(refused, make_gguf):
+    import numpy as np
+
+    said = refused(make_gguf(change=lambda tensors: tensors.update({"rope_freqs.weight": np.ones(8, "float32")})))
+    assert "must hold its model's weights alone, got rope_freqs.weight as well" in said
+
+
+def test_a_tensor_of_another_shape_is_refused_by_its_name(refused, make_gguf):
+    def cut(tensors):
+        tensors["blk.0.ffn_up.weight"] = tensors["blk.0.ffn_up.weight"][:-1]
+
+    assert "tensor blk.0.ffn_up.weight must have shape (96, 64), got (95, 64)" in refused(make_gguf(change=cut))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "kind"),
+    [
+        *((architecture, "Q8_0") for architecture in ("llama", "qwen2", "qwen3", "gemma3")),
+        *(("qwen2", kind) for kind in ("F32", "F16", "BF16", "Q5_0", "Q4_1")),
+    ],
+)
+def test_weights_read_here_are_those_that_transformers_reads(make_gguf, tmp_path, monkeypatch, architecture, kind):
+    file = make_gguf(architecture, kind=kind)
+    assert architecture in gguf._DIRECT
+    for place, direct in (("ours", gguf._DIRECT), ("theirs", ())):
+        (tmp_path / place).mkdir()
+        monkeypatch.setattr(gguf, "_DIRECT", direct)
+        gguf.write_bf16(file, tmp_path / place)
+    names = sorted(entry.name for entry in (tmp_path / "theirs").iterdir())
+    assert sorted(entry.name for entry in (tmp_path / "ours").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "theirs" / name).read_bytes(), name
+
+
+def test_an_untied_head_is_read(make_gguf, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    monkeypatch.setenv("NPU_SPARSE_CACHE", str(tmp_path / "cache"))
+    file = make_gguf("qwen2", lambda tensors: tensors.update({"output.weight": tensors["token_embd.weight"][::-1].copy()}))
+    stored = load_file(checkpoints.prepare(file, progress=False).path / "model.safetensors")
+    assert stored["lm_head.weight"].equal(stored["model.embed_tokens.weight"].flip(0))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +155,7 @@ def test_file_that_is_no_gguf_is_refused_in_one_sentence(tmp_path, monkeypatch):
         ("I/O error: No space left on device (os error 28)", "no space left in .*NPU_SPARSE_CACHE"),
     ],
 )
-def test_errors_of_the_conversion_are_told_apart(tmp_path, monkeypatch, error, message):
+def test_errors_of_the_conversion_are_told_apart(gguf_file, tmp_path, monkeypatch, error, message):
     from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
@@ -75,6 +164,6 @@ def test_errors_of_the_conversion_are_told_apart(tmp_path, monkeypatch, error, m
 
     monkeypatch.setenv("NPU_SPARSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", from_pretrained)
-    (tmp_path / "a.gguf").touch()
+    shutil.copy(gguf_file[0], tmp_path / "a.gguf")
     with pytest.raises(CheckpointError, match=message):
         checkpoints.prepare(tmp_path / "a.gguf", progress=False)

@@ -46,8 +46,8 @@ def test_text_model_and_vision_model_around_it_have_one_identity_but_for_archite
         ["Qwen3_5ForConditionalGeneration"],
     )
     assert alone == whole
-    fingerprint = alone.pop("weights_fingerprint")
-    assert len(fingerprint) == 16 and int(fingerprint, 16) >= 0
+    for fingerprint in (alone.pop("weights_fingerprint"), alone.pop("backbone_fingerprint")):
+        assert len(fingerprint) == 16 and int(fingerprint, 16) >= 0
     assert alone == {
         "model_type": "qwen3_5_text", "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300,
@@ -70,13 +70,14 @@ def test_fingerprint_does_not_depend_on_the_dtype_of_loading(tmp_path):
     with torch.no_grad():  # values that fp16 rounds or drops
         model.model.embed_tokens.weight.view(-1)[::7] = torch.tensor(3.3e-7)
         model.model.layers[0].self_attn.q_proj.weight.view(-1)[::5] = torch.tensor(-1.7e-9)
-    expected = checkpoints.weights_fingerprint(model)
+        model.model.layers[1].mlp.down_proj.weight.view(-1)[::3] = torch.tensor(2.1e-6)
+    expected = checkpoints.weights_fingerprint(model), checkpoints.backbone_fingerprint(model)
     model.save_pretrained(tmp_path)
     for dtype in (torch.float16, torch.float32):
         # load() would want a tokenizer, which this directory has not.
         loaded = type(model).from_pretrained(tmp_path, dtype=dtype)
         assert loaded.dtype == dtype
-        assert checkpoints.weights_fingerprint(loaded) == expected
+        assert (checkpoints.weights_fingerprint(loaded), checkpoints.backbone_fingerprint(loaded)) == expected
 
 
 def test_fp32_weights_have_one_fingerprint_in_fp32_and_bf16(tmp_path):
@@ -90,6 +91,7 @@ def test_fp32_weights_have_one_fingerprint_in_fp32_and_bf16(tmp_path):
     loaded = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert not torch.equal(loaded.model.embed_tokens.weight.float(), model.model.embed_tokens.weight)
     assert checkpoints.weights_fingerprint(loaded) == checkpoints.weights_fingerprint(model)
+    assert checkpoints.backbone_fingerprint(loaded) == checkpoints.backbone_fingerprint(model)
 
 
 def test_fingerprint_tells_fine_tuned_weights_apart():
@@ -102,6 +104,41 @@ def test_fingerprint_tells_fine_tuned_weights_apart():
             weight.mul_(1.05)
         seen.add(checkpoints.weights_fingerprint(model))
     assert len(seen) == 3
+
+
+LLAMA_MATRICES = [
+    "embed_tokens",
+    *(f"layers.{layer}.{name}" for layer in (0, 1) for name in (
+        "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+        "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj",
+    )),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LLAMA_MATRICES)
+def test_a_small_low_rank_change_of_any_matrix_changes_the_backbones_fingerprint(name):
+    import torch
+
+    model = tiny_llama()
+    before = checkpoints.backbone_fingerprint(model)
+    weight = model.model.get_submodule(name).weight
+    down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
+    with torch.no_grad():
+        weight.add_((1e-3 * up @ down).bfloat16())  # a LoRA of rank 2, merged
+    assert checkpoints.backbone_fingerprint(model) != before
+
+
+def test_a_change_of_a_linear_attention_layer_changes_the_backbones_fingerprint():
+    import torch
+
+    model, whole = tiny_qwen()
+    before = checkpoints.backbone_fingerprint(model)
+    assert checkpoints.backbone_fingerprint(whole) == before
+    with torch.no_grad():
+        whole.model.visual.blocks[0].mlp.linear_fc1.weight.mul_(2)  # no part of the text model
+        assert checkpoints.backbone_fingerprint(whole) == before
+        model.model.layers[0].linear_attn.out_proj.weight.mul_(1.05)
+    assert checkpoints.backbone_fingerprint(model) != before
 
 
 def test_fingerprint_reads_the_first_full_attention_layer():

@@ -163,3 +163,22 @@ def test_bad_inputs_are_refused_with_the_rule(change, error, message):
     arguments = {"q": q, "k": k, "scale": 0.25, **change}
     with pytest.raises(error, match=message):
         ops.attention_mass(arguments.pop("q"), arguments.pop("k"), **arguments)
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+@pytest.mark.parametrize("where", ["query", "key"])
+def test_a_nan_is_in_the_mass_of_every_key_that_its_queries_see(backend, where, reduce):
+    case = backend.fit(Case(B=2, Tq=24, Tk=40, block=8, reduce=reduce))
+    q, k, options = case.inputs(backend.device)
+    clean = ops.attention_mass(q, k, impl=backend.impl, **options)
+    {"query": q[1, 1, 10], "key": k[1, 0, 27]}[where].fill_(float("nan"))
+    mass = ops.attention_mass(q, k, impl=backend.impl, **options)
+    position = torch.arange(24) + 16
+    reached = position == 26 if where == "query" else position >= 27
+    touched = torch.zeros(mass.shape, dtype=torch.bool)
+    touched[1, 0] = (reached[:, None] & (torch.arange(40) <= position[:, None])).unflatten(0, (3, 8)).any(1)
+    mass, clean = mass.cpu(), clean.cpu()
+    assert bool(mass.isnan()[touched].all())
+    row = touched.any(-1, keepdim=True)  # keys of the block that the query does not see may be NaN, too
+    assert torch.equal(mass[~row.expand_as(mass)], clean[~row.expand_as(mass)])
+    assert bool((mass.isnan() | (mass == clean))[~touched].all())

@@ -68,15 +68,31 @@ def tail_arguments(at, block=8):
     return *sparse_arguments(at, block), padding(2, 30, "left", device=at.device)
 
 
+def sparse_backward_arguments(at, block=8):
+    inputs = sparse_arguments(at, block)
+    return dispatch.call("sparse_attention", at.impl, at.device, *inputs), *inputs
+
+
+def tail_backward_arguments(at, block=8):
+    inputs = tail_arguments(at, block)
+    return dispatch.call("sparse_attention", at.impl, at.device, *inputs[:-1]), *inputs
+
+
 def rows_arguments(at, block=8):
     q, k, v = attention_inputs(2, 4, 2, 5, 30, 16, at.dim(24), dtype=at.dtype(), device=at.device, strided=True)
     positions = torch.tensor([[29, 3, -1, 7, 28], [0, 1, 2, 12, 20]], dtype=torch.int32, device=at.device)
     return q, k, v, positions, 0.25, padding(2, 30, "left", device=at.device)
 
 
+def rows_backward_arguments(at, block=8):
+    inputs = rows_arguments(at, block)
+    return dispatch.call("dense_rows", "reference", at.device, *inputs), *inputs
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
     "dense_rows": rows_arguments,
+    "dense_rows_backward": rows_backward_arguments,
     "index_kl": kl_arguments,
     "index_kl_backward": kl_backward_arguments,
     "index_partition": partition_arguments,
@@ -85,7 +101,9 @@ ARGUMENTS = {
     "select_tokens": select_arguments,
     "select_two_level": two_level_arguments,
     "sparse_attention": sparse_arguments,
+    "sparse_attention_backward": sparse_backward_arguments,
     "sparse_attention_with_tail": tail_arguments,
+    "sparse_attention_with_tail_backward": tail_backward_arguments,
 }
 
 
@@ -142,13 +160,26 @@ def sparse_attention_with_tail(q, k, v, indices, count, block, scale, valid, imp
     return ops.sparse_attention_with_tail(q, k, v, support, scale=scale, valid=valid, impl=impl)
 
 
+def sparse_attention_backward(*arguments, impl):
+    return dispatch.call("sparse_attention_backward", impl, arguments[0].device.type, *arguments)
+
+
+def sparse_attention_with_tail_backward(*arguments, impl):
+    return dispatch.call("sparse_attention_with_tail_backward", impl, arguments[0].device.type, *arguments)
+
+
 def dense_rows(q, k, v, positions, scale, valid, impl):
     return ops.dense_rows(q, k, v, positions, scale=scale, valid=valid, impl=impl)
 
 
+def dense_rows_backward(*arguments, impl):
+    return dispatch.call("dense_rows_backward", impl, arguments[0].device.type, *arguments)
+
+
 FUNCTIONS = (
-    attention_mass, dense_rows, index_kl, index_kl_backward, index_partition, index_scores, select_by_index, select_tokens,
-    select_two_level, sparse_attention, sparse_attention_with_tail,
+    attention_mass, dense_rows, dense_rows_backward, index_kl, index_kl_backward, index_partition, index_scores, select_by_index,
+    select_tokens, select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail,
+    sparse_attention_with_tail_backward,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)

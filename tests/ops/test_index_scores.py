@@ -341,3 +341,36 @@ def test_bad_inputs_are_refused_with_the_rule(change, error, message):
     arguments = {"qi": qi, "ki": ki, "w": w, **change}
     with pytest.raises(error, match=message):
         ops.index_scores(arguments.pop("qi"), arguments.pop("ki"), arguments.pop("w"), **arguments)
+
+
+@pytest.mark.parametrize("reduce", ["max", "mean"])
+@pytest.mark.parametrize("where", ["query", "key", "weight"])
+def test_a_nan_is_in_every_score_made_of_it_and_in_no_other(backend, where, reduce):
+    case = backend.fit(Case(B=2, Hi=2, Tq=24, Tk=40, block=8, weighted=True, reduce=reduce))
+    qi, ki, w, options = case.inputs(backend.device)
+    clean = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
+    {"query": qi[1, 0, 10], "key": ki[1, 20], "weight": w[1, 10]}[where].fill_(float("nan"))
+    scores = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
+    touched = torch.zeros_like(scores, dtype=torch.bool)
+    if where == "key":
+        touched[1, :, 20] = True
+        if reduce == "mean":  # a softmax over it
+            touched[1] |= clean[1].isfinite() & (torch.arange(3, device=backend.device) >= 0)[:, None]
+    else:
+        touched[1, 1] = torch.arange(40, device=backend.device) <= 26
+    touched &= clean > float("-inf")
+    assert torch.equal(scores.isnan(), touched)
+    assert torch.equal(scores[~touched], clean[~touched])
+
+
+def test_select_by_index_keeps_its_sinks_and_recent_keys_whatever_the_scores(backend):
+    qi, ki, w, options = backend.fit(Case(Tq=64, Tk=96, block=16)).inputs(backend.device)
+    kept = dict(k=24, sink=2, recent=4, block=16, impl=backend.impl)
+    clean = ops.select_by_index(qi, ki, w, **kept).member_mask(96)
+    ki[:, [0, 7, 50, 95]] = float("nan")
+    member = ops.select_by_index(qi, ki, w, **kept).check(64, 96).member_mask(96)[0, 0].cpu()
+    seen = torch.arange(96) < torch.arange(48, 97, 16)[:, None]
+    recent = (torch.arange(96) > torch.arange(32, 96, 16)[:, None] - 4) & seen
+    assert bool(member[:, :2].all()) and bool(member[recent].all())
+    assert not bool(member[:, 7].any()) and not bool(member[~recent[:, 50], 50].any())
+    assert (member.sum(-1) == 24).all() and clean.any()

@@ -164,3 +164,44 @@ def test_bad_inputs_are_refused_with_the_rule(change, error, message):
     arguments = {"scores": torch.zeros(1, 4, 8), "k": 2, **change}
     with pytest.raises(error, match=message):
         ops.select_tokens(arguments.pop("scores"), **arguments)
+
+
+@pytest.mark.parametrize("k", [4, 7, 12])
+def test_a_nan_is_chosen_only_where_it_is_always_kept(backend, k):
+    scores = torch.arange(12.0, device=backend.device).expand(1, 1, 1, 12).clone()
+    scores[..., [1, 5, 11]] = float("nan")  # a sink, some key, a recent one
+    expected = [0, 1, *[2, 3, 4, 6, 7, 8, 9][-(k - 4) :], 10, 11] if k > 4 else [0, 1, 10, 11]
+    support = ops.select_tokens(scores, k=k, sink=2, recent=2, queries=1, impl=backend.impl)
+    assert support.count.flatten().tolist() == [len(expected)]
+    assert support.indices.flatten()[: len(expected)].tolist() == expected
+
+
+def test_one_nan_takes_no_other_key_of_its_row(backend):
+    scores = ragged_scores(2, 1, 40, 40, block=4).to(backend.device)
+    options = dict(k=8, block=4, impl=backend.impl)
+    scores[..., 3] = -1e30
+    clean = ops.select_tokens(scores, **options)
+    scores[..., 3] = float("nan")
+    support = ops.select_tokens(scores, **options)
+    member, others = support.member_mask(40), torch.arange(40, device=backend.device) != 3
+    assert not bool(member[..., 3].any())
+    assert torch.equal(member[..., others], clean.member_mask(40)[..., others])
+
+
+@pytest.mark.parametrize("n", [3, 40, 300])
+def test_infinite_scores_do_not_push_out_what_is_always_kept(backend, n):
+    scores = torch.zeros(1, 1, 1, 2 * n, device=backend.device)
+    scores[..., 2:-2] = float("inf")
+    support = ops.select_tokens(scores, k=5, sink=2, recent=2, queries=1, impl=backend.impl)
+    assert support.indices.flatten().tolist() == [0, 1, 2, 2 * n - 2, 2 * n - 1]
+
+
+@given(case=SHAPES, seed=st.integers(0, 9))
+def test_non_finite_scores_follow_the_definition(case, seed):
+    scores, options = case.inputs()
+    kind = torch.randint(0, 6, scores.shape, generator=torch.Generator().manual_seed(seed))
+    seen = scores > float("-inf")
+    scores = scores.masked_fill(seen & (kind == 0), float("nan")).masked_fill(seen & (kind == 1), float("inf"))
+    support = ops.select_tokens(scores, **options).check(case.Tq, case.Tk)
+    expected = naive_select_tokens(scores, **options)
+    assert torch.equal(support.member_mask(case.Tk), expected.member_mask(case.Tk))

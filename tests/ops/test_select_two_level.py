@@ -446,3 +446,20 @@ def test_interpreted_kernels_compile_for_a_gpu_too():
         "_bound", "_rank", "_score", "_bound", "_rank", "_score", "_normalise", "_place"
     ]  # fmt: skip
     assert all(int(size) > 0 and int(shared) <= 232448 for _, size, shared in found)
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_what_is_not_finite_pushes_out_nothing_that_is_always_kept(two_level, block):
+    case = two_level.fit(Case(Tq=200, Tk=300, k=40, candidates=64, key_block=16, block=block, sink=3, recent=5, weighted=True))
+    qi, ki, w = case.inputs(two_level.device)
+    o = case.options(two_level.device)
+    clean = ops.select_two_level(qi, ki, w, impl=two_level.impl, **o).member_mask(300)
+    ki[:, 1], ki[:, 150], w[:, 120] = float("nan"), float("nan"), float("inf")
+    member = ops.select_two_level(qi, ki, w, impl=two_level.impl, **o).check(200, 300).member_mask(300)[0, 0].cpu()
+    reference = ops.select_two_level(qi.cpu(), ki.cpu(), w.cpu(), impl="reference", **o).member_mask(300)[0, 0]
+    assert torch.equal(member, reference) and bool(clean.any())
+    first = torch.arange(100, 300, block)
+    position = torch.arange(300)
+    recent = (position > first[:, None] - 5) & (position < first[:, None] + block)
+    assert bool(member[:, :3].all()) and bool(member[recent].all())
+    assert not bool(member[~recent[:, 150], 150].any())

@@ -211,3 +211,45 @@ def test_bad_inputs_are_refused_with_the_rule(change, error, message):
     arguments = {"q": q, "k": k, "v": v, "support": random_support(1, 1, 37, 37, k=4), **change}
     with pytest.raises(error, match=message):
         ops.sparse_attention(*arguments.values(), scale=0.25)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("what", ["keys", "values"])
+@pytest.mark.parametrize("block, per_kv", [(1, False), (1, True), (4, False), (16, True), (64, False)])
+def test_what_is_not_finite_reaches_only_the_queries_that_see_it(backend, block, per_kv, what, value):
+    case = backend.fit(Case(B=2, Tq=70, Tk=90, k=24, block=block, per_kv=per_kv))
+    q, k, v, support = case.inputs(backend.device)
+    clean = ops.sparse_attention(q, k, v, support, scale=0.25, impl=backend.impl)
+    exact = naive_sparse_attention(q, k, v, support, scale=0.25)
+    member = support.member_mask(90).repeat_interleave(block, 2)[:, :, :70]
+    sees = member & torch.ones(70, 90, dtype=torch.bool, device=backend.device).tril(20)  # [B, Hs, Tq, Tk]
+    some = sees.any(2) & ~sees.all(2)  # of the queries, some see it and some do not
+    touched = some.nonzero()[::17]
+    assert len(touched) > 1
+    for b, h, s in touched.tolist():
+        heads = slice(h, h + 1) if per_kv else slice(None)
+        (k if what == "keys" else v)[b, heads, s, 3] = value
+    hit = torch.zeros_like(sees)
+    for b, h, s in touched.tolist():
+        hit[b, h, :, s] = sees[b, h, :, s]
+    hit = hit.any(-1).repeat_interleave(q.shape[1] // hit.shape[1], 1)  # [B, Hq, Tq]
+    out = ops.sparse_attention(q, k, v, support, scale=0.25, impl=backend.impl)
+    assert_accurate(out[~hit], exact[~hit], clean[~hit])
+    if what == "values":
+        assert not bool(out[..., 3][hit].isfinite().any())
+    elif value != value:
+        assert bool(out[hit].isnan().all())
+
+
+@pytest.mark.parametrize("block", [1, 16])
+def test_a_query_that_is_nan_gets_nan_and_no_other(backend, block):
+    q, k, v, support = backend.fit(Case(B=2, Tq=40, Tk=40, block=block)).inputs(backend.device)
+    clean = ops.sparse_attention(q, k, v, support, scale=0.25, impl=backend.impl)
+    exact = naive_sparse_attention(q, k, v, support, scale=0.25)
+    q[1, 2, 21, 5] = float("nan")
+    out = ops.sparse_attention(q, k, v, support, scale=0.25, impl=backend.impl)
+    member = support.member_mask(40).repeat_interleave(block, 2)[1, :, 21, :22]
+    assert bool(member.any())
+    assert bool(out[1, 2, 21].isnan().all())
+    out[1, 2, 21] = clean[1, 2, 21]
+    assert_accurate(out, exact, clean)

@@ -9,7 +9,7 @@ from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
 from ..variants import as_budget, check_budgets, check_names, former_fields_as_budget, spelled
 
-STAGES = ("projection", "scoring", "top-k", "attention", "rest")
+STAGES = ("projection", "scoring", "top-k", "attention", "exact", "rest")
 ATTACHED = "attached"
 PROMPTS = ("text", "random")
 

@@ -39,7 +39,7 @@ def attention_mass(
     `P[t](s) = mean over heads of softmax_s(<q[t], k[s]> * scale)` over the keys s that query t sees (arXiv 2606.07703,
     "Oracle"); rows of one query sum to 1. With `reduce_block > 1` the rows of a block of queries become one by `reduce`:
     the maximum over its queries, or the mean over those that see anything. Keys nobody sees have mass 0. A padding query
-    sees nothing, so it has no part in its block.
+    sees nothing, so it has no part in its block. A query with NaN among its scores makes all mass of its row NaN.
 
     Args:
         q: `[B, Hq, Tq, D]` queries after rotary embedding, the last Tq of Tk positions; fp16, bf16 or fp32.

@@ -20,7 +20,7 @@ def attention_mass(q: Tensor, k: Tensor, scale: float, block: int, reduce: str, 
         visible = visible_to_query(start, stop, offset, end, valid, q.device)[:, None, None]
         rows = q[:, :, start:stop].float().unflatten(1, (Hkv, -1))  # [B, Hkv, G, R, D]
         scores = torch.matmul(rows, keys[..., :end]).mul_(scale).masked_fill_(~visible, float("-inf"))
-        weights = torch.softmax(scores, -1).nan_to_num_(0.0)  # a row that sees nothing has no mass
+        weights = torch.softmax(scores, -1).masked_fill_(~visible, 0.0)  # a row that sees nothing has no mass
         weights = weights.mean(2) if per_kv else weights.flatten(1, 2).mean(1, keepdim=True)  # [B, Hs, R, end]
         blocks = padded_to_blocks(weights, block, 0.0)
         if reduce == "max":

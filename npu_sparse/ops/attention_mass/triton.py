@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..maxima import larger, largest
+
 LOG2_E = 1.4426950408889634
 
 
@@ -32,7 +34,7 @@ def _products(q, k, valid, b, h, kv, token, key, Tq, Tk, offset, scale_log2, q_b
 def _normalise(q, k, valid, norm, Tq, Tk, offset, scale_log2, q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_t,
                Hq: tl.constexpr, G: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                PADDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """log2 sum exp of every row, float32 `[B, Hq, Tq]`; -inf where the query sees nothing."""
+    """log2 sum exp of every row, float32 `[B, Hq, Tq]`; -inf where the query sees nothing, NaN where a score is NaN."""
     b, h = (tl.program_id(1) // Hq).to(tl.int64), tl.program_id(1) % Hq
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     high = tl.full([ROWS], float("-inf"), tl.float32)
@@ -46,7 +48,7 @@ def _normalise(q, k, valid, norm, Tq, Tk, offset, scale_log2, q_b, q_h, q_t, q_d
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(high - base) + tl.sum(tl.exp2(scores - base[:, None]), 1)
         high = higher
-    value = tl.where(high > float("-inf"), high + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    value = tl.where(total == 0, float("-inf"), high + tl.log2(total))
     tl.store(norm + tl.program_id(1).to(tl.int64) * Tq + token, value, mask=token < Tq)
 
 
@@ -73,8 +75,8 @@ def _mass(q, k, valid, norm, out, Tq, Tk, offset, scale_log2, block, chunks, q_b
             scores = _products(q, k, valid, b, h, h // G, token, key, Tq, Tk, offset, scale_log2, q_b, q_h, q_t, q_d, k_b, k_h,
                                k_t, k_d, v_b, v_t, D, DP, PADDED, PRECISION)  # fmt: skip
             high = tl.load(norm + (b * Hq + h) * Tq + token, mask=token < Tq, other=float("-inf"))
-            live = (high > float("-inf")).to(tl.float32)
-            mass += tl.where(scores > float("-inf"), tl.exp2(scores - tl.where(live > 0, high, 0.0)[:, None]), 0.0)
+            live = (high != float("-inf")).to(tl.float32)
+            mass += tl.where(scores != float("-inf"), tl.exp2(scores - tl.where(live > 0, high, 0.0)[:, None]), 0.0)
         mass = mass / HEADS
         if SPLIT:
             BLOCKS: tl.constexpr = ROWS // SPLIT
@@ -82,7 +84,7 @@ def _mass(q, k, valid, norm, out, Tq, Tk, offset, scale_log2, block, chunks, q_b
                 count = tl.sum(tl.reshape(live, [BLOCKS, SPLIT]), 1)
                 reduced = tl.sum(tl.reshape(mass, [BLOCKS, SPLIT, COLS]), 1) / tl.maximum(count, 1.0)[:, None]
             else:
-                reduced = tl.max(tl.reshape(mass, [BLOCKS, SPLIT, COLS]), 1)
+                reduced = largest(tl.reshape(mass, [BLOCKS, SPLIT, COLS]), 1)
             n = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
             place = out + b * o_b + s * o_h + n[:, None].to(tl.int64) * o_n + key[None, :]
             tl.store(place, reduced, mask=(n * SPLIT < Tq)[:, None] & (key < Tk)[None, :])
@@ -90,7 +92,7 @@ def _mass(q, k, valid, norm, out, Tq, Tk, offset, scale_log2, block, chunks, q_b
             best += tl.sum(mass, 0)
             speaking += tl.sum(live, 0)
         else:
-            best = tl.maximum(best, tl.max(mass, 0))
+            best = larger(best, largest(mass, 0))
     if SPLIT == 0:
         if MEAN:
             best = best / tl.maximum(speaking, 1.0)

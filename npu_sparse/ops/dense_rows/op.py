@@ -5,7 +5,9 @@ from torch import Tensor
 
 from .. import dispatch
 from ..attention_mass.op import check_heads, check_valid
+from ..sparse_attention.op import fake_gradients
 from .reference import dense_rows as reference
+from .reference import dense_rows_backward
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,6 +26,36 @@ dispatch.define(
 )
 
 
+dispatch.define(
+    "dense_rows_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor positions, float scale, Tensor? valid) -> (Tensor, Tensor, Tensor)",
+    dense_rows_backward,
+    fake_gradients,
+    folder="dense_rows",
+    devices=(),
+)
+
+
+def _remember(ctx, inputs, output):
+    *tensors, ctx.scale, valid = inputs
+    ctx.save_for_backward(*tensors, *(() if valid is None else (valid,)))
+
+
+def _backward_of(suffix: str):
+    def backward(ctx, grad):
+        *tensors, positions = ctx.saved_tensors[:4]
+        valid = ctx.saved_tensors[4] if len(ctx.saved_tensors) > 4 else None
+        found = dispatch.call(
+            "dense_rows_backward", "reference", grad.device.type, grad, *tensors, positions, ctx.scale, valid
+        )
+        return *found, None, None, None
+
+    return backward
+
+
+dispatch.differentiate("dense_rows", _remember, _backward_of)
+
+
 def dense_rows(
     q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, scale: float, valid: Tensor | None = None, impl: str = "auto"
 ) -> Tensor:
@@ -32,7 +64,7 @@ def dense_rows(
     `out[r] = softmax over {s <= positions[r], s valid} of (<q[r], k[s]> * scale), times v`. A row that sees no key gets zeros; a
     position of -1 asks for that. The rows need not be neighbours, and each sequence of a batch has its own. Where they are few,
     kernels split the keys between programs and join the parts (flash-decoding: Dao et al., 2023), as a few rows do not fill a
-    card.
+    card. Differentiable in q, k and v, on every back-end by the same eager PyTorch.
 
     Args:
         q: `[B, Hq, R, D]`, the queries of these rows alone; fp16, bf16 or fp32.

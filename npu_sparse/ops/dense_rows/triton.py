@@ -86,7 +86,7 @@ def _join(
         more = tl.load(part + line[:, None] * DV + dv[None, :], mask=live[:, None] & (dv < DV)[None, :], other=0.0)
         acc = acc * mine[:, None] + more * other[:, None]
         high = higher
-    acc = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    acc = tl.where(total[:, None] == 0, 0.0, acc / tl.where(total == 0, 1.0, total)[:, None])
     place = out + b.to(tl.int64) * o_b + head[:, None].to(tl.int64) * o_h + row[:, None].to(tl.int64) * o_r + dv[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=live[:, None] & (dv < DV)[None, :])
 

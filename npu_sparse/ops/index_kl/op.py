@@ -43,7 +43,9 @@ def _remember(ctx, inputs, output):
     ctx.save_for_backward(teacher_norm, index_norm, q, k, qi, ki, *(() if w is None else (w,)))
 
 
-def _backward_of(entry: str):
+def _backward_of(suffix: str):
+    entry = f"index_kl_backward{suffix}"
+
     def backward(ctx, grad, _teacher_norm, _index_norm):
         teacher_norm, index_norm, q, k, qi, ki, *weights = ctx.saved_tensors
         w = weights[0] if weights else None
@@ -57,10 +59,7 @@ def _backward_of(entry: str):
     return backward
 
 
-for _suffix in ("", "_reference"):
-    torch.library.register_autograd(
-        f"npu_sparse::index_kl{_suffix}", _backward_of(f"index_kl_backward{_suffix}"), setup_context=_remember
-    )
+dispatch.differentiate("index_kl", _remember, _backward_of)
 
 
 def index_kl(

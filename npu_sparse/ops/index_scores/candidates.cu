@@ -73,10 +73,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidates(const __
 
 struct Rescue {
     const u16 *q, *k, *w;
+    const float* shift;  // [B, ...]: what every query's scores are less, or null
     float* scores;  // [blocks, keys]
     int *indices, *count;
     const int* failed;
-    long long q_b, q_h, q_t, k_b, k_t, w_b, w_t, w_h;
+    long long q_b, q_h, q_t, k_b, k_t, w_b, w_t, w_h, shift_b;
     Row row;
     int keys, k_best, width, first_row, all_rows, heads, dim, sink, recent;
 };
@@ -110,21 +111,23 @@ extern "C" __global__ void __launch_bounds__(THREADS) rescue_rows(const __grid_c
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         const int column = min(token + 2 * quad + i % 2, end - 1);
-                        z[i] += fmaxf(c[i], 0.0f) * (a.w ? number(a.w[b * a.w_b + column * a.w_t + h * a.w_h]) : 1.0f);
+                        z[i] += larger(c[i], 0.0f) * (a.w ? number(a.w[b * a.w_b + column * a.w_t + h * a.w_h]) : 1.0f);
                     }
                 }
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int column = token + 2 * quad + i % 2, key = place + lane / 4 + i / 2 * 8;
-                    if (column < end && key <= a.row.offset + column) best[i / 2] = fmaxf(best[i / 2], z[i]);
+                    if (column >= end || key > a.row.offset + column) continue;
+                    best[i / 2] = larger(best[i / 2], a.shift ? z[i] - a.shift[b * a.shift_b + column] : z[i]);
                 }
             }
 #pragma unroll
             for (int r = 0; r < 2; r++) {
-                best[r] = fmaxf(best[r], __shfl_xor_sync(FULL, best[r], 1));
-                best[r] = fmaxf(best[r], __shfl_xor_sync(FULL, best[r], 2));
+                best[r] = larger(best[r], __shfl_xor_sync(FULL, best[r], 1));
+                best[r] = larger(best[r], __shfl_xor_sync(FULL, best[r], 2));
                 const int key = place + lane / 4 + 8 * r;
                 if (key < a.sink || (a.recent && key > a.row.offset + first - a.recent)) best[r] = INFINITY_;
+                else best[r] = ordinary(best[r]);
                 if (quad == 0 && key <= last) scores[key] = best[r];
             }
         }
@@ -134,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rescue_rows(const __grid_c
         const long long to = (long long)b * a.all_rows + a.first_row + row;
         int at = 0;
         for (int start = 0; start <= last; start += THREADS) {
-            const int key = start + threadIdx.x, chosen = key <= last && rank(scores[key], key) >= least;
+            const int key = start + threadIdx.x, chosen = key <= last && scores[key] > MINUS_INFINITY && rank(scores[key], key) >= least;
             int all;
             const int before = sum_before(shared, chosen, all);
             if (chosen) a.indices[to * a.width + at + before] = key;

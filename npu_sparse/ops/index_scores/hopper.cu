@@ -6,17 +6,21 @@
 // maximum is within a thread. With BSEL = 1 queries are rows, and what a thread appends is counted before it is written.
 //
 // DIM: of queries and keys. HEADS: index heads. WEIGHTED: z = sum_h w_h ReLU(q_h k). COLUMNS: queries of a tile. SLOTS: tiles of keys
-// in flight. Scores are not scaled: no order depends on it.
+// in flight. Scores are not scaled: no order depends on it. NORMAL, with BSEL > 1: every query's scores are less its own `shift`, its
+// log-partition times sqrt(DIM), before the maximum over its block. Sums begin at minus the shift, which costs no addition; of one
+// plain head, ReLU(s) - shift = max(s - shift, -shift), so that a row's scores have a floor, the largest -shift of its queries that
+// see the key.
 #include "hopper.cuh"
 #include "ranking.cuh"
 
 struct Arguments {
     const u16 *q, *k, *w;
+    const float* shift;     // [B, ...], NORMAL
     const u64* threshold;   // [B, rows]: the least rank that is kept
     u64* candidate;         // [B, rows, capacity]: score in the upper half, key in the lower
     int* held;              // [B, rows]: how many there are, beyond capacity too
     float* sample;          // [B, rows, samples]
-    long long q_b, q_h, q_t, k_b, k_t, w_b, w_t, w_h;
+    long long q_b, q_h, q_t, k_b, k_t, w_b, w_t, w_h, shift_b;
     int queries, offset, rows, first_query, segment, capacity, samples, sink, recent;
 };
 
@@ -37,7 +41,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
     const u32 queries = shared_address(memory), slots = queries + QUERY_BYTES;
     float* const weights = reinterpret_cast<float*>(memory + QUERY_BYTES + SLOTS * SLOT_BYTES);  // [HEADS, COLUMNS]
     int* const counts = reinterpret_cast<int*>(weights + (WEIGHTED ? HEADS * COLUMNS : 0));      // [COLUMNS], BSEL = 1
-    const u32 full = shared_address(counts) + (BSEL == 1 ? COLUMNS * 4 : 0), empty = full + 8 * SLOTS, loaded = empty + 8 * SLOTS;
+    float* const starts = reinterpret_cast<float*>(counts);                                      // [COLUMNS], NORMAL: -shift
+    float* const floors = starts + COLUMNS;  // [COLUMNS], NORMAL of one plain head: the largest start from here to the end of a block
+    constexpr int COLUMN_BYTES = 4 * COLUMNS * (NORMAL ? 1 + ONE_PLAIN_HEAD : BSEL == 1);
+    const u32 full = shared_address(counts) + COLUMN_BYTES, empty = full + 8 * SLOTS, loaded = empty + 8 * SLOTS;
     const long long b = blockIdx.z;
     const int first_query = a.first_query + (gridDim.y - 1 - blockIdx.y) * COLUMNS;  // of all queries; long rows first
     const int first_position = a.offset + first_query;
@@ -56,6 +63,17 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
         }
     if (BSEL == 1)
         for (int i = threadIdx.x; i < COLUMNS; i += 384) counts[i] = 0;
+    if (NORMAL)
+        for (int i = threadIdx.x; i < COLUMNS; i += 384)
+            starts[i] = first_query + i < a.queries ? -a.shift[b * a.shift_b + first_query + i] : MINUS_INFINITY;
+    if (NORMAL && ONE_PLAIN_HEAD) {
+        __syncthreads();
+        for (int i = threadIdx.x; i < COLUMNS; i += 384) {
+            float most = starts[i];
+            for (int c = i + 1; c % BSEL; c++) most = fmaxf(most, starts[c]);
+            floors[i] = most;
+        }
+    }
     __syncthreads();
     const int group = threadIdx.x / 128, t = threadIdx.x % 128;
     int slot = 0;
@@ -108,6 +126,14 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
         const u32 keys = slots + slot * SLOT_BYTES;
 #pragma unroll 1
         for (int h = 0; h < HEADS; h++) {
+            if (NORMAL && ONE_PLAIN_HEAD) {
+#pragma unroll
+                for (int i = 0; i < ACCUMULATORS; i += 4) {
+                    const float2 start = *reinterpret_cast<const float2*>(starts + i / 4 * 8 + 2 * quad);
+                    s[i] = s[i + 2] = start.x, s[i + 1] = s[i + 3] = start.y;
+                }
+                hold(s);
+            }
             products_begin();
 #pragma unroll
             for (int i = 0; i < DIM / 16; i++) {
@@ -115,7 +141,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
                 if (BSEL == 1)
                     product(s, k_major(of_queries + group * 64 * 128), k_major(of_keys), i > 0);
                 else
-                    product(s, k_major(of_keys + group * 64 * 128), k_major(of_queries), i > 0);
+                    product(s, k_major(of_keys + group * 64 * 128), k_major(of_queries), i > 0 || (NORMAL && ONE_PLAIN_HEAD));
             }
             products_commit();
             products_wait<0>();
@@ -125,8 +151,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
             for (int i = 0; i < ACCUMULATORS; i++) {
                 float weight = 1;
                 if (WEIGHTED) weight = weights[h * COLUMNS + (BSEL == 1 ? row + i / 2 % 2 * 8 : i / 4 * 8 + 2 * quad + i % 2)];
-                const float part = fmaxf(s[i], 0.0f) * weight;
-                z[i] = h ? z[i] + part : part;
+                const float part = larger(s[i], 0.0f) * weight;
+                const float before = NORMAL ? starts[i / 4 * 8 + 2 * quad + i % 2] : 0.0f;
+                z[i] = h ? z[i] + part : before + part;
             }
 #endif
         }
@@ -164,6 +191,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
                     const int n = place + PLACE(i), key = SAMPLE ? sampled_key(n) : n, position = a.offset + token[r];
                     if (key > position || n >= stop) SCORE(i) = MINUS_INFINITY;
                     else if (key < a.sink || (a.recent && key > position - a.recent)) SCORE(i) = INFINITY_;
+                    else if (SAMPLE) SCORE(i) = ordinary(SCORE(i));
                 }
         }
 #pragma unroll
@@ -214,7 +242,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
 #pragma unroll
             for (int i = 0; i < KEYS / 4; i++)
                 if (hits & 1u << i) {
-                    *reinterpret_cast<u64*>(candidates + to) = entry(SCORE(i), first + i / 2 * 8 + i % 2);
+                    const int key = first + i / 2 * 8 + i % 2;
+                    const bool always = key < a.sink || (a.recent && key > a.offset + token[r] - a.recent);
+                    *reinterpret_cast<u64*>(candidates + to) = entry(always ? SCORE(i) : ordinary(SCORE(i)), key);
                     to += 8;
                 }
 #endif
@@ -238,6 +268,10 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
         least[i] = !SAMPLE && live ? a.threshold[b * a.rows + first_row + i] : ~0ull;
         bound[i] = live ? score_of(least[i]) : NOT_A_NUMBER;
     }
+    const int first_column = first_row * BSEL - (first_query - a.first_query);
+    float floor[MINE];  // of one plain head's scores, where all queries of the row see the key
+#pragma unroll
+    for (int i = 0; i < MINE; i++) floor[i] = NORMAL && ONE_PLAIN_HEAD ? floors[first_column + i * BSEL] : 0.0f;
     int waiting[2][MINE];  // places whose candidate is written one step later, when the counter has answered
     float kept[2][MINE];
 #pragma unroll
@@ -268,22 +302,31 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
             for (int i = 0; i < BLOCKS; i++) {
                 best[r][i] = scores[i * BSEL / 2 + 2 * r];
 #pragma unroll
-                for (int c = 1; c < BSEL / 4; c++) best[r][i] = fmaxf(best[r][i], scores[i * BSEL / 2 + c / 2 * 4 + 2 * r + c % 2]);
+                for (int c = 1; c < BSEL / 4; c++) best[r][i] = larger(best[r][i], scores[i * BSEL / 2 + c / 2 * 4 + 2 * r + c % 2]);
             }
             // four lanes share a key: each ends up with the maxima of a quarter of the blocks
 #pragma unroll
             for (int i = 0; i < HALF; i++) {
                 const float mine = BLOCKS > 1 && upper ? best[r][i + HALF * (BLOCKS > 1)] : best[r][i];
                 const float theirs = BLOCKS > 1 ? (upper ? best[r][i] : best[r][i + HALF * (BLOCKS > 1)]) : best[r][i];
-                best[r][i] = fmaxf(mine, __shfl_xor_sync(FULL, theirs, 2));
+                best[r][i] = larger(mine, __shfl_xor_sync(FULL, theirs, 2));
             }
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
                 const float mine = HALF > 1 && odd ? best[r][i + MINE * (HALF > 1)] : best[r][i];
                 const float theirs = HALF > 1 ? (odd ? best[r][i] : best[r][i + MINE * (HALF > 1)]) : best[r][i];
-                best[r][i] = fmaxf(mine, __shfl_xor_sync(FULL, theirs, 1));
-                if (ONE_PLAIN_HEAD && best[r][i] > MINUS_INFINITY) best[r][i] = fmaxf(best[r][i], 0.0f);
+                best[r][i] = larger(mine, __shfl_xor_sync(FULL, theirs, 1));
+                if (ONE_PLAIN_HEAD && !(NORMAL && special) && best[r][i] > MINUS_INFINITY) best[r][i] = fmaxf(best[r][i], floor[i]);
             }
+        }
+        if (NORMAL && ONE_PLAIN_HEAD && special) {  // the floor of a key is that of the queries from its own on
+#pragma unroll
+            for (int r = 0; r < 2; r++)
+#pragma unroll
+                for (int i = 0; i < MINE; i++) {
+                    const int n = place + row + 8 * r, own = (SAMPLE ? sampled_key(n) : n) - first_position;
+                    if (best[r][i] > MINUS_INFINITY) best[r][i] = fmaxf(best[r][i], floors[max(first_column + i * BSEL, own)]);
+                }
         }
         if (!SAMPLE) write_waiting(place - KEYS);
 #pragma unroll
@@ -292,9 +335,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
 #pragma unroll
             for (int i = 0; i < MINE; i++) {
                 float value = best[r][i];
-                if (special && value > MINUS_INFINITY) {
+                bool always = false;
+                if (special && value != MINUS_INFINITY) {
                     const int first = a.offset + a.first_query + (first_row + i) * BSEL;
-                    if (key < a.sink || (a.recent && key > first - a.recent)) value = INFINITY_;
+                    always = key < a.sink || (a.recent && key > first - a.recent);
+                    if (always) value = INFINITY_;
+                    else if (SAMPLE) value = ordinary(value);
                 }
                 if (SAMPLE) {
                     if (reports && first_row + i < a.rows && n < stop) a.sample[(b * a.rows + first_row + i) * a.samples + n] = value;
@@ -302,7 +348,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
                     waiting[r][i] = -1;
                     if (value >= bound[i] && value > MINUS_INFINITY && (value > bound[i] || key <= key_of_rank(least[i]))) {
                         waiting[r][i] = atomicAdd(a.held + b * a.rows + first_row + i, 1);
-                        kept[r][i] = value;
+                        kept[r][i] = always ? value : ordinary(value);
                     }
                 }
             }

@@ -23,11 +23,12 @@ DEVIATIONS = 5.0
 ANY = 0x007FFFFF << 32  # the threshold that every visible key reaches
 THREADS = 256
 RESCUERS = 32
+STRIDES = ("q_b", "q_h", "q_t", "k_b", "k_t", "w_b", "w_t", "w_h", "shift_b")
 
 Score = nvrtc.structure(
     "Score",
-    **dict.fromkeys(("q", "k", "w", "threshold", "candidate", "held", "sample"), "p"),
-    **dict.fromkeys(("q_b", "q_h", "q_t", "k_b", "k_t", "w_b", "w_t", "w_h"), "q"),
+    **dict.fromkeys(("q", "k", "w", "shift", "threshold", "candidate", "held", "sample"), "p"),
+    **dict.fromkeys(STRIDES, "q"),
     **dict.fromkeys(("queries", "offset", "rows", "first_query", "segment", "capacity", "samples", "sink", "recent"), "i"),
 )
 Row = nvrtc.structure("Row", **dict.fromkeys(("queries", "offset", "rows", "first_query", "block"), "i"))
@@ -42,8 +43,8 @@ Select = nvrtc.structure(
 )
 Rescue = nvrtc.structure(
     "Rescue",
-    **dict.fromkeys(("q", "k", "w", "scores", "indices", "count", "failed"), "p"),
-    **dict.fromkeys(("q_b", "q_h", "q_t", "k_b", "k_t", "w_b", "w_t", "w_h"), "q"),
+    **dict.fromkeys(("q", "k", "w", "shift", "scores", "indices", "count", "failed"), "p"),
+    **dict.fromkeys(STRIDES, "q"),
     row=Row,
     **dict.fromkeys(("keys", "k_best", "width", "first_row", "all_rows", "heads", "dim", "sink", "recent"), "i"),
 )
@@ -51,7 +52,9 @@ Rescue = nvrtc.structure(
 
 def serves(qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce: str, sink: int, recent: int, valid) -> bool:
     """Whether the kernels take these tensors; what they do not take is scored and selected by slices."""
-    if not (is_hopper(qi.device) and block in BLOCKS and reduce == "max" and valid is None):
+    if not (is_hopper(qi.device) and block in BLOCKS and valid is None):
+        return False
+    if reduce != "max" and not (reduce == "softmax_max" and block > 1):
         return False
     if qi.shape[-1] not in (64, 128, 256) or not is_readable(qi) or not is_readable(ki):
         return False
@@ -59,8 +62,11 @@ def serves(qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce:
     return _slots(qi.shape[1], qi.shape[-1], w is not None, block) >= 2 and room <= SHARED_BYTES
 
 
-def select_by_index(qi, ki, w, k: int, block: int, reduce: str, sink: int, recent: int, valid) -> tuple[Tensor, Tensor]:
+def select_by_index(
+    qi, ki, w, k: int, block: int, reduce: str, sink: int, recent: int, valid, partition: Tensor | None
+) -> tuple[Tensor, Tensor]:
     B, Hi, Tq, Di = qi.shape
+    shift = None if partition is None else (partition * math.sqrt(Di)).contiguous()  # scores are not scaled
     Tk, rows, capacity = ki.shape[1], -(-Tq // block), _capacity(k, sink, recent, block)
     indices = torch.empty((B, 1, rows, min(k, Tk)), dtype=torch.int32, device=qi.device)
     count = torch.empty((B, 1, rows), dtype=torch.int32, device=qi.device)
@@ -69,7 +75,7 @@ def select_by_index(qi, ki, w, k: int, block: int, reduce: str, sink: int, recen
     if block == 1:  # every tile of queries is one block of threads: as many as there are processors, all of one length
         at_once = min(at_once, processors(qi.device) * columns)
     for first in range(0, Tq, at_once):
-        queries = Queries(qi, ki, w, block, sink, recent, first, min(Tq, first + at_once))
+        queries = Queries(qi, ki, w, shift, block, sink, recent, first, min(Tq, first + at_once))
         _select(queries, k, capacity, indices, count)
     return indices, count
 
@@ -81,6 +87,7 @@ class Queries:
     qi: Tensor
     ki: Tensor
     w: Tensor | None
+    shift: Tensor | None
     block: int
     sink: int
     recent: int
@@ -107,11 +114,12 @@ class Queries:
     def row(self) -> ctypes.Structure:
         return Row(self.stop, self.offset, self.rows, self.first, self.block)
 
-    def inputs(self) -> tuple[int, int, int]:
-        return self.qi.data_ptr(), self.ki.data_ptr(), 0 if self.w is None else self.w.data_ptr()
+    def inputs(self) -> tuple[int, ...]:
+        return tuple(0 if x is None else x.data_ptr() for x in (self.qi, self.ki, self.w, self.shift))
 
     def strides(self) -> tuple[int, ...]:
-        return (*self.qi.stride()[:3], *self.ki.stride()[:2], *(self.w.stride() if self.w is not None else (0, 0, 0)))
+        of_weights = self.w.stride() if self.w is not None else (0, 0, 0)
+        return *self.qi.stride()[:3], *self.ki.stride()[:2], *of_weights, self.shift.stride(0) if self.shift is not None else 0
 
 
 def _select(queries: Queries, k: int, capacity: int, indices: Tensor, count: Tensor) -> None:
@@ -163,10 +171,13 @@ def _score(queries: Queries, threshold: Tensor, candidate, held, sample, capacit
     B, H, _, D = queries.qi.shape
     sampling, weighted, block = sample is not None, queries.w is not None, queries.block
     columns, slots = (choose(H, D, weighted, block) for choose in (_columns, _slots))
-    shared = (KEYS * slots + H * columns) * D * 2 + (4 * H * columns if weighted else 0) + 4 * columns + 8 * (2 * slots + 1)
+    # of weights, or of floors where there is one head without them; of counts or of starts
+    by_column = 4 * columns * ((H if weighted else int(queries.shift is not None and H == 1)) + 1)
+    shared = (KEYS * slots + H * columns) * D * 2 + by_column + 8 * (2 * slots + 1)
     macros = dict(
         BF16=int(queries.qi.dtype == torch.bfloat16), STRIDE=_stride(block), DIM=D, HEADS=H, WEIGHTED=int(weighted),
         COLUMNS=columns, BSEL=block, SLOTS=slots, SAMPLE=int(sampling),
+        NORMAL=int(queries.shift is not None),
     )  # fmt: skip
     name = "sample_scores" if sampling else "filter_scores"
     run = nvrtc.kernel("index_scores/hopper.cu", name, tuple(macros.items()), shared, queries.qi.device.index)

@@ -51,7 +51,7 @@ def index_scores(
     several with weights: arXiv 2606.22874), reduced over the block's queries t >= s: "max" takes the largest z, "mean" the
     mean of softmax_{s <= t}(z[t]), "softmax_max" the largest `z[t, s] - c[t]` with each query's own log-partition c, which is
     the logarithm of its largest softmax weight where c is exact. -inf where no query of the block sees the key; a padding query
-    sees nothing.
+    sees nothing. What is made of a NaN is NaN, where a query is normalised all that it sees.
 
     Args:
         qi: `[B, Hi, Tq, Di]` index queries after rotary embedding, the last Tq of Tk positions; fp16, bf16 or fp32.

@@ -23,7 +23,7 @@ def index_scores(
         else:
             reduced = _max_over_rows(padded_to_blocks(z, block, float("-inf")))
         if relu_last:
-            reduced = torch.where(reduced > float("-inf"), reduced.relu(), reduced)
+            reduced = torch.where(reduced == float("-inf"), reduced, reduced.relu())
         scores[b, start // block : -(-stop // block), : z.shape[-1]] = reduced
     return scores
 
@@ -33,7 +33,7 @@ def index_partition(qi: Tensor, ki: Tensor, w: Tensor | None, valid: Tensor | No
     partition = torch.empty((B, Tq), dtype=torch.float32, device=qi.device)
     for b, start, stop, z in _tiles(qi, ki, w, 1, valid, None, relu=True):
         partition[b, start:stop] = torch.logsumexp(z if z.dtype == torch.float64 else z.float(), -1)
-    return partition
+    return partition.masked_fill_(partition == float("inf"), float("nan"))  # no normaliser, and no score less it is one
 
 
 def _tiles(
@@ -79,7 +79,7 @@ def _max_over_rows(z: Tensor) -> Tensor:
 
 def _mean_of_weights(z: Tensor) -> Tensor:
     """The mean over a block's queries of softmax(z), -inf where no query of the block sees the key."""
-    live = z.amax(-1, keepdim=True) > float("-inf")
-    weights = torch.softmax(z, -1).masked_fill(~live, 0.0)
+    live = z.amax(-1, keepdim=True) != float("-inf")
+    weights = torch.softmax(z, -1).masked_fill(z == float("-inf"), 0.0)
     mean = weights.sum(-2) / live.sum(-2).clamp(min=1)
     return mean.masked_fill(z.amax(-2) == float("-inf"), float("-inf"))

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..maxima import larger, largest
 from . import hopper
 from .op import select_by_slices
 
@@ -27,7 +28,7 @@ def _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_
             queries = qi + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + d[None, :] * q_d
             queries = tl.load(queries, mask=live[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, STEP]
             products += tl.dot(queries, keys, input_precision=PRECISION)
-        products = tl.maximum(products * scale, 0.0)
+        products = larger(products * scale, 0.0)
         if WEIGHTED:
             weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t + h * w_h, mask=live, other=0.0).to(tl.float32)
             products = products * weight[:, None]
@@ -43,7 +44,7 @@ def _scores(qi, ki, w, valid, b, token, key, Tq, Tk, offset, scale, q_b, q_h, q_
 @triton.jit
 def _less(z, norm, token, Tq):
     """Every query's scores less its own norm; what it does not see stays at -inf."""
-    return tl.where(z > float("-inf"), z - tl.load(norm + token, mask=token < Tq, other=0.0)[:, None], float("-inf"))
+    return tl.where(z != float("-inf"), z - tl.load(norm + token, mask=token < Tq, other=0.0)[:, None], float("-inf"))
 
 
 @triton.jit
@@ -66,14 +67,14 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
             z = _less(z, norm + b * n_b, token, Tq)
         if MEAN:
             high = tl.load(norm + b * n_b + token, mask=token < Tq, other=float("-inf"))
-            live = high > float("-inf")
-            weights = tl.where(z > float("-inf"), tl.exp(z - tl.where(live, high, 0.0)[:, None]), 0.0)
+            live = high != float("-inf")
+            weights = tl.where(z != float("-inf"), tl.exp(z - tl.where(live, high, 0.0)[:, None]), 0.0)
             speaking = tl.sum(tl.reshape(live.to(tl.float32), [BLOCKS, SPLIT]), 1)
-            seen = tl.max(tl.reshape(z, [BLOCKS, SPLIT, COLS]), 1) > float("-inf")
+            seen = largest(tl.reshape(z, [BLOCKS, SPLIT, COLS]), 1) != float("-inf")
             mean = tl.sum(tl.reshape(weights, [BLOCKS, SPLIT, COLS]), 1) / tl.maximum(speaking, 1.0)[:, None]
             reduced = tl.where(seen, mean, float("-inf"))
         else:
-            reduced = tl.max(tl.reshape(z, [BLOCKS, SPLIT, COLS]), 1)
+            reduced = largest(tl.reshape(z, [BLOCKS, SPLIT, COLS]), 1)
         n = first_block + tl.arange(0, BLOCKS)
         place = out + b * o_b + n[:, None].to(tl.int64) * o_n + key[None, :]
         tl.store(place, reduced, mask=(n * SPLIT < Tq)[:, None] & (key < Tk)[None, :])
@@ -89,15 +90,15 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
                         v_b, v_t, HI, D, DP, ROWS, COLS, WEIGHTED, PADDED, PRECISION, STEP)  # fmt: skip
             if NORMAL:
                 z = _less(z, norm + b * n_b, token, Tq)
-            best = tl.maximum(best, tl.max(z, 0))
+            best = larger(best, largest(z, 0))
             if MEAN:
                 high = tl.load(norm + b * n_b + token, mask=token < Tq, other=float("-inf"))
-                live = high > float("-inf")
-                total += tl.sum(tl.where(z > float("-inf"), tl.exp(z - tl.where(live, high, 0.0)[:, None]), 0.0), 0)
+                live = high != float("-inf")
+                total += tl.sum(tl.where(z != float("-inf"), tl.exp(z - tl.where(live, high, 0.0)[:, None]), 0.0), 0)
                 speaking += tl.sum(live.to(tl.float32), 0)
         reduced = best
         if MEAN:
-            reduced = tl.where(best > float("-inf"), total / tl.maximum(speaking, 1.0), float("-inf"))
+            reduced = tl.where(best != float("-inf"), total / tl.maximum(speaking, 1.0), float("-inf"))
         tl.store(out + b * o_b + n.to(tl.int64) * o_n + key, reduced, mask=key < Tk)
 
 
@@ -105,7 +106,7 @@ def _reduce(qi, ki, w, valid, norm, out, Tq, Tk, offset, scale, block, chunks,
 def _normalise(qi, ki, w, valid, norm, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d, k_b, k_t, k_d, w_b, w_t, w_h, v_b, v_t, n_b,
                HI: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
                WEIGHTED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr, STEP: tl.constexpr):  # fmt: skip
-    """log sum exp of every query's scores; -inf where it sees nothing."""
+    """log sum exp of every query's scores; -inf where it sees nothing, NaN where a score is NaN or +inf."""
     b = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     high = tl.full([ROWS], float("-inf"), tl.float32)
@@ -119,7 +120,7 @@ def _normalise(qi, ki, w, valid, norm, Tq, Tk, offset, scale, q_b, q_h, q_t, q_d
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(high - base) + tl.sum(tl.exp(z - base[:, None]), 1)
         high = higher
-    norm_of = tl.where(high > float("-inf"), high + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    norm_of = tl.where(total == 0, float("-inf"), high + tl.log(total))  # NaN where a score is
     tl.store(norm + b * n_b + token, norm_of, mask=token < Tq)
 
 
@@ -174,6 +175,6 @@ def select_by_index(
     partition: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     if hopper.serves(qi, ki, w, k, block, reduce, sink, recent, valid):
-        return hopper.select_by_index(qi, ki, w, k, block, reduce, sink, recent, valid)
+        return hopper.select_by_index(qi, ki, w, k, block, reduce, sink, recent, valid, partition)
     support = select_by_slices(qi, ki, w, k, block, reduce, sink, recent, valid, partition, impl="kernel")
     return support.indices, support.count

@@ -35,6 +35,9 @@ def select_tokens(
 ) -> Support:
     """The Support of the k best keys of every row; ties go to the smaller position, so the result is deterministic.
 
+    A score of +inf comes after the keys that are always kept, where `sink` or `recent` asks for some. A key whose score is NaN is
+    not chosen, unless it is always kept.
+
     Args:
         scores: float32 `[B, Nq, Tk]` or `[B, Hs, Nq, Tk]`, -inf where no query of the block sees the key.
         k: keys per row, sinks and recent keys included; a row with fewer visible keys gets all of them.

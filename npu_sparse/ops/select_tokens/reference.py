@@ -33,9 +33,9 @@ def _without_surplus_ties(row: Tensor, position: Tensor, tied: Tensor, K: int, r
 
 
 def _with_kept(scores: Tensor, sink: int, recent: int, block: int, queries: int, valid: Tensor | None) -> Tensor:
-    """Scores with +inf for the keys that are always kept."""
+    """Scores with +inf for the keys that are always kept, below that for all others, and -inf for those that are NaN."""
     if not sink and not recent:
-        return scores
+        return scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     Tk = scores.shape[-1]
     position = torch.arange(Tk, device=scores.device)
     last = block_ends(queries, Tk, block, scores.device)[:, None]  # [Nq, 1]
@@ -44,4 +44,5 @@ def _with_kept(scores: Tensor, sink: int, recent: int, block: int, queries: int,
     kept = kept[None, None]  # [1, 1, Nq, Tk]
     rank = position[None] if valid is None else valid.cumsum(-1) - 1  # sinks are the first *valid* keys
     kept = kept | (rank < sink)[:, None, None]
-    return scores.masked_fill(kept & (scores > float("-inf")), float("inf"))
+    kept = kept & (scores != float("-inf"))
+    return scores.nan_to_num(nan=float("-inf"), neginf=float("-inf")).masked_fill_(kept, float("inf"))

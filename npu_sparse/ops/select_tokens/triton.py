@@ -11,10 +11,12 @@ from ..masks import sink_ends
 
 @triton.jit
 def _ordered(scores, valid, sinks, b, key, first, last, Tk, v_t, SINK: tl.constexpr, RECENT: tl.constexpr, PADDED: tl.constexpr):
-    """Scores as unsigned integers of the same order: 0 where no query sees the key, the largest where it is always kept."""
+    """Scores as unsigned integers of the same order: 0 where no query sees the key or the score is NaN, the largest where it is
+    always kept."""
     score = tl.load(scores + key, mask=key < Tk, other=float("-inf"))
     bits = (score + 0.0).to(tl.uint32, bitcast=True)  # + 0.0: both zeros are one value
     rank = tl.where((bits >> 31) != 0, ~bits, bits | 0x80000000)
+    rank = tl.where(score > float("-inf"), rank, tl.zeros(rank.shape, tl.uint32))
     kept = key < 0
     if SINK > 0:
         inside = key < tl.load(sinks + b)
@@ -23,8 +25,7 @@ def _ordered(scores, valid, sinks, b, key, first, last, Tk, v_t, SINK: tl.conste
         kept = kept | inside
     if RECENT > 0:
         kept = kept | ((key > first - RECENT) & (key <= last))
-    rank = tl.where(kept, tl.full(rank.shape, 0xFFFFFFFF, tl.uint32), rank)
-    return tl.where(score > float("-inf"), rank, tl.zeros(rank.shape, tl.uint32))
+    return tl.where(kept & (score != float("-inf")), tl.full(rank.shape, 0xFFFFFFFF, tl.uint32), rank)
 
 
 @triton.jit

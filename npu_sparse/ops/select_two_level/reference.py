@@ -10,6 +10,7 @@ from .blocks import block_bounds
 from .levels import two_levels
 
 TILE_ELEMENTS = 1 << 22  # scores of single keys alive at once
+MOST = 3e38  # of a score: those of blocks and keys that always belong are above it
 
 
 def block_scores(
@@ -38,6 +39,7 @@ def block_scores(
         z.masked_fill_(~valid[:, position : position + R, None], float("-inf"))  # a padding query speaks for nobody
     z = torch.nn.functional.pad(z, (0, 0, 0, Ng * group - R), value=float("-inf"))
     z = z.unflatten(1, (Ng, group)).amax(2)  # [B, Ng, Nc]
+    z.nan_to_num_(nan=float("-inf"), posinf=MOST, neginf=float("-inf"))
     z.masked_fill_(sinks[:, None], torch.finfo(torch.float32).max)
     z.masked_fill_((place + 1) * key_block > first - max(recent, 1) + 1, float("inf"))
     if valid is not None:
@@ -99,7 +101,9 @@ def candidate_scores(
                 kept |= (key[b, n, None] > first - recent) & (key[b, n, None] < first + block)
             if sink:
                 kept |= ((key[b, n] if valid is None else rank[b, key[b, n]]) < sink)[:, None]
-            scores[b, n] = z.masked_fill(kept & (z > float("-inf")), float("inf"))
+            kept &= z != float("-inf")
+            z = z.float().nan_to_num(nan=float("-inf"), posinf=MOST, neginf=float("-inf"))
+            scores[b, n] = z.masked_fill_(kept, float("inf"))
     return scores.flatten(1, 2)[:, : -(-R // block)].contiguous()
 
 

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks import sink_ends
+from ..maxima import larger, largest
 from .levels import two_levels
 
 ROW_ELEMENTS = 2048  # slots that one program of `_place` turns into keys
@@ -57,8 +58,8 @@ def _rank(qi, bounds, w, kinds, valid, norm, out, R, Nc, Ng, position, key_block
             q = qi + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + d[None, :] * q_d
             q = tl.load(q, mask=(token < R)[:, None] & (d < D)[None, :], other=0.0)  # [ROWS, DP]
             zero = tl.zeros_like(q)  # a maximum of bf16 would be fp32
-            score = tl.dot(tl.where(q > zero, q, zero), high, input_precision=PRECISION)
-            score = tl.maximum(tl.dot(tl.where(q < zero, q, zero), low, score, input_precision=PRECISION), 0.0)
+            score = tl.dot(tl.where(q < zero, zero, q), high, input_precision=PRECISION)
+            score = larger(tl.dot(tl.where(q < zero, q, zero), low, score, input_precision=PRECISION), 0.0)
             if WEIGHTED:
                 weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t + h * w_h, mask=token < R, other=0.0).to(tl.float32)
                 score = score * weight[:, None]
@@ -68,7 +69,8 @@ def _rank(qi, bounds, w, kinds, valid, norm, out, R, Nc, Ng, position, key_block
         speaks = token < R
         if PADDED:
             speaks = speaks & (tl.load(valid + b * v_b + (position + token) * v_t, mask=speaks, other=0) != 0)
-        best = tl.max(tl.where(speaks[:, None], z, float("-inf")), 0)
+        best = largest(tl.where(speaks[:, None], z, float("-inf")), 0)
+        best = tl.where(best == best, tl.minimum(best, 3e38), float("-inf"))  # below the blocks that always belong
     kind = tl.load(kinds + b * Nc + c, mask=c < Nc, other=0)
     best = tl.where(kind == 2, 3.4028234663852886e38, best)
     best = tl.where((c + 1) * key_block > first - reach, float("inf"), best)
@@ -87,7 +89,7 @@ def _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scal
     keys = ki + b * k_b + key[None, :].to(tl.int64) * k_t + d[:, None] * k_d
     keys = tl.load(keys, mask=(key < Tk)[None, :] & (d < D)[:, None], other=0.0)  # [DP, C]
     if HI == 1:
-        z = tl.maximum(tl.dot(q, keys, input_precision=PRECISION) * scale, 0.0)
+        z = larger(tl.dot(q, keys, input_precision=PRECISION) * scale, 0.0)
         if WEIGHTED:
             weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t, mask=token < R, other=0.0).to(tl.float32)
             z = z * weight[:, None]
@@ -96,7 +98,7 @@ def _score_block(qi, ki, w, valid, q, b, i, chosen, token, R, Tk, position, scal
         for h in range(0, HI):
             other = qi + b * q_b + h * q_h + token[:, None].to(tl.int64) * q_t + d[None, :] * q_d
             other = tl.load(other, mask=(token < R)[:, None] & (d < D)[None, :], other=0.0)
-            product = tl.maximum(tl.dot(other, keys, input_precision=PRECISION) * scale, 0.0)
+            product = larger(tl.dot(other, keys, input_precision=PRECISION) * scale, 0.0)
             if WEIGHTED:
                 weight = tl.load(w + b * w_b + token.to(tl.int64) * w_t + h * w_h, mask=token < R, other=0.0).to(tl.float32)
                 product = product * weight[:, None]
@@ -143,7 +145,7 @@ def _score(qi, ki, w, chosen, held, valid, ends, norm, out, R, Tk, Ng, W, positi
     if MEAN or NORMAL:
         high = tl.load(norm + (b * Ng + g) * ROWS + tl.arange(0, ROWS))
     if MEAN:
-        live = high > float("-inf")
+        live = high != float("-inf")
         speaking = tl.sum(tl.reshape(live.to(tl.float32), [BLOCKS, SPLIT]), 1)
         high = tl.where(live, high, 0.0)
     for i in range(start, tl.minimum(filled, equal)):
@@ -168,27 +170,30 @@ def _reduced(z, high, speaking, BLOCKS: tl.constexpr, SPLIT: tl.constexpr, C: tl
     """`[BLOCKS, C]`: the largest score of every block of queries, with NORMAL less each query's `high`, or the mean of its
     softmax weights."""
     if NORMAL:
-        z = tl.where(z > float("-inf"), z - high[:, None], float("-inf"))
-    best = tl.max(tl.reshape(z, [BLOCKS, SPLIT, C]), 1)
+        z = tl.where(z != float("-inf"), z - high[:, None], float("-inf"))
+    best = largest(tl.reshape(z, [BLOCKS, SPLIT, C]), 1)
     if MEAN:
-        weights = tl.where(z > float("-inf"), tl.exp(z - high[:, None]), 0.0)
+        weights = tl.where(z != float("-inf"), tl.exp(z - high[:, None]), 0.0)
         mean = tl.sum(tl.reshape(weights, [BLOCKS, SPLIT, C]), 1) / tl.maximum(speaking, 1.0)[:, None]
-        best = tl.where(best > float("-inf"), mean, float("-inf"))
+        best = tl.where(best != float("-inf"), mean, float("-inf"))
     return best
 
 
 @triton.jit
 def _with_kept(reduced, key, first, valid, ends, b, Tk, v_b, v_t, SPLIT: tl.constexpr, SINK: tl.constexpr, RECENT: tl.constexpr,
                PADDED: tl.constexpr):  # fmt: skip
-    """Scores with +inf for the keys that are always kept; `first [BLOCKS]`: the position of every block's first query."""
+    """Scores with +inf for the keys that are always kept, below that for all others, and -inf for those that are NaN; `first
+    [BLOCKS]`: the position of every block's first query."""
+    seen = reduced != float("-inf")
+    reduced = tl.where(reduced == reduced, tl.minimum(reduced, 3e38), float("-inf"))
     if SINK > 0:
         kept = key < tl.load(ends + b)
         if PADDED:
             kept = kept & (tl.load(valid + b * v_b + key * v_t, mask=key < Tk, other=0) != 0)
-        reduced = tl.where(kept[None, :] & (reduced > float("-inf")), float("inf"), reduced)
+        reduced = tl.where(kept[None, :] & seen, float("inf"), reduced)
     if RECENT > 0:
         kept = (key[None, :] > first[:, None] - RECENT) & (key[None, :] < first[:, None] + SPLIT)
-        reduced = tl.where(kept & (reduced > float("-inf")), float("inf"), reduced)
+        reduced = tl.where(kept & seen, float("inf"), reduced)
     return reduced
 
 
@@ -212,7 +217,7 @@ def _normalise(qi, ki, w, chosen, held, valid, norm, R, Tk, Ng, W, position, sca
         base = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp(high - base) + tl.sum(tl.exp(z - base[:, None]), 1)
         high = higher
-    value = tl.where(high > float("-inf"), high + tl.log(tl.where(total > 0, total, 1.0)), float("-inf"))
+    value = tl.where(total == 0, float("-inf"), high + tl.log(total))
     tl.store(norm + (b * Ng + g) * ROWS + tl.arange(0, ROWS), value)
 
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from ...support import Support
 from .. import dispatch
 from ..attention_mass.op import check_heads, check_lengths
+from .backward import sparse_attention_backward
 from .reference import sparse_attention as reference
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -24,6 +25,41 @@ dispatch.define(
 )
 
 
+def fake_gradients(grad, q, k, v, *_):
+    return torch.empty_like(q, memory_format=torch.contiguous_format), *(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (k, v)
+    )
+
+
+dispatch.define(
+    "sparse_attention_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor count, int block, float scale) -> "
+    "(Tensor, Tensor, Tensor)",
+    sparse_attention_backward,
+    fake_gradients,
+    folder="sparse_attention",
+    devices=(),
+)
+
+
+def _remember(ctx, inputs, output):
+    *tensors, ctx.block, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of(suffix: str):
+    def backward(ctx, grad):
+        found = dispatch.call(
+            "sparse_attention_backward", "reference", grad.device.type, grad, *ctx.saved_tensors, ctx.block, ctx.scale
+        )
+        return *found, None, None, None, None
+
+    return backward
+
+
+dispatch.differentiate("sparse_attention", _remember, _backward_of)
+
+
 def sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, support: Support, *, scale: float, impl: str = "auto"
 ) -> Tensor:
@@ -31,7 +67,10 @@ def sparse_attention(
 
     `out[t] = softmax over {s in S(block of t), s <= t} of (<q[t], k[s]> * scale), times v` - the original queries, keys and
     values, renormalised over the support (arXiv 2606.07703, "Oracle"). A query whose support is empty gets zeros. Keys that
-    no row selects are never read.
+    no row selects are never read, and NaN or Inf in a key or value reaches only the queries that see it.
+
+    Differentiable in q, k and v, on every back-end by the same eager PyTorch (backward.py): the gradients of dense attention
+    under the support as a mask. The support is a constant.
 
     Args:
         q: `[B, Hq, Tq, D]`, the last Tq of Tk positions; fp16, bf16 or fp32.

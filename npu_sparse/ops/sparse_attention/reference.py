@@ -1,5 +1,8 @@
 """sparse_attention in eager PyTorch. Both functions compute the same thing: shared supports are gathered block by block;
-per-query supports are served by the union of neighbouring queries' supports with a membership mask, which is exact."""
+per-query supports are served by the union of neighbouring queries' supports with a membership mask, which is exact.
+
+PyTorch's attention multiplies what a query does not see by zero, and zero times NaN is NaN. A tile with NaN in its result is
+therefore computed again with what is not finite kept apart."""
 
 from dataclasses import dataclass
 
@@ -73,19 +76,20 @@ def gather_blocks(q, k, v, indices, count, block, scale, tail: Tail | None = Non
             mask = torch.zeros_like(hidden, dtype=q.dtype).masked_fill_(hidden, float("-inf"))
             if tail is not None:
                 mask = torch.cat([mask, biases[b, n, :, None].flatten(0, 1)[:, None].expand(-1, -1, block, -1)], -1)
+            queries = rows[b, n].permute(0, 2, 3, 1, 4).flatten(0, 1)  # [n * Hs, Hq / Hs, block, D]
+            chosen_keys = torch.index_select(keys, 0, chosen, out=key_space[: len(chosen)]).view(-1, Hkv // Hs, K, D)
+            chosen_values = torch.index_select(values, 0, chosen, out=value_space[: len(chosen)])
+            chosen_values = chosen_values.view(-1, Hkv // Hs, K, v.shape[-1])
             tile = scaled_dot_product_attention(
-                rows[b, n].permute(0, 2, 3, 1, 4).flatten(0, 1),  # [n * Hs, Hq / Hs, block, D]
-                torch.index_select(keys, 0, chosen, out=key_space[: len(chosen)]).view(-1, Hkv // Hs, K, D),
-                torch.index_select(values, 0, chosen, out=value_space[: len(chosen)]).view(-1, Hkv // Hs, K, v.shape[-1]),
-                attn_mask=mask,
-                scale=scale,
-                enable_gqa=True,
+                queries, chosen_keys, chosen_values, attn_mask=mask, scale=scale, enable_gqa=True
             )
             blind = (ends[b, n, :, :1] > position[n, 0, :, 0][:, None]).flatten(0, 1)[:, None, :, None]
             if tail is not None:
                 blind = blind & (tail.number[b, :, n].T == 0).flatten()[:, None, None, None]
             if bool(blind.any()):  # rows ascend: a query that does not see the first entry sees none
                 tile = tile.masked_fill(blind, 0.0)
+            if bool(tile.isnan().any()):
+                tile = _attend_apart(queries, chosen_keys, chosen_values, mask, scale).masked_fill(blind, 0.0)
             out[b, n] = tile.unflatten(0, (-1, Hs)).permute(0, 3, 1, 2, 4)
     return out.view(B, Nq * block, Hq, -1)[:, :Tq].contiguous().transpose(1, 2)
 
@@ -123,10 +127,30 @@ def gather_unions(q, k, v, indices, count, block, scale, tail: Tail | None = Non
             keys = torch.cat([keys, tail.keys[:, :, n].repeat_interleave(2, 2)], 2)
             values = torch.cat([values, tail.values[:, :, n].repeat_interleave(2, 2)], 2)
             seen = seen | (tail.number[:, :, n][:, :, mine] > 0)  # [B, Hs, R, 1]
-        rows = q[:, :, start:stop].reshape(B * Hs, Hq // Hs, stop - start, D)
-        tile = scaled_dot_product_attention(
-            rows, keys.reshape(B * Hs, Hkv // Hs, -1, D), values.reshape(B * Hs, Hkv // Hs, -1, Dv),
-            attn_mask=mask.flatten(0, 1)[:, None], scale=scale, enable_gqa=True,
-        )  # fmt: skip
-        out[:, :, start:stop] = torch.where(seen[:, :, None], tile.view(B, Hs, -1, stop - start, Dv), 0.0).flatten(1, 2)
+        rows, mask = q[:, :, start:stop].reshape(B * Hs, Hq // Hs, stop - start, D), mask.flatten(0, 1)[:, None]
+        keys, values = keys.reshape(B * Hs, Hkv // Hs, -1, D), values.reshape(B * Hs, Hkv // Hs, -1, Dv)
+        seen = seen.flatten(0, 1)[:, None]
+        tile = scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+        tile = torch.where(seen, tile, 0.0)
+        if bool(tile.isnan().any()):
+            tile = torch.where(seen, _attend_apart(rows, keys, values, mask, scale), 0.0)
+        out[:, :, start:stop] = tile.view(B, Hq, stop - start, Dv)
     return out
+
+
+def _attend_apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """scaled_dot_product_attention where what is not finite reaches only the queries that see it.
+
+    q: `[N, H, R, D]`, k, v: `[N, H / G, K, D or Dv]`, mask: `[N, 1, R, K]`, added to the scores, -inf where a query does not see.
+    """
+    G, seen = q.shape[1] // k.shape[1], mask > float("-inf")
+    k, v = (x.float().repeat_interleave(G, 1) for x in (k, v))
+    scores = torch.where(seen, q.float() @ k.mT * scale + mask, float("-inf"))
+    out = torch.softmax(scores, -1) @ v.nan_to_num(0.0, 0.0, 0.0)
+
+    def reached(where: Tensor) -> Tensor:  # [N, H, R, Dv]
+        return (seen.float() @ where.float()) > 0
+
+    high, low = reached(v == float("inf")), reached(v == float("-inf"))
+    out = out.masked_fill(high, float("inf")).masked_fill(low, float("-inf"))
+    return out.masked_fill(reached(v.isnan()) | (high & low), float("nan")).to(q.dtype)

@@ -12,6 +12,7 @@ from . import hopper
 
 TILE_ROWS = 128  # query tokens x query heads of a tile
 UNION_BITS = 32  # supports that one membership word can hold
+MENDED_TOKENS = 16  # whose results one program looks through
 
 
 @triton.jit
@@ -75,7 +76,7 @@ def _attend(
         acc = acc * decay[:, None]
         acc = tl.dot(weights.to(chosen.dtype), chosen, acc, input_precision=PRECISION)
         high = higher
-    acc = tl.where(total[:, None] > 0, acc / tl.where(total > 0, total, 1.0)[:, None], 0.0)
+    acc = tl.where(total[:, None] == 0, 0.0, acc / tl.where(total == 0, 1.0, total)[:, None])
     place = out + b * o_b + (h * G + head)[:, None].to(tl.int64) * o_h + token[:, None].to(tl.int64) * o_t + dv[None, :]
     tl.store(place, acc.to(out.dtype.element_ty), mask=live_row[:, None] & (dv < DV)[None, :])
 
@@ -117,6 +118,63 @@ def _compact(words, union, member, count, end, Tk, width, BN: tl.constexpr):
     tl.store(count + program, found)
 
 
+@triton.jit
+def _mend(
+    q, k, v, indices, count, tail_k, tail_v, tail_n, out, scale_log2, Tq, offset, block,
+    q_b, q_h, q_t, q_d, k_b, k_h, k_t, k_d, v_b, v_h, v_t, v_d, i_b, i_h, i_n, c_b, c_h, c_n, o_b, o_h, o_t,
+    Hq: tl.constexpr, Hkv: tl.constexpr, HEADS_PER_SUPPORT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
+    DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """Of TOKENS queries of one head, those whose result holds NaN: attention over what each sees, and nothing else read."""
+    b, head = (tl.program_id(1) // Hq).to(tl.int64), tl.program_id(1) % Hq
+    h = head // (Hq // Hkv)
+    first = tl.program_id(0) * TOKENS
+    token = first + tl.arange(0, TOKENS)
+    d, dv = tl.arange(0, DP), tl.arange(0, DVP)
+    out += b * o_b + head * o_h
+    found = out + token[:, None].to(tl.int64) * o_t + dv[None, :]
+    found = tl.load(found, mask=(token < Tq)[:, None] & (dv < DV)[None, :], other=0.0)
+    found = tl.max(tl.where(found != found, 1, 0), 1)
+    if tl.max(found, 0) > 0:
+        keys, values = k + b * k_b + h * k_h, v + b * v_b + h * v_h
+        for n in range(0, TOKENS):
+            t = first + n
+            if tl.sum(tl.where(token == t, found, 0), 0) > 0:
+                row = t // block
+                support = indices + b * i_b + (h // HEADS_PER_SUPPORT) * i_h + row.to(tl.int64) * i_n
+                held = tl.load(count + b * c_b + (h // HEADS_PER_SUPPORT) * c_h + row * c_n)
+                query = tl.load(q + b * q_b + head * q_h + t.to(tl.int64) * q_t + d * q_d, mask=d < D, other=0.0).to(tl.float32)
+                high = tl.full([1], float("-inf"), tl.float32)
+                total = tl.zeros([1], tl.float32)
+                acc = tl.zeros([DVP], tl.float32)
+                if TAIL:
+                    blocks = tl.cdiv(Tq, block)
+                    line = (b * Hkv + h) * blocks + row
+                    number = tl.load(tail_n + (b * Hkv + h) // HEADS_PER_SUPPORT * blocks + row)
+                    if number > 0:
+                        mean = tl.load(tail_k + line * D + d, mask=d < D, other=0.0).to(tl.float32)
+                        high += tl.sum(query * mean, 0) * scale_log2 + tl.log2(number) - high
+                        total += 1.0
+                        acc += tl.load(tail_v + line * DV + dv, mask=dv < DV, other=0.0).to(tl.float32)
+                for start in range(0, held, BN):
+                    slot = start + tl.arange(0, BN)
+                    key = tl.load(support + slot, mask=slot < held, other=0)
+                    sees = (slot < held) & (key <= offset + t)
+                    place = key[:, None].to(tl.int64)
+                    chosen = tl.load(keys + place * k_t + d[None, :] * k_d, mask=sees[:, None] & (d < D)[None, :], other=0.0)
+                    scores = tl.sum(chosen.to(tl.float32) * query[None, :], 1) * scale_log2
+                    scores = tl.where(sees, scores, float("-inf"))
+                    higher = tl.maximum(high, tl.max(scores, 0))
+                    base = tl.where(higher == float("-inf"), 0.0, higher)
+                    weights, decay = tl.exp2(scores - base), tl.exp2(high - base)
+                    chosen = tl.load(values + place * v_t + dv[None, :] * v_d, mask=sees[:, None] & (dv < DV)[None, :], other=0.0)
+                    total = total * decay + tl.sum(weights, 0)
+                    acc = acc * decay + tl.sum(weights[:, None] * chosen.to(tl.float32), 0)
+                    high = higher
+                acc = tl.where(total == 0, 0.0, acc / tl.where(total == 0, 1.0, total))
+                tl.store(out + t.to(tl.int64) * o_t + dv, acc.to(out.dtype.element_ty), mask=dv < DV)
+
+
 def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Tensor, block: int, scale: float) -> Tensor:
     return attend(q, k, v, indices, count, block, scale, None)
 
@@ -124,7 +182,14 @@ def sparse_attention(q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Te
 def attend(q, k, v, indices, count, block, scale, tail: tuple[Tensor, Tensor, Tensor] | None) -> Tensor:
     """Attention over the supports and, with `tail` = keys, values and numbers, over one more key for every block."""
     if hopper.serves(q, k, v, block, scale):
-        return hopper.attend(q, k, v, indices, count, block, scale, tail)
+        out = hopper.attend(q, k, v, indices, count, block, scale, tail)
+    else:
+        out = _attend_tiles(q, k, v, indices, count, block, scale, tail)
+    mend(q, k, v, indices, count, block, scale, tail, out)
+    return out
+
+
+def _attend_tiles(q, k, v, indices, count, block, scale, tail):
     B, Hq, Tq, _ = q.shape
     out = q.new_empty((B, Tq, Hq, v.shape[-1])).transpose(1, 2)
     if indices.shape[-1] == 0:
@@ -174,6 +239,22 @@ def _launch(q, k, v, indices, count, member, tail, out, block, scale, TQ, first,
         BN=32 if q.dtype == torch.float32 else 64, UNION=member is not None, TAIL=tail is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
         num_warps=8 if wide else 4, num_stages=2 if wide else 3,
+    )  # fmt: skip
+
+
+def mend(q, k, v, indices, count, block, scale, tail, out) -> None:
+    """Computes the rows of `out` again that hold NaN, each by itself: tiles multiply what only some of their queries see by zero
+    for the others, and zero times NaN is NaN. Where there is none, this costs one reading of `out`."""
+    B, Hq, Tq, D = q.shape
+    Hkv, Dv = k.shape[1], v.shape[-1]
+    if not out.numel() or indices.shape[-1] == 0:
+        return
+    _mend[(triton.cdiv(Tq, MENDED_TOKENS), B * Hq)](
+        q, k, v, indices, count, *((k, v, count) if tail is None else tail), out, scale * 1.4426950408889634, Tq,
+        k.shape[2] - Tq, block, *q.stride(), *k.stride(), *v.stride(), *indices.stride()[:3], *count.stride(), *out.stride()[:3],
+        Hq=Hq, Hkv=Hkv, HEADS_PER_SUPPORT=Hkv // indices.shape[1], TOKENS=MENDED_TOKENS, D=D,
+        DP=max(16, triton.next_power_of_2(D)), DV=Dv, DVP=max(16, triton.next_power_of_2(Dv)), BN=32, TAIL=tail is not None,
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -5,8 +5,9 @@ from torch import Tensor
 from ...support import Support
 from .. import dispatch
 from ..attention_mass.op import check_valid
-from ..sparse_attention.op import check_inputs
+from ..sparse_attention.op import check_inputs, fake_gradients
 from .reference import sparse_attention_with_tail as reference
+from .reference import sparse_attention_with_tail_backward
 
 
 def _fake(q, k, v, indices, count, block, scale, valid):
@@ -21,6 +22,37 @@ dispatch.define(
     _fake,
     devices=("cuda",),
 )
+
+
+dispatch.define(
+    "sparse_attention_with_tail_backward",
+    "(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor indices, Tensor count, int block, float scale, Tensor? valid) -> "
+    "(Tensor, Tensor, Tensor)",
+    sparse_attention_with_tail_backward,
+    fake_gradients,
+    folder="sparse_attention_with_tail",
+    devices=(),
+)
+
+
+def _remember(ctx, inputs, output):
+    *tensors, ctx.block, ctx.scale, valid = inputs
+    ctx.save_for_backward(*tensors, *(() if valid is None else (valid,)))
+
+
+def _backward_of(suffix: str):
+    def backward(ctx, grad):
+        q, k, v, indices, count, *valid = ctx.saved_tensors
+        found = dispatch.call(
+            "sparse_attention_with_tail_backward", "reference", grad.device.type, grad, q, k, v, indices, count, ctx.block,
+            ctx.scale, *(valid or [None]),
+        )  # fmt: skip
+        return *found, None, None, None, None, None
+
+    return backward
+
+
+dispatch.differentiate("sparse_attention_with_tail", _remember, _backward_of)
 
 
 def sparse_attention_with_tail(
@@ -40,7 +72,7 @@ def sparse_attention_with_tail(
     `<q[t], mean of k[0..f]> * scale + log n` and value `mean of v[0..f]`. (The mean value is an idea of arXiv 2312.04985;
     as exp is convex, a mean key weighs less than the keys that it is the mean of.) Running means serve all supports:
     this costs one key a query and O(T), and nothing is scored for it. Where the support holds all keys, n is 0 and this
-    is `sparse_attention`.
+    is `sparse_attention`. Differentiable as that is, through the means too; n is a constant.
 
     Args:
         q, k, v, support, scale: as in `sparse_attention`; but every valid key up to the last block's first query is read,

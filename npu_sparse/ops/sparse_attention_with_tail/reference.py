@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import workspace
+from ..sparse_attention.backward import gradients
 from ..sparse_attention.reference import SMALLEST_GATHERED_BLOCK, Tail, gather_blocks, gather_unions
 
 
@@ -47,3 +48,25 @@ def _running_mean(x: Tensor, first: int, block: int, rows: int, seen: Tensor, va
     steps = x[:, :, first + 1 :].unflatten(2, (rows - 1, block)).sum(3, dtype=torch.float32) if rows > 1 else head[:, :, :0]
     sums = torch.cat([head, steps], 2).cumsum(2)
     return (sums / seen.clamp(min=1)[:, None, :, None]).to(x.dtype)
+
+
+def sparse_attention_with_tail_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Tensor, block: int, scale: float, valid: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    tail = tail_of(k, v, indices, count, block, q.shape[2], valid)
+    dq, dk, dv, *of_means = gradients(grad, q, k, v, indices, count, block, scale, tail)
+    first, rows = k.shape[2] - q.shape[2], indices.shape[2]
+    for d, of_mean in zip((dk, dv), of_means):
+        d += _through_running_mean(of_mean, first, block, rows, k.shape[2], valid)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _through_running_mean(grad: Tensor, first: int, block: int, rows: int, keys: int, valid: Tensor | None) -> Tensor:
+    """The gradient of x in `_running_mean`: every token gets that of the means it is part of, over their numbers of tokens."""
+    ends = torch.arange(rows, device=grad.device) * block + first
+    seen = (ends + 1).expand(len(grad), -1) if valid is None else valid.cumsum(-1)[:, ends]
+    shares = (grad / seen.clamp(min=1)[:, None, :, None]).flip(2).cumsum(2).flip(2)  # of the means from this one on
+    shares = torch.cat([shares, torch.zeros_like(shares[:, :, :1])], 2)  # tokens behind the last mean
+    position = torch.arange(keys, device=grad.device)
+    shares = shares[:, :, -((first - position) // block).clamp(max=0)]  # the first mean that holds the token
+    return shares if valid is None else shares.masked_fill(~valid[:, None, :, None], 0.0)

@@ -25,6 +25,7 @@ class Hint:
     factor: int = 0
     private: tuple[str, ...] = ()
     complete: int = 0  # nested loops to write out where their extent is constant
+    order: isl.UnionMap | None = None  # the place of each instance in the loops around a parallel one, and in that
 
 
 def resolve_marks(scop: Scop, tree: isl.Schedule) -> tuple[isl.Schedule, dict[str, Hint]]:
@@ -49,10 +50,18 @@ def resolve_marks(scop: Scop, tree: isl.Schedule) -> tuple[isl.Schedule, dict[st
                 raise CodegenError(f"{scop.name}: a {kind} loop must carry nothing from one iteration to another, got {obstacle}")
         name = f"{kind}_{len(loops)}"
         complete = below.band_n_member() if kind == "unroll" and unrolled(below) else 0
-        loops[name] = Hint(kind, below.get_schedule_depth(), factor, private, complete)
+        order = _order(below) if kind == "parallel" else None
+        loops[name] = Hint(kind, below.get_schedule_depth(), factor, private, complete, order)
         return node.delete().insert_mark(isl.Id(name))
 
     return node_map(tree, resolve), loops
+
+
+def _order(band) -> isl.UnionMap:
+    first = isl.UnionMap.from_union_pw_aff(band.band_get_partial_schedule().get_at(0)).intersect_domain(band.get_domain())
+    if not band.get_schedule_depth():
+        return first
+    return band.get_prefix_schedule_union_map().intersect_domain(band.get_domain()).flat_range_product(first)
 
 
 def _parse_mark(text: str) -> tuple[str, int]:

@@ -10,29 +10,18 @@ with CodegenError; one that only reuses the storage of a temporary gets the temp
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import islpy as isl
 
+from npu_sparse.schedule.c.expressions import Expressions, Names, constant_extent, loops_below, split_constant
 from npu_sparse.schedule.c.isolate import drop_options, isolate_full_tiles, isolate_unrolled
 from npu_sparse.schedule.c.marks import CodegenError, Hint, resolve_marks
+from npu_sparse.schedule.c.work import work_guard
+from npu_sparse.schedule.frontend.preprocess import TOKEN
 from npu_sparse.schedule.scop import Scop
 
 SEPARATION, UNROLLING, OPERATIONS = 1_000_000, 3_000_000, 30_000_000  # isl operations per attempt: about a second a million
-PARALLEL_WORK = 60_000  # statement instances below which waking the threads costs more than they save
 UNROLLED = 64  # longest loop that is written out
-
-
-@dataclass
-class _Names:
-    """Names that the surrounding program does not use."""
-
-    iterator: str
-    minimum: str
-    maximum: str
-    floor: str
-    function: str
-    macros: dict[str, str] = field(default_factory=dict)
 
 
 def generate(scop: Scop, tree: isl.Schedule, *, separate: bool = False, reserved: Iterable[str] = ()) -> str:
@@ -51,11 +40,14 @@ def generate_file(scop: Scop, source: str, tree: isl.Schedule, *, separate: bool
     Loop nests become static functions in front of the one that holds the SCoP: their `restrict` parameters tell the compiler
     that arrays do not overlap, which is what a SCoP assumes, and what OpenMP regions otherwise hide from it.
     """
-    place = _function_start(source, scop.function)
+    place = _line(source, scop.start) if scop.start else None
     functions, text = _generate(scop, tree, separate, identifiers(source), outline=place is not None)
+    if "malloc(" in functions + text and not re.search(r"^[ \t]*#[ \t]*include[ \t]*<stdlib.h>", source, re.M):
+        functions = "#include <stdlib.h>\n" + functions
     if place is None:
-        return replace_scop(source, functions + text)
-    return source[:place] + functions + replace_scop(source[place:], text)
+        return replace_scop(source, functions + text, scop.region)
+    rest = (scop.region[0] - scop.start + 1, scop.region[1] - scop.start + 1)
+    return source[:place] + functions + replace_scop(source[place:], text, rest)
 
 
 def _generate(scop: Scop, tree: isl.Schedule, separate: bool, reserved: Iterable[str], outline: bool) -> tuple[str, str]:
@@ -76,17 +68,23 @@ def _generate(scop: Scop, tree: isl.Schedule, separate: bool, reserved: Iterable
     raise AssertionError
 
 
-def _function_start(source: str, function: str) -> int | None:
-    """Where the definition of `function` begins in `source`, at the start of a line."""
-    region = re.search(r"^[ \t]*#[ \t]*pragma[ \t]+scop\b", source, re.M)
-    pattern = rf"^[A-Za-z_][\w \t*]*\b{re.escape(function)}[ \t\n]*\(" if function else r"(?!)"
-    starts = [found.start() for found in re.finditer(pattern, source, re.M) if region and found.start() < region.start()]
-    return starts[-1] if starts else None
+def _line(source: str, number: int) -> int | None:
+    """Where a line begins, or None where text before it goes on in it."""
+    place = len("".join(source.splitlines(keepends=True)[: number - 1]))
+    inside = any(match.start() < place < match.end() for match in TOKEN.finditer(source))
+    return None if inside or source[:place].rstrip("\r\n").endswith("\\") else place
 
 
-def replace_scop(source: str, text: str) -> str:
-    """C source with everything from `#pragma scop` to `#pragma endscop` replaced by `text`."""
+def replace_scop(source: str, text: str, region: tuple[int, int] = (0, 0)) -> str:
+    """C source with the lines of its region, from `#pragma scop` to `#pragma endscop`, replaced by `text`.
+
+    Without the numbers of these lines, counted from 1, the source must have one region.
+    """
     pattern = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+scop\b.*?^[ \t]*#[ \t]*pragma[ \t]+endscop\b[^\n]*\n?", re.M | re.S)
+    if region != (0, 0):
+        lines = source.splitlines(keepends=True)
+        if pattern.fullmatch("".join(lines[region[0] - 1 : region[1]])):
+            return "".join([*lines[: region[0] - 1], text, *lines[region[1] :]])
     found = pattern.findall(source)
     if len(found) != 1:
         raise CodegenError(f"the source must have one region between #pragma scop and #pragma endscop, got {len(found)}")
@@ -113,18 +111,18 @@ def _within_budget(operations: int, function):
 # ---- C ----------------------------------------------------------------------------------------------------------------------
 
 
-def _names(scop: Scop, reserved: Iterable[str]) -> _Names:
-    used = set(reserved) | set(scop.parameters) | set(scop.arrays)
+def _names(scop: Scop, reserved: Iterable[str]) -> Names:
+    used = set(reserved) | set(scop.parameters) | set(scop.arrays) | set(scop.aliases.values())
     for s in scop.statements:
         used |= identifiers(s.body) | set(s.iterators)
     for array in scop.arrays.values():
         used |= identifiers(array.ctype) | identifiers(" ".join(array.shape))
 
     def free(stem: str, numbered: bool = False) -> str:
-        pattern = re.compile(re.escape(stem) + (r"\d+m?$" if numbered else "$"))
+        pattern = re.compile(re.escape(stem) + (r"\d+(m\d*)?$" if numbered else "$"))
         return stem if not any(pattern.match(name) for name in used) else free(stem + "_", numbered)
 
-    names = _Names(free("t", True), free("min"), free("max"), free("floord"), free("nest", True))
+    names = Names(free("t", True), free("min"), free("max"), free("floord"), free("nest", True))
     names.macros = {s.name: free(s.name) for s in scop.statements}
     return names
 
@@ -137,7 +135,7 @@ def build_ast(context: isl.Set, tree: isl.Schedule, stem: str) -> isl.AstNode:
     return isl.AstBuild.from_context(context).set_iterators(iterators).node_from_schedule(tree)
 
 
-def _print(scop: Scop, ast, hints, names: _Names, note: str, outline: bool) -> tuple[str, str]:
+def _print(scop: Scop, ast, hints, names: Names, note: str, outline: bool) -> tuple[str, str]:
     """`(macros and functions that come first, text for the place of the SCoP)`."""
     printer = _Printer(scop, hints, names, outline)
     local = [f"  {a.ctype} {a.name}{''.join(f'[{extent}]' for extent in a.shape)};" for a in scop.arrays.values() if a.local]
@@ -154,6 +152,7 @@ def _print(scop: Scop, ast, hints, names: _Names, note: str, outline: bool) -> t
         for s in scop.statements
     ]
     first = [note] if note else []
+    needed += [(alias, name) for alias, name in scop.aliases.items()]
     first += [f"#define {head} {definition}" for head, definition in needed]
     last = [f"#undef {head.partition('(')[0]}" for head, _ in needed]
     return "\n".join([*first, *printer.functions]) + "\n", "\n".join(["{", *body, "}", *last]) + "\n"
@@ -162,12 +161,13 @@ def _print(scop: Scop, ast, hints, names: _Names, note: str, outline: bool) -> t
 class _Printer:
     """Walks isl's AST and gives lines of C."""
 
-    def __init__(self, scop: Scop, hints: dict[str, Hint], names: _Names, outline: bool):
+    def __init__(self, scop: Scop, hints: dict[str, Hint], names: Names, outline: bool):
         self.scop, self.hints, self.names, self.outline = scop, hints, names, outline
         self.functions: list[str] = []
         self.iterators: list[str] = []  # of the loops around the current node
-        self.sequential = 0  # loops around the current node
-        self.substituted: dict[str, str] = {}  # iterators of loops that are written out
+        self.expressions = Expressions(names)
+        # Beside an unsigned parameter, a negative value would become a large one.
+        self.expressions.substituted = {name: f"((long){name})" for name, kind in scop.types.items() if "unsigned" in kind}
 
     def node(self, node, level: int, loop: tuple[Hint, ...] = ()) -> list[str]:
         kind, pad = node.get_type(), "  " * level
@@ -179,13 +179,14 @@ class _Printer:
             name = node.mark_get_id().get_name()
             return self.node(node.mark_get_node(), level, (*loop, self.hints[name]))
         if kind == types.if_:
-            lines = [f"{pad}if ({self.text(node.if_get_cond())}) {{", *self.node(node.if_get_then_node(), level + 1, loop)]
+            condition = self.expressions.text(node.if_get_cond())
+            lines = [f"{pad}if ({condition}) {{", *self.node(node.if_get_then_node(), level + 1, loop)]
             if node.if_has_else_node():
                 lines += [f"{pad}}} else {{", *self.node(node.if_get_else_node(), level + 1, loop)]
             return [*lines, pad + "}"]
         if kind == types.user:
             expr = node.user_get_expr()
-            arguments = [self.text(expr.get_op_arg(n)) for n in range(1, expr.get_op_n_arg())]
+            arguments = [self.expressions.text(expr.get_op_arg(n)) for n in range(1, expr.get_op_n_arg())]
             arguments = [a if re.fullmatch(r"\w+", a) else f"({a})" for a in arguments]
             return [f"{pad}{self.names.macros[expr.get_op_arg(0).get_id().get_name()]}({', '.join(arguments)});"]
         return self._for(node, level, loop)
@@ -193,7 +194,7 @@ class _Printer:
     def _for(self, node, level: int, loop: tuple[Hint, ...]) -> list[str]:
         pad = "  " * level
         iterator = node.for_get_iterator().get_id().get_name()
-        start = self.text(node.for_get_init())
+        start = self.expressions.text(node.for_get_init())
         if node.for_is_degenerate():
             self.iterators.append(iterator)
             body = self.node(node.for_get_body(), level + 1, loop)
@@ -203,30 +204,28 @@ class _Printer:
         written_out = next((hint for hint in loop if hint.depth <= depth < hint.depth + hint.complete), None)
         loop, below = tuple(hint for hint in loop if hint.depth == depth and not hint.complete), ()
         if written_out:
-            below, extent = (written_out,), _constant_extent(node)
+            below, extent = (written_out,), constant_extent(node)
             if 0 < extent <= UNROLLED:
                 return self._written_out(node, iterator, extent, level, below)
         before, after = self._pragmas(node, loop, pad)
         step = node.for_get_inc().get_val().to_python()
         increment = f"{iterator}++" if step == 1 else f"{iterator} += {step}"
-        self.sequential += 1
         self.iterators.append(iterator)
         body = self.node(node.for_get_body(), level + 1, below)
         parallel = next((hint for hint in loop if hint.kind == "parallel"), None)
-        if parallel and _loops_below(node) > 1:
+        if parallel and loops_below(node) > 1:
             body = self.outlined(body, level + 1, parallel.private)
         self.iterators.pop()
-        self.sequential -= 1
-        head = f"{pad}for (long {iterator} = {start}; {self.text(node.for_get_cond())}; {increment}) {{"
+        head = f"{pad}for (long {iterator} = {start}; {self.expressions.text(node.for_get_cond())}; {increment}) {{"
         return [*before, head, *body, pad + "}", *after]
 
     def _written_out(self, node, iterator: str, extent: int, level: int, loop) -> list[str]:
-        lines, base, first = [], *_split_constant(node.for_get_init())
+        lines, base, first = [], *split_constant(node.for_get_init())
         for n in range(first, first + extent):
             expr = base.add(isl.AstExpr.from_val(isl.Val(n))) if n else base
-            self.substituted[iterator] = self.text(expr)
+            self.expressions.substituted[iterator] = self.expressions.text(expr)
             lines += self.node(node.for_get_body(), level, loop)
-        del self.substituted[iterator]
+        del self.expressions.substituted[iterator]
         return lines
 
     def outlined(self, lines: list[str], level: int, private: tuple[str, ...] = ()) -> list[str]:
@@ -243,7 +242,7 @@ class _Printer:
         arrays = [a for a in self.scop.arrays.values() if a.name in used and a.name not in inside]
         used |= {name for a in arrays for extent in a.shape for name in identifiers(extent)}
         taken = inside | {a.name for a in arrays}
-        known = {a.name: a.ctype for a in self.scop.arguments if not a.shape}
+        known = {**self.scop.types, **{a.name: a.ctype for a in self.scop.arguments if not a.shape}}
         values = {name: known.get(name, "long") for name in [*self.scop.parameters, *known] if name in used and name not in taken}
         values |= {name: "long" for name in self.iterators if name in used}
         parameters = [f"{ctype} {name}" for name, ctype in values.items()] + [_restricted(a) for a in arrays]
@@ -265,7 +264,7 @@ class _Printer:
         if parallel:
             scalars = [name for name in parallel.private if not self.scop.arrays[name].shape]
             arrays = [self.scop.arrays[name] for name in parallel.private if self.scop.arrays[name].shape]
-            middles, guard = self._guard(node)
+            middles, guard = work_guard(self.scop, node, parallel.order, self.expressions)
             if middles:
                 before += [pad + "{", *(pad + line for line in middles)]
                 after += [pad + "}"]
@@ -274,7 +273,7 @@ class _Printer:
             if arrays:
                 before += [f"{pad}#pragma omp parallel{guard}", pad + "{", *(pad + _allocate(a) for a in arrays)]
                 before += [f"{pad}#pragma omp for{simd}{private}"]
-                after = [*(pad + f"free({a.name});" for a in arrays), pad + "}", *after]
+                after = [*(pad + f"__builtin_free({a.name});" for a in arrays), pad + "}", *after]
             else:
                 before += [f"{pad}#pragma omp parallel for{simd}{guard}{private}"]
         elif vector:
@@ -283,110 +282,6 @@ class _Printer:
         elif unroll:
             before += [f"{pad}#pragma GCC unroll {unroll.factor or 4}"]
         return before, after
-
-    def _guard(self, node) -> tuple[list[str], str]:
-        """`(declarations, if clause)` that keep the threads asleep for a small loop inside a sequential one."""
-        if not self.sequential:
-            return [], ""
-        middles, factors = self._work(node)
-        used, declarations = identifiers(" ".join(factors)), []
-        for name, value in reversed(middles.items()):
-            if name in used:
-                used |= identifiers(value)
-                declarations.insert(0, f"const long {name} = {value};")
-        return declarations, f" if({' * '.join(factors)} >= {PARALLEL_WORK})"
-
-    def _work(self, node) -> tuple[dict[str, str], list[str]]:
-        """C text of the extents of a loop and those in it, and of the middle of each range: inner extents are taken there."""
-        middles, factors, outside = {}, [], dict(self.substituted)
-        while node is not None:
-            if node.get_type() == isl.ast_node_type.for_:
-                iterator, condition = node.for_get_iterator().get_id().get_name(), node.for_get_cond()
-                first, last = self.text(node.for_get_init(), 6), self.text(condition.get_op_arg(1), 5)
-                middle = f"{iterator}m"
-                if node.for_is_degenerate():
-                    middles[middle] = first
-                else:
-                    more = "" if condition.get_op_type() == isl.ast_expr_op_type.lt else " + 1"
-                    step = node.for_get_inc().get_val().to_python()
-                    factors.append(f"({last} - {first}{more})" + (f" / {step}" if step > 1 else ""))
-                    middles[middle] = f"({last} + {first}) / 2"
-                self.substituted[iterator] = middle
-            node = _deepest(node)
-        self.substituted = outside
-        return middles, factors
-
-    def text(self, expr, outer: int = 0) -> str:
-        """C of an expression; `outer` is the precedence around it."""
-        if expr.get_type() == isl.ast_expr_type.id:
-            name = expr.get_id().get_name()
-            text = self.substituted.get(name, name)
-            return f"({text})" if outer and not re.fullmatch(r"\w+", text) else text
-        if expr.get_type() == isl.ast_expr_type.int:
-            value = expr.get_val().to_str()
-            return f"({value})" if value.startswith("-") and outer else value
-        op, ops = expr.get_op_type(), isl.ast_expr_op_type
-        args = [expr.get_op_arg(n) for n in range(expr.get_op_n_arg())]
-        if op in (ops.min, ops.max, ops.fdiv_q):
-            name = {ops.min: self.names.minimum, ops.max: self.names.maximum, ops.fdiv_q: self.names.floor}[op]
-            text = self.text(args[0])
-            for a in args[1:]:
-                text = f"{name}({text}, {self.text(a)})"
-            return text
-        if op in (ops.cond, ops.select):
-            return "(" + f"{self.text(args[0], 9)} ? {self.text(args[1], 9)} : {self.text(args[2], 9)}" + ")"
-        if op == ops.minus:
-            return f"(-{self.text(args[0], 9)})"
-        symbol, level = {
-            ops.or_: ("||", 1), ops.or_else: ("||", 1), ops.and_: ("&&", 2), ops.and_then: ("&&", 2),
-            ops.eq: ("==", 3), ops.le: ("<=", 4), ops.lt: ("<", 4), ops.ge: (">=", 4), ops.gt: (">", 4),
-            ops.add: ("+", 5), ops.sub: ("-", 5), ops.mul: ("*", 6), ops.div: ("/", 6),
-            ops.pdiv_q: ("/", 6), ops.pdiv_r: ("%", 6), ops.zdiv_r: ("%", 6),
-        }[op]  # fmt: skip
-        text = f"{self.text(args[0], level)} {symbol} {self.text(args[1], level + 1)}"
-        return f"({text})" if level < outer or (outer and level <= 2) else text
-
-
-def _constant_extent(node) -> int:
-    """Iterations of an AST loop of step 1 where its bounds tell, otherwise 0."""
-    condition, step = node.for_get_cond(), node.for_get_inc().get_val()
-    (base, first), (end, last) = _split_constant(node.for_get_init()), _split_constant(condition.get_op_arg(1))
-    strict = condition.get_op_type() == isl.ast_expr_op_type.lt
-    return last - first + (0 if strict else 1) if step.is_one() and base.is_equal(end) else 0
-
-
-def _split_constant(expr):
-    """`(base, n)` with expr = base + n."""
-    ops, integer = isl.ast_expr_op_type, isl.ast_expr_type.int
-    if expr.get_type() == integer:
-        return isl.AstExpr.from_val(isl.Val(0)), expr.get_val().to_python()
-    if expr.get_type() == isl.ast_expr_type.op and expr.get_op_type() in (ops.add, ops.sub):
-        first, second = expr.get_op_arg(0), expr.get_op_arg(1)
-        if second.get_type() == integer:
-            n = second.get_val().to_python()
-            return first, n if expr.get_op_type() == ops.add else -n
-    return expr, 0
-
-
-def _deepest(node):
-    """The child of an AST node that leads to the deepest loop, or None."""
-    types = isl.ast_node_type
-    kind = node.get_type()
-    if kind == types.for_:
-        return node.for_get_body()
-    if kind == types.mark:
-        return node.mark_get_node()
-    if kind == types.if_:
-        return node.if_get_then_node()
-    if kind == types.block:
-        children = node.block_get_children()
-        return max((children.get_at(n) for n in range(children.n_ast_node())), key=_loops_below)
-    return None
-
-
-def _loops_below(node) -> int:
-    deepest = _deepest(node)
-    return (node.get_type() == isl.ast_node_type.for_) + (_loops_below(deepest) if deepest is not None else 0)
 
 
 def _restricted(array) -> str:
@@ -402,4 +297,4 @@ def _allocate(array) -> str:
     inner = "".join(f"[{extent}]" for extent in array.shape[1:])
     size = " * ".join([f"sizeof({array.ctype})", *(f"({extent})" for extent in array.shape)])
     pointer = f"(*{array.name}){inner}" if inner else f"*{array.name}"
-    return f"{array.ctype} {pointer} = malloc({size});"
+    return f"{array.ctype} {pointer} = __builtin_malloc({size});"

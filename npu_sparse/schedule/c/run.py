@@ -73,12 +73,16 @@ def run(
     """
     if not scop.function:
         raise RunError(f"{scop.source} must define the SCoP inside of a function to be run")
-    values = _checked(scop, {**sizes, **(scalars or {})})
+    keys = {name: key for key, name in scop.aliases.items()}
+    values = _checked(scop, {keys.get(name, name): value for name, value in {**sizes, **(scalars or {})}.items()})
     passed = {a.name for a in scop.arguments if a.shape}
     results = [a.name for a in scop.arrays.values() if a.live_out]
     hidden = [name for name in results if name not in passed]
     if hidden:
         raise RunError(f"results must be array arguments of {scop.function} to be compared, got {', '.join(hidden)}")
+    endless = [f"{a.ctype} *{a.name}" for a in scop.arguments if a.shape and not a.sized]
+    if endless:
+        raise RunError(f"arrays of {scop.function} must have extents to be made for a run, as x[n] has, got {', '.join(endless)}")
     if not results:
         raise RunError(f"{scop.function} must have results to be compared, got none that lives after its loops")
     with interrupted_by_termination(), tempfile.TemporaryDirectory(prefix="schedule-") as directory:
@@ -169,7 +173,7 @@ def _compile(directory: Path, scop: Scop, variants: dict[str, str], values: dict
     objects = []
     for n, (name, source) in enumerate(variants.items()):
         path = directory / f"v{n}.c"
-        text = source if "malloc" not in source else "#include <stdlib.h>\n" + source
+        text = source
         if init and not n:  # the compiler then sees to it that it takes what it will be given
             text += f"\nvoid {init}({', '.join(map(parameter, scop.arguments))});\n"
         path.write_text(text)

@@ -5,7 +5,9 @@ a file whose macros come from headers goes through a real preprocessor (`run_cpp
 """
 
 import re
+import resource
 import subprocess
+import tempfile
 from pathlib import Path
 
 from pycparser import c_ast, c_parser
@@ -14,6 +16,10 @@ from npu_sparse.schedule.scop import ScopError
 
 # Strings and characters first, so that nothing inside of them counts as a comment or a name.
 TOKEN = re.compile(r'"(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\'|/\*.*?\*/|//[^\n]*|[A-Za-z_]\w*|\.?\d(?:[eEpP][+-]|[\w.])*', re.S)
+EXPANDED = 2_000_000  # characters that macros may grow to: a few lines of them can ask for more than any memory holds
+GCC_SECONDS, GCC_BYTES = 20, 2**26
+EXTENSION = re.compile(r"\b(?:__attribute(?:__)?|__declspec|__extension__|__restrict(?:__)?|__inline(?:__)?|__const(?:__)?|"
+                       r"__signed__|__volatile__|_Noreturn)\b")
 KEPT_PRAGMA = re.compile(r"\s*#\s*pragma\s+(scop|endscop)\b")
 
 
@@ -22,7 +28,7 @@ def preprocess(text: str, source: str) -> str:
     if (start := _open_comment(text)) is not None:
         raise ScopError(f"{source}:{text.count(chr(10), 0, start) + 1}: comment must end with */, got the end of the file")
     text = TOKEN.sub(lambda m: " " + "\n" * m[0].count("\n") if m[0].startswith("/") else m[0], text)
-    macros, taken, out = {}, [], []  # taken: for every open #if, [is this branch taken, was any]
+    macros, taken, out = _Macros(), [], []  # taken: for every open #if, [is this branch taken, was any]
     lines = text.split("\n")
     at = 0
     while at < len(lines):
@@ -50,20 +56,74 @@ def preprocess(text: str, source: str) -> str:
     return "\n".join(out)
 
 
+def without_extensions(text: str) -> str:
+    """Preprocessed text with the compiler's own words blanked or replaced by C's, every character where it was."""
+    out, at = [], 0
+    for match in re.finditer(r'"(?:\\.|[^"\\\n])*"|' + EXTENSION.pattern, text):
+        if match.start() < at or match[0].startswith('"'):
+            continue
+        word, end = match[0].strip("_"), match.end()
+        if word in ("attribute", "declspec"):
+            word, end = "", _closing(text, end)
+        elif word in ("extension", "Noreturn"):
+            word = ""
+        blank = "".join(c if c == "\n" else " " for c in text[match.start() + len(word):end])
+        out += [text[at:match.start()], word, blank]
+        at = end
+    return "".join([*out, text[at:]])
+
+
+def _closing(text: str, at: int) -> int:
+    """Where the parenthesis that opens next has its end, or the same place where none opens."""
+    if not (match := re.compile(r"\s*\(").match(text, at)):
+        return at
+    depth = 0
+    for position in range(match.end() - 1, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[position], 0)
+        if depth == 0:
+            return position + 1
+    return at
+
+
 def run_cpp(path: Path, options: tuple[str, ...]) -> str:
     """The file after `gcc -E` with these options; lines that come from headers are left out, the others keep their places."""
-    done = subprocess.run(["gcc", "-E", *options, str(path)], capture_output=True, text=True)
-    if done.returncode:
-        raise ScopError(f"{path}: preprocessor must succeed, got {next(iter(done.stderr.splitlines()), 'no message')}")
+    def limited():
+        resource.setrlimit(resource.RLIMIT_CPU, (GCC_SECONDS, GCC_SECONDS))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (GCC_BYTES, GCC_BYTES))
+
+    with tempfile.TemporaryDirectory() as directory:
+        result = Path(directory) / "text.i"
+        command = ["gcc", "-E", *options, "-x", "c", str(path.resolve()), "-o", str(result)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=10 * GCC_SECONDS)
+        except FileNotFoundError as error:
+            raise ScopError(f"{path}: gcc must be installed to preprocess it, got none") from error
+        except subprocess.TimeoutExpired as error:
+            raise ScopError(f"{path}: preprocessor must end within {10 * GCC_SECONDS} s, and did not") from error
+        if done.returncode:
+            message = done.stderr.splitlines()[0] if done.stderr else "no message"
+            raise ScopError(f"{path}: preprocessor must succeed, got {message}")
+        text = result.read_text(errors="replace")
     out, number, inside = {}, 1, True
-    for line in done.stdout.split("\n"):
-        if marker := re.match(r'#\s+(\d+)\s+"(.*?)"', line):
-            number, inside = int(marker[1]), marker[2] == str(path)
+    for line in text.split("\n"):
+        if marker := re.match(r'#\s+(\d+)\s+"((?:\\.|[^"\\])*)"', line):
+            number, inside = int(marker[1]), re.sub(r"\\(.)", r"\1", marker[2]) == str(path.resolve())
             continue
         if inside and (not line.lstrip().startswith("#") or KEPT_PRAGMA.match(line)):
             out[number] = out.get(number, "") + line
         number += 1
     return "\n".join(out.get(number, "") for number in range(1, max(out, default=0) + 1))
+
+
+class _Macros(dict):
+    """Macros by name - a body, or (arguments, body) - and how much their expansions came to so far."""
+
+    spent = 0
+
+    def spend(self, text: str, where: str) -> None:
+        self.spent += len(text) + 1
+        if self.spent > EXPANDED:
+            raise ScopError(f"{where}: macros must expand to at most {EXPANDED} characters, got more")
 
 
 def constant(node: c_ast.Node, values: dict[str, int]) -> int | None:
@@ -160,6 +220,7 @@ def _expand(line: str, macros: dict, hidden: tuple[str, ...], where: str) -> str
         name = match[0]
         body = macros.get(name) if name not in hidden else None
         if isinstance(body, str):
+            macros.spend(body, where)
             out.append(_expand(body, macros, (*hidden, name), where))
         elif body is not None and (call := _arguments(line, at)):
             formal, text = body
@@ -168,6 +229,7 @@ def _expand(line: str, macros: dict, hidden: tuple[str, ...], where: str) -> str
                 raise ScopError(f"{where}: {name} must have {len(formal)} arguments, got {len(actual)}")
             values = dict(zip(formal, (_expand(value, macros, hidden, where) for value in actual)))
             text = TOKEN.sub(lambda m: values.get(m[0], m[0]), text)  # noqa: B023 - used at once
+            macros.spend(text, where)
             out.append(_expand(text, macros, (*hidden, name), where))
         else:
             out.append(name)

@@ -2,25 +2,59 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from pycparser import c_ast, c_parser
 
-from npu_sparse.schedule.frontend.preprocess import TOKEN, preprocess
+from npu_sparse.schedule.frontend.calls import declared_pure
+from npu_sparse.schedule.frontend.preprocess import TOKEN, preprocess, without_extensions
 from npu_sparse.schedule.scop import ScopError
 
 # Names of types that C programs use and headers define; only what a loop nest may mention.
-TYPES = "size_t ssize_t ptrdiff_t int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t bool FILE".split()
+TYPES = """bool size_t ssize_t ptrdiff_t intptr_t uintptr_t intmax_t uintmax_t off_t uint ulong FILE va_list
+int8_t int16_t int32_t int64_t uint8_t uint16_t uint32_t uint64_t""".split()
 SCOP, ENDSCOP = re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+scop\b", re.M), re.compile(r"^[ \t]*#[ \t]*pragma[ \t]+endscop\b", re.M)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A file's declarations and the function that holds the region.
+
+    Attributes:
+        start: the line on which the function's definition begins, 0 where something else stands before it in that line.
+        pure: the functions that the file declares with the attribute const.
+    """
+
+    tree: c_ast.FileAST
+    function: c_ast.FuncDef
+    start: int
+    pure: frozenset[str]
+
+
+def find_region(text: str, source: str, function: str | None = None) -> Region:
+    """The region of a C text, or of its function of that name."""
+    expanded = preprocess(text, source)
+    relevant, begin = _relevant(without_extensions(expanded), source, function)
+    tree = _parse(relevant, source)
+    found = next((node for node in tree.ext if isinstance(node, c_ast.FuncDef)), None)
+    if found is None:
+        raise ScopError(f"{source}: #pragma scop must stand in a function that C can define, got it elsewhere")
+    first = len(expanded) - len(expanded[begin:].lstrip())
+    alone = not expanded[expanded.rfind("\n", 0, first) + 1:first].strip()
+    return Region(tree, found, expanded.count("\n", 0, first) + 1 if alone else 0, frozenset(declared_pure(expanded)))
 
 
 def parse_function(text: str, source: str, function: str | None = None) -> tuple[c_ast.FileAST, c_ast.FuncDef]:
     """The file's declarations and the function that holds the scop."""
-    tree = _parse(_relevant(preprocess(text, source), source, function), source)
-    return tree, next(node for node in tree.ext if isinstance(node, c_ast.FuncDef))
+    region = find_region(text, source, function)
+    return region.tree, region.function
 
 
-def _relevant(text: str, source: str, function: str | None) -> str:
-    """The text with every function blanked but the one that holds the scop: headers are not read, so others may not parse."""
+def _relevant(text: str, source: str, function: str | None) -> tuple[str, int]:
+    """The text with every function blanked but the one that holds the scop, and where that one begins.
+
+    Headers are not read, so the others may not parse.
+    """
     def number(position):
         return text.count("\n", 0, position) + 1
 
@@ -29,10 +63,11 @@ def _relevant(text: str, source: str, function: str | None) -> str:
         where = f"{source}:{number(ends[0])}: #pragma endscop must follow #pragma scop" if ends else \
             f"{source}: source must hold #pragma scop"
         raise ScopError(f"{where}, got none")
+    definitions = list(_definitions(text, source))
     found, out = {}, list(text)
-    for begin, end, header in _definitions(text, source):
+    for begin, end, header in definitions:
         inside = [at for at in starts if begin <= at < end]
-        name = ([n for n in re.findall(r"([A-Za-z_]\w*)\s*\(", header) if n != "__attribute__"] or [""])[0]
+        name = (re.findall(r"([A-Za-z_]\w*)\s*\(", header) or [""])[0]
         if inside:
             found[name] = (begin, end, inside, [at for at in ends if begin <= at < end])
     if not found:
@@ -47,10 +82,10 @@ def _relevant(text: str, source: str, function: str | None) -> str:
         raise ScopError(f"{source}:{number(inside[1])}: function must hold one scop, got a second in {name}")
     if not closing or closing[0] < inside[0]:
         raise ScopError(f"{source}:{number(inside[0])}: #pragma scop must end with #pragma endscop in {name}, got none")
-    for other, stop, _ in _definitions(text, source):
+    for other, stop, _ in definitions:
         if other != begin:
             out[other:stop] = [c if c == "\n" else " " for c in text[other:stop]]
-    return "".join(out)
+    return "".join(out), begin
 
 
 def _definitions(text: str, source: str) -> Iterator[tuple[int, int, str]]:
@@ -82,12 +117,12 @@ def _parse(text: str, source: str) -> c_ast.FileAST:
     prelude = "".join(f"typedef int {name}; " for name in TYPES) + "\n"
     parser = c_parser.CParser()
     try:
-        tree = parser.parse(prelude + f'#line 1 "{source}"\n' + text, source)
+        tree = parser.parse(prelude + '#line 1 "text"\n' + text, "text")  # the file's own name may hold a quote
     except c_parser.ParseError as error:
-        match = re.match(r"(.+?:\d+)(?::\d+)?: (.*)", str(error))
+        match = re.match(r"text:(\d+)(?::\d+)?: (.*)", str(error), re.S)
         message = match[2] if match else str(error).rpartition(": ")[2]
         # Where the parser does not say, it stopped where the lexer is; pycparser 3 has no public name for that.
-        line = getattr(parser.clex, "_lineno", None)
-        where = match[1] if match else f"{source}:{line}" if line else source
+        line = match[1] if match else getattr(parser.clex, "_lineno", None)
+        where = f"{source}:{line}" if line else source
         raise ScopError(f"{where}: source must be C, got {message[:1].lower() + message[1:]}") from error
-    return c_ast.FileAST([node for node in tree.ext if not (isinstance(node, c_ast.Typedef) and node.name in TYPES)])
+    return c_ast.FileAST(tree.ext[len(TYPES):])

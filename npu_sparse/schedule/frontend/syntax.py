@@ -8,12 +8,12 @@ from pycparser import c_ast, c_generator
 class Printer(c_generator.CGenerator):
     """C text; names may be replaced."""
 
-    def __init__(self, names: Callable[[str], str] = str):
+    def __init__(self, names: Callable[[c_ast.ID], str] = lambda node: node.name):
         super().__init__()
         self.names = names
 
     def visit_ID(self, node):
-        return self.names(node.name)
+        return self.names(node)
 
     def visit_FuncCall(self, node):  # the function's own name stays
         arguments = ", ".join(self.visit(argument) for argument in node.args.exprs) if node.args else ""
@@ -46,13 +46,51 @@ def assigned(node: c_ast.Node) -> Iterator[tuple[str, c_ast.Node]]:
             yield target.name, item
 
 
+def declarations(body: c_ast.Node) -> dict[int, int]:
+    """The id of the declaration that each name (by the id of its node) refers to, where that is one in the function's body."""
+    found: dict[int, int] = {}
+
+    def visit(node, known):
+        if isinstance(node, (c_ast.Compound, c_ast.For)):
+            known = dict(known)
+        if isinstance(node, c_ast.ID) and node.name in known:
+            found[id(node)] = known[node.name]
+        for _, child in node.children():
+            visit(child, known)
+        if isinstance(node, c_ast.Decl):
+            known[node.name] = id(node)
+
+    visit(body, {})
+    return found
+
+
 def first_use(node: c_ast.Node, name: str) -> str | None:
-    """Whether code first reads or first writes a variable; None where it does neither."""
+    """"read" where code may read a variable before it surely writes it, "write" where it surely writes it first, else None."""
     if isinstance(node, c_ast.Assignment) and node.op == "=" and isinstance(node.lvalue, c_ast.ID) and node.lvalue.name == name:
         return first_use(node.rvalue, name) or "write"
-    if isinstance(node, c_ast.ID) and node.name == name:
-        return "read"
-    return next((use for _, child in node.children() if (use := first_use(child, name))), None)
+    if isinstance(node, c_ast.ID):
+        return "read" if node.name == name else None
+    if isinstance(node, c_ast.DeclList) and any(item.name == name for item in node.decls):
+        return "write"
+    sure, perhaps = list(node.children()), []  # what runs in any case, then what may run
+    if isinstance(node, c_ast.If):
+        use, branches = first_use(node.cond, name), [node.iftrue, node.iffalse]
+        found = {first_use(branch, name) if branch is not None else None for branch in branches}
+        return use or ("read" if "read" in found else "write" if found == {"write"} else None)
+    if isinstance(node, c_ast.For):
+        sure, perhaps = [("", part) for part in (node.init, node.cond) if part is not None], [node.stmt, node.next]
+    elif isinstance(node, c_ast.While):
+        sure, perhaps = [("", node.cond)], [node.stmt]
+    elif isinstance(node, c_ast.Switch):
+        sure, perhaps = [("", node.cond)], [node.stmt]
+    elif isinstance(node, c_ast.TernaryOp):
+        sure, perhaps = [("", node.cond)], [node.iftrue, node.iffalse]
+    elif isinstance(node, c_ast.BinaryOp) and node.op in ("&&", "||"):
+        sure, perhaps = [("", node.left)], [node.right]
+    for _, child in sure:
+        if use := first_use(child, name):
+            return use
+    return "read" if any(first_use(child, name) == "read" for child in perhaps if child is not None) else None
 
 
 def reduction_of(node: c_ast.Assignment) -> str | None:

@@ -1,5 +1,8 @@
 """Small integer programs, minimised lexicographically by HiGHS and verified in exact integer arithmetic."""
 
+import ctypes
+import os
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -101,7 +104,7 @@ class Model:
         model.a_matrix_.index_ = np.array([column for terms, _ in rows for column, _ in terms], dtype=np.int32)
         model.a_matrix_.value_ = np.array([factor for terms, _ in rows for _, factor in terms], dtype=np.float64)
         model.integrality_ = [highspy.HighsVarType.kInteger] * count
-        solver = highspy.Highs()
+        solver = _solver()
         solver.setOptionValue("output_flag", False)
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("parallel", "off")
@@ -110,6 +113,23 @@ class Model:
         solver.setOptionValue("mip_abs_gap", 0.0)
         solver.passModel(model)
         return solver
+
+
+def _solver() -> highspy.Highs:
+    """A solver whose banner goes nowhere: its constructor prints before an option can say otherwise."""
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    library.fflush(None)
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        return highspy.Highs()
+    finally:
+        library.fflush(None)  # C's own buffer, too
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _run(solver: highspy.Highs, terms: Terms, count: int, time_limit: float) -> tuple[list[int] | None, str]:

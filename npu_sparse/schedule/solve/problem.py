@@ -117,7 +117,8 @@ class Group:
         for array in {d.array for d in problem.dependences if not d.flow and d.source in names and d.sink in names}:
             flows = [d for d in problem.dependences if d.flow and d.array == array]
             inside = all((d.source in names) == (d.sink in names) for d in flows)
-            if inside and not problem.scop.arrays[array].live_out and all(_fed(problem, name, array, flows) for name in names):
+            own = problem.scop.arrays[array].sized and not problem.scop.arrays[array].live_out
+            if inside and own and all(_fed(problem, name, array, flows) for name in names):
                 found.add(array)
         return frozenset(found)
 

@@ -13,6 +13,7 @@ constexpr uint32_t REPEAT_FLOATS = 64;   // of a vector instruction
 constexpr uint32_t FRACTAL = 16;         // rows and columns of a 16-bit fractal
 constexpr float MINUS_INFINITY = -__builtin_inff();
 constexpr float LOWEST = -3.402823466e38f;
+constexpr float LARGEST = 3.402823466e38f;
 
 __aicore__ inline uint32_t Least(uint32_t a, uint32_t b) { return a < b ? a : b; }
 __aicore__ inline uint32_t Most(uint32_t a, uint32_t b) { return a > b ? a : b; }

@@ -252,7 +252,7 @@ private:
                 PipeBarrier<PIPE_V>();
             }
             const LocalTensor<float> part = scores[(from - query) * t.keysPerStep];
-            t.mean ? AddRows(row, part, from, to) : MaxRows(row, part, from, to, first, keys);
+            t.mean ? AddRows(row, part, from, to, first, keys) : MaxRows(row, part, from, to, first, keys);
             if (to == end) {
                 FinishRow(row, bits, index, end, first, keys);
             }
@@ -282,11 +282,13 @@ private:
         }
     }
 
-    __aicore__ inline void AddRows(const LocalTensor<float>& row, const LocalTensor<float>& weights, uint32_t from, uint32_t to)
+    __aicore__ inline void AddRows(const LocalTensor<float>& row, const LocalTensor<float>& weights, uint32_t from, uint32_t to,
+                                   uint32_t first, uint32_t keys)
     {
-        for (uint32_t query = from; query < to; query++) {
-            if (IsValid(query)) {
-                Add(row, row, weights[(query - from) * t.keysPerStep], t.keysPerStep);
+        for (uint32_t query = from; query < to; query++) {  // of a query with a NaN all weights are NaN, those it does not see too
+            const uint32_t seen = Seen(query, first, keys);
+            if (seen > 0) {
+                Add(row, row, weights[(query - from) * t.keysPerStep], seen);
                 PipeBarrier<PIPE_V>();
             }
         }

@@ -45,10 +45,15 @@ public:
         filled[row] = 0;
     }
 
-    // +inf for the visible keys of [first, first + keys) that are sinks or lie in the window [windowStart, visible).
+    // +inf for the visible keys of [first, first + keys) that are sinks or lie in the window [windowStart, visible), whatever their
+    // scores were, NaN too; all others are below that.
     __aicore__ inline void Keep(const LocalTensor<float>& scores, uint32_t sinkEnd, uint32_t windowStart, uint32_t visible,
                                 uint32_t first, uint32_t keys)
     {
+        if (t.sink > 0 || t.recent > 0) {
+            Mins(scores, scores, LARGEST, t.keysPerStep);
+            PipeBarrier<PIPE_V>();
+        }
         const uint32_t seen = Least(keys, Above(visible, first));
         const uint32_t sinks = Least(seen, Above(sinkEnd, first));
         if (sinks > 0) {
@@ -57,14 +62,12 @@ public:
         }
         const uint32_t before = Above(windowStart, first);
         if (seen > before) {
-            LocalTensor<float> kept = positionsUb.Get<float>();
-            Duplicate(kept, -MINUS_INFINITY, seen);
-            PipeBarrier<PIPE_V>();
-            if (before > 0) {
-                Duplicate(kept, MINUS_INFINITY, before);
-                PipeBarrier<PIPE_V>();
+            const uint32_t group = before / REPEAT_FLOATS * REPEAT_FLOATS, next = Least(seen, group + REPEAT_FLOATS);
+            uint64_t mask[2] = {~0ull >> (REPEAT_FLOATS - (next - before)) << (before - group), 0};
+            Duplicate(scores[group], -MINUS_INFINITY, mask, 1, 1, REPEAT_FLOATS / BLOCK_FLOATS);
+            if (seen > next) {
+                Duplicate(scores[next], -MINUS_INFINITY, seen - next);
             }
-            Max(scores, scores, kept, seen);
             PipeBarrier<PIPE_V>();
         }
     }

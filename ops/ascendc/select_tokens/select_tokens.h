@@ -73,7 +73,7 @@ private:
             }
             LocalTensor<float> scores = scoresUb.DeQue<float>();
             LocalTensor<uint8_t> seen = seenUb.Get<uint8_t>();
-            CompareScalar(seen, scores, LOWEST, CMPMODE::GE, step);
+            CompareScalar(seen, scores, MINUS_INFINITY, CMPMODE::NE, step);  // NaN is seen, too
             PipeBarrier<PIPE_V>();
             topK.Keep(scores, sinkEnd, windowStart, visible, first, Least(step, end - first));
             Select(scores, seen, scores, MINUS_INFINITY, SELMODE::VSEL_TENSOR_SCALAR_MODE, step);

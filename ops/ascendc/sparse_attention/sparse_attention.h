@@ -409,11 +409,13 @@ private:
 template <typename T>
 class AttentionVector {
 public:
-    __aicore__ inline void Init(const SparseAttentionTiling& tiling, GM_ADDR v, GM_ADDR indices, GM_ADDR count, GM_ADDR out,
-                                GM_ADDR workspace, TPipe* pipe)
+    __aicore__ inline void Init(const SparseAttentionTiling& tiling, GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR indices,
+                                GM_ADDR count, GM_ADDR out, GM_ADDR workspace, TPipe* pipe)
     {
         tiling_ = tiling;
         steps_.Init(tiling, indices, count);
+        queryRowsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(q));
+        keyRowsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(k));
         valueRowsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(v));
         gatheredGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace + ATTENTION_GATHERED_OFFSET));
         outGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(out));
@@ -427,6 +429,7 @@ public:
         pipe->InitBuffer(gatherBuffer_, 2 * GATHER_ELEMENTS * sizeof(T));
         pipe->InitBuffer(indexBuffer_, 2 * GATHER_KEYS * sizeof(int32_t));
         pipe->InitBuffer(rowBuffer_, ROW_ELEMENTS * sizeof(float));
+        pipe->InitBuffer(finiteBuffer_, 2 * REPEAT_FLOATS * sizeof(float));
         scoresUb_ = scoresBuffer_.Get<float>();
         stagingUb_ = stagingBuffer_.Get<T>();
         foldedUb_ = stagingBuffer_.Get<float>();
@@ -439,6 +442,7 @@ public:
         denominatorUb_ = maximumUb_[ATTENTION_PARTS * ROWS];
         inverseUb_ = denominatorUb_[ATTENTION_SLOTS * ATTENTION_PARTS * ROWS];
         rescaleWideUb_ = inverseUb_[ROWS];
+        finiteUb_ = finiteBuffer_.Get<float>();
     }
 
     __aicore__ inline void Run()
@@ -448,6 +452,7 @@ public:
         if (!steps_.First(step)) {
             return;
         }
+        Duplicate(finiteUb_, 0.0f, REPEAT_FLOATS);
         for (int32_t event = 0; event < 2; ++event) {
             SetFlag<HardEvent::V_MTE2>(SCORES_EVENT + event);
             SetFlag<HardEvent::MTE3_MTE2>(GATHER_EVENT + event);
@@ -493,6 +498,14 @@ public:
             WaitFlag<HardEvent::MTE3_MTE2>(PIECE_EVENT + event);
         }
         WaitFlag<HardEvent::MTE3_V>(STAGING_EVENT);
+        PipeBarrier<PIPE_ALL>();
+        bool finite = true;
+        for (uint32_t i = 0; i < REPEAT_FLOATS; ++i) {
+            finite = finite && finiteUb_.GetValue(i) == 0.0f;
+        }
+        if (!finite) {
+            Mend();
+        }
     }
 
 private:
@@ -700,6 +713,11 @@ private:
             if (step.last) {
                 ScaleRows(sum, softmax_.Scratch()[row * BLOCK_FLOATS], pieceRows);
                 PipeBarrier<PIPE_V>();
+                WholeReduceSum(finiteUb_[REPEAT_FLOATS], sum, REPEAT_FLOATS, elements / REPEAT_FLOATS, 1, 1,
+                               REPEAT_FLOATS / BLOCK_FLOATS);
+                PipeBarrier<PIPE_V>();
+                Axpy(finiteUb_, finiteUb_[REPEAT_FLOATS], 0.0f, elements / REPEAT_FLOATS);  // 0, or NaN of what is not finite
+                PipeBarrier<PIPE_V>();
                 WaitFlag<HardEvent::MTE3_V>(STAGING_EVENT);
                 Cast(stagingUb_, sum, RoundMode::CAST_RINT, elements);
             }
@@ -766,15 +784,111 @@ private:
         }
     }
 
+    // Products multiply what only later tokens of a tile see by zero for the earlier ones, and zero times NaN is NaN. So rows of
+    // this core that hold NaN are computed again, one by one, from the keys that their token sees and nothing else.
+    __aicore__ inline void Mend()
+    {
+        AttentionStep step = {};
+        for (uint32_t tile = CoreIndex(); tile < tiling_.tiles; tile += tiling_.cores) {
+            steps_.ReadTile(step, tile);
+            for (uint32_t part = 0; step.used > 0 && part < step.parts; ++part) {
+                steps_.SetPart(step, part);
+                const uint32_t end = Least(FirstRow(step) + Rows(step), step.rows);
+                for (uint32_t row = FirstRow(step); row < end; ++row) {
+                    MendRow(step, row);
+                }
+            }
+        }
+    }
+
+    __aicore__ inline void MendRow(const AttentionStep& step, uint32_t row)
+    {
+        const uint32_t token = step.firstToken + row / tiling_.group, position = steps_.Position(token);
+        const uint32_t dim = tiling_.dim, valueDim = tiling_.valueDim;
+        const uint64_t head = static_cast<uint64_t>(step.keyHead) * tiling_.group + row % tiling_.group;
+        const uint64_t line = static_cast<uint64_t>(step.batch) * tiling_.queries + token;
+        const uint64_t place = (line * tiling_.queryHeads + head) * valueDim;
+        const LocalTensor<float> sum = piecesUb_, query = sum[ATTENTION_MAX_DIM], other = query[ATTENTION_MAX_DIM];
+        const LocalTensor<float> few = other[ATTENTION_MAX_DIM];
+        FetchWide(sum, outGm_[place], valueDim);
+        bool holds = false;
+        for (uint32_t i = 0; i < valueDim; ++i) {
+            const float value = sum.GetValue(i);
+            holds = holds || value != value;
+        }
+        if (!holds) {
+            return;
+        }
+        const uint64_t queryLine = (static_cast<uint64_t>(step.batch) * tiling_.queryHeads + head) * tiling_.queries + token;
+        FetchWide(query, queryRowsGm_[queryLine * dim], dim);
+        float most = LOWEST_MAXIMUM, total = 0.0f;
+        for (uint32_t i = 0; i < step.used && steps_.Key(step, i) <= position; ++i) {
+            const uint64_t key = steps_.KeyRow(step) + steps_.Key(step, i);
+            FetchWide(other, keyRowsGm_[key * dim], dim);
+            Mul(other, other, query, dim);
+            PipeBarrier<PIPE_V>();
+            WholeReduceSum(few, other, BLOCK_FLOATS, dim / BLOCK_FLOATS, 1, 1, 1);
+            PipeBarrier<PIPE_ALL>();
+            float score = 0.0f;
+            for (uint32_t j = 0; j < dim / BLOCK_FLOATS; ++j) {
+                score += few.GetValue(j);
+            }
+            score *= tiling_.scale;
+            const float decay = score > most ? Power(few, most - score) : 1.0f;
+            most = score > most ? score : most;
+            const float weight = Power(few, score - most);
+            total = total * decay + weight;
+            FetchWide(other, valueRowsGm_[key * valueDim], valueDim);
+            if (i == 0) {
+                Muls(sum, other, weight, valueDim);
+            } else {
+                Muls(sum, sum, decay, valueDim);
+                PipeBarrier<PIPE_V>();
+                Axpy(sum, other, weight, valueDim);
+            }
+            PipeBarrier<PIPE_ALL>();
+        }
+        if (total == 0.0f) {  // the token sees nothing
+            Duplicate(sum, 0.0f, valueDim);
+        } else {
+            Muls(sum, sum, 1.0f / total, valueDim);
+        }
+        PipeBarrier<PIPE_V>();
+        Cast(stagingUb_, sum, RoundMode::CAST_RINT, valueDim);
+        PipeBarrier<PIPE_ALL>();
+        DataCopy(outGm_[place], stagingUb_, valueDim);
+        PipeBarrier<PIPE_ALL>();
+    }
+
+    __aicore__ inline void FetchWide(const LocalTensor<float>& to, const GlobalTensor<T>& row, uint32_t dim)
+    {
+        PipeBarrier<PIPE_ALL>();
+        DataCopy(gatherUb_, row, dim);
+        PipeBarrier<PIPE_ALL>();
+        Cast(to, gatherUb_, RoundMode::CAST_NONE, dim);
+        PipeBarrier<PIPE_ALL>();
+    }
+
+    __aicore__ inline float Power(const LocalTensor<float>& scratch, float exponent)
+    {
+        PipeBarrier<PIPE_ALL>();
+        Duplicate(scratch, exponent, BLOCK_FLOATS);
+        PipeBarrier<PIPE_V>();
+        Exp(scratch, scratch, BLOCK_FLOATS);
+        PipeBarrier<PIPE_ALL>();
+        return scratch.GetValue(0);
+    }
+
     SparseAttentionTiling tiling_;
     AttentionSteps steps_;
     SoftmaxRows softmax_;
-    GlobalTensor<T> outGm_, weightsGm_, valueRowsGm_, gatheredGm_;
+    GlobalTensor<T> outGm_, weightsGm_, queryRowsGm_, keyRowsGm_, valueRowsGm_, gatheredGm_;
     GlobalTensor<float> scoresGm_, valuesGm_, sumsGm_;
-    TBuf<TPosition::VECCALC> scoresBuffer_, stagingBuffer_, piecesBuffer_, gatherBuffer_, indexBuffer_, rowBuffer_;
+    TBuf<TPosition::VECCALC> scoresBuffer_, stagingBuffer_, piecesBuffer_, gatherBuffer_, indexBuffer_, rowBuffer_, finiteBuffer_;
     LocalTensor<T> stagingUb_;  // weights or output on their way out; foldedUb_ is the same memory
     LocalTensor<float> scoresUb_, foldedUb_, piecesUb_;
     LocalTensor<float> maximumUb_, denominatorUb_, inverseUb_, rescaleWideUb_;
+    LocalTensor<float> finiteUb_;  // zeros while all results are finite, then room for a piece's sums of 64
     LocalTensor<T> gatherUb_;
     LocalTensor<int32_t> indexUb_;
 };
@@ -792,7 +906,7 @@ __aicore__ inline void RunSparseAttention(const SparseAttentionTiling& tiling, G
     }
     if ASCEND_IS_AIV {
         AttentionVector<T> vector;
-        vector.Init(tiling, v, indices, count, out, workspace, &pipe);
+        vector.Init(tiling, q, k, v, indices, count, out, workspace, &pipe);
         vector.Run();
     }
 }

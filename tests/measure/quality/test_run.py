@@ -359,3 +359,13 @@ def test_a_mutated_record_or_config_is_one_sentence_with_a_name_or_is_read(finis
                 assert "\n" not in str(error)
         path.write_bytes(whole)
     assert tabulated(directory)["rows"] == finished[1]["rows"]
+
+
+def test_records_from_before_a_field_of_the_budget_are_adopted(evaluate, tmp_path):
+    config = replace(CONFIG, tasks=("vt",), variants=("dense", "local"))
+    evaluate(config, tmp_path / "old")
+    path = tmp_path / "old" / "records" / "vt-local.json"
+    record = json.loads(path.read_text())
+    del record["budget"]["exact_last"]
+    path.write_text(json.dumps(record))
+    assert adopt_records(config, tmp_path / "new", [tmp_path / "old"]) == [("vt", "dense"), ("vt", "local")]

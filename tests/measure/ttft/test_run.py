@@ -70,7 +70,7 @@ def test_stages_of_sparse_prefill_add_up_to_its_total(finished):
     for row in rows:
         stages = row["stages_s"]
         assert set(stages) == {*STAGES, "total"}
-        assert all(stages[name] > 0 for name in STAGES)
+        assert all((stages[name] > 0) == (name != "exact") for name in STAGES)  # no exact end was asked for
         assert sum(stages[name] for name in STAGES) == pytest.approx(stages["total"])
 
 
@@ -82,7 +82,14 @@ def test_each_variant_spends_time_only_in_the_stages_it_has(finished):
     }
     assert spent["dense"] == {"attention", "rest"}
     assert spent["oracle-shared"] == spent["local"] == {"scoring", "top-k", "attention", "rest"}
-    assert spent["indexer"] == set(STAGES)
+    assert spent["indexer"] == set(STAGES) - {"exact"}
+
+
+def test_an_exact_end_has_a_stage_of_its_own(model, indexer, tmp_path):
+    config = replace(CONFIG, lengths=(300,), variants=("dense", "indexer-shared+exact_last=48"), runs=1, warmup=0, stage_runs=1)
+    (row,) = [row for row in run_ttft(config, tmp_path, model=model, indexer=indexer)["rows"] if "+" in row["variant"]]
+    assert row["label"] == "indexer, shared, exact_last 48"
+    assert all(row["stages_s"][name] > 0 for name in STAGES)
 
 
 def test_a_stage_that_takes_longer_is_seen_in_its_own_column(model, indexer):

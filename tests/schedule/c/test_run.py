@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from npu_sparse.schedule import config, kernels, legality
+from npu_sparse.schedule.c import work
 from npu_sparse.schedule.c.print import generate_file
 from npu_sparse.schedule.c.run import FLAGS, RunError, run
 from npu_sparse.schedule.config import Tiling
@@ -26,6 +27,11 @@ void kernel_scale(int n, double a, double x[n]) {
 #pragma endscop
 }
 """
+
+
+@pytest.fixture(autouse=True)
+def small_loops_run_on_threads(monkeypatch):
+    monkeypatch.setattr(work, "PARALLEL_WORK", 1)
 
 
 def compared(name: str, variants: dict[str, str], size: str = "small", flags=QUICK) -> None:
@@ -208,6 +214,12 @@ def test_program_without_results_is_refused():
     text = SCALE.replace("#pragma scop", "#pragma scop live_out()")
     with pytest.raises(RunError, match="kernel_scale must have results to be compared"):
         run(parse_c(text), {"original": text, "wrong": text.replace("*=", "+=")}, {"n": 4}, scalars={"a": 2})
+
+
+def test_array_of_unknown_extent_is_refused():
+    text = SCALE.replace("double x[n]", "double *x")
+    with pytest.raises(RunError, match=r"kernel_scale must have extents .* got double \*x$"):
+        run(parse_c(text), {"original": text}, {"n": 4}, scalars={"a": 2})
 
 
 def test_process_that_a_program_leaves_behind_ends_with_it():

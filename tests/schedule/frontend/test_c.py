@@ -94,6 +94,9 @@ def test_random_scop_describes_its_execution(seed):
     "for (int i = 0; i < n; i++) {\nB[i]++;\n--s;\n}",
     "for (int i = 0; i < n; i++)\nB[i] = sqrt(fabs(A[i][0]) + pow(s, 2.0)) + (double)i / n;",
     "if (n > 3)\ns = 0;\nif (m - 1)\ns = 1;",
+    "for (int i = 0; i < n; i++)\nB[(i - 3) / 2 + 1] = A[i][(i - 2) % 2 + 1];",
+    "for (int i = 0; i != n; i++) B[i] = 0;",
+    "for (int i = n - 1; i != -1; i--)\nB[i] = A[i][0];",
     "{\n;\n{\ns = 0;\n}\n}",
 ])
 def test_construct_describes_its_execution(body):
@@ -111,8 +114,9 @@ def test_a_loop_that_counts_down_has_a_negative_position():
 
 
 def test_body_puts_iterators_in_parentheses_and_constants_in_place():
-    scop = parse_c(scop_text("for (int i = 0; i < n; i++) A[i][c] += s * f(i, n) + (double)i;", before="const int c = 3;"))
-    assert scop.statements[0].body == "A[(i)][3] += (s * f((i), n)) + ((double) (i));"
+    text = scop_text("for (int i = 0; i < n; i++) A[i][c] += s * f(i, n) + (double)i;", before="const int c = 3;")
+    scop = parse_c(text, pure=("f",))
+    assert scop.statements[0].body == "A[(i)][3] += (s * f(((int) (i)), n)) + ((double) (i));"
     assert str(scop.statements[0].writes[0].relation) == "[n, m] -> { S0[i] -> A[i, 3] : 0 <= i < n }"
 
 
@@ -232,11 +236,9 @@ REFUSED = [
     ("B[(int) s] = 0;", "5: subscript must be affine in loop iterators and parameters, got s in (int) s"),
     ("B[B[0]] = 0;", "5: subscript must be affine in loop iterators and parameters, got B[0]"),
     ("k = 3;\nB[k] = 0;", "6: subscript must be affine in loop iterators and parameters, got k"),
-    ("for (int i = 0; i < n; i++)\nB[(i - 1) / 2] = 0;", "6: operand of / must not be negative, got (i - 1) / 2"),
     ("B[n % m] = 0;", "5: subscript must be affine in loop iterators and parameters, got n % m"),
     ("for (int i = 0; i < s; i++) B[i] = 0;", "5: loop condition must be affine in loop iterators and parameters, got s"),
     ("for (int i = B[0]; i < n; i++) B[i] = 0;", "5: loop bound must be affine in loop iterators and parameters, got B[0]"),
-    ("for (int i = 0; i != n; i++) B[i] = 0;", "5: loop condition must compare with <, <=, > or >=, got i != n"),
     ("for (int i = 0; i > n; i++) B[i] = 0;", "5: loop condition must bound i in the direction of its step, got i > n"),
     ("for (int i = 0; m < n; i++) B[i] = 0;", "5: loop condition must bound i in the direction of its step, got m < n"),
     ("for (int i = n; i < m; i--) B[i] = 0;", "5: loop condition must bound i in the direction of its step, got i < m"),
@@ -260,25 +262,20 @@ REFUSED = [
      "7: statement must be an assignment, a for loop or an if, got break"),
     ("s = 1;\nreturn;", "6: statement must be an assignment, a for loop or an if, got return"),
     ("print(s);", "5: statement must be an assignment, a for loop or an if, got print(s)"),
-    ("if (s > 0)\nB[0] = 0;", "5: condition must be affine in loop iterators and parameters, got s in s > 0"),
     ("s = q + 1;", "5: name must be declared, got q"),
     ("s = Q[0];", "5: array must be declared, got Q[0]"),
     ("s = A[0];", "5: A must have 2 subscripts, got A[0]"),
     ("s = p[0][1];", "5: array must have extents, got pointers to pointers in p[0][1]"),
     ("for (k = 0; k < n; k++) B[k] = 0;\ns = k;", "4: loop iterator must not be read outside of its loop, got k"),
     ("B[k] = 0;\nfor (k = 0; k < n; k++) B[k] = 0;", "4: loop iterator must not be read outside of its loop, got k"),
-    ("for (int n = 0; n < m; n++) B[n] = 0;\nB[n] = 1;", "4: loop iterator must not be read outside of its loop, got n"),
     ("s = f(B);", "5: array must have 1 subscripts, got B"),
     ("s = *B;", "5: expression must have no side effects and no pointers, got *B"),
-    ("s = B[0] = 1;", "5: expression must have no side effects and no pointers, got B[0] = 1"),
     ("s = k++;", "5: expression must have no side effects and no pointers, got k++"),
     ("*B = 1;", "5: assignment must be to a variable or an element, got *B"),
     ("s = S0(1);", "5: function must not have the name of a statement, got S0(1)"),
     ("double t = 1;\ndouble t = 2;", "6: t must be declared once, got a second declaration in the scop"),
     ("", "4: scop must hold a statement, got none"),
     ("if (n > n)\ns = 0;", "4: scop must execute a statement, got conditions that never hold"),
-    ("int max = 3;\nfor (int i = 0; i < n; i++)\nfor (int mod = 0; mod < i; mod++) B[i] = 0;",
-     "7: name must not be a keyword of isl, got mod"),
     ("for (int i = 0; i < n; i++\nB[i] = 0;", "6: source must be C, got before: B"),
     ("s = 1;\ns = ;", "6: source must be C, got invalid expression"),
     ("B[0] = @;", "5: source must be C, got illegal character '@'"),

@@ -1,0 +1,93 @@
+"""What declarations make known: types through typedefs, extents, enumerators, integers that never change."""
+
+from pycparser import c_ast
+
+from npu_sparse.schedule.frontend import types
+from npu_sparse.schedule.frontend.expressions import Scope, Symbol
+from npu_sparse.schedule.frontend.syntax import assigned, nodes
+
+# Keywords of isl's texts: variables of these names have others in the SCoP.
+RESERVED = set("and or not exists mod floor ceil floord ceild min max implies true false infty infinity nan rat".split())
+
+
+class Declarations:
+    """Declares names in a scope."""
+
+    def __init__(self, scope: Scope, function: c_ast.FuncDef):
+        self.scope = scope
+        self.assigned = {name for name, _ in assigned(function)}
+        self.taken = {node.name for node in nodes(function, c_ast.ID)}
+
+    def visible(self, node: c_ast.Node, outer: bool = False) -> None:
+        """What a declaration before the region makes known."""
+        if isinstance(node, c_ast.Typedef):
+            self.enumerators(node)
+            self.scope.typedefs[node.name] = node.type
+        elif isinstance(node, c_ast.Decl) and isinstance(node.type, c_ast.Enum):
+            self.enumerators(node)
+        elif isinstance(node, c_ast.Decl) and not isinstance(node.type, c_ast.FuncDecl) and node.name:
+            self.enumerators(node)
+            self.declare(node, outer=outer)
+
+    def enumerators(self, node: c_ast.Node) -> None:
+        for enum in nodes(node.type, c_ast.Enum):
+            last = -1
+            for item in enum.values.enumerators if enum.values else ():
+                value = types.evaluate(item.value, self.scope.lookup, self.scope.typedefs) if item.value is not None else \
+                    (last + 1, types.INT)
+                if value is None:
+                    break
+                last = value[0]
+                symbol = Symbol(item.name, item.name, "int", kind=types.INT, value=last, node=item)
+                self.scope.symbols[item.name] = symbol
+
+    def declare(self, node: c_ast.Decl, argument: bool = False, local: bool = False, outer: bool = False) -> Symbol:
+        scope = self.scope
+        kind, shape, quals, pointer = node.type, [], set(node.quals), None
+        while True:
+            quals |= set(getattr(kind, "quals", None) or ())
+            if isinstance(kind, (c_ast.ArrayDecl, c_ast.PtrDecl)):
+                pointer = isinstance(kind, c_ast.PtrDecl) if pointer is None else pointer
+                shape.append(kind.dim if isinstance(kind, c_ast.ArrayDecl) else None)
+            names = getattr(getattr(kind, "type", None), "names", None)
+            if isinstance(kind, c_ast.TypeDecl) and names and len(names) == 1 and names[0] in scope.typedefs:
+                found = scope.typedefs[names[0]]
+                if isinstance(found, (c_ast.ArrayDecl, c_ast.PtrDecl)):
+                    kind = found
+                    continue
+            if not isinstance(kind, (c_ast.ArrayDecl, c_ast.PtrDecl)):
+                break
+            kind = kind.type
+        ctype = " ".join(types.base(tuple(names), scope.typedefs)) if names else "struct"
+        whole = types.integer(kind, scope.typedefs)
+        persistent = outer or bool({"static", "extern"} & set(node.storage))
+        # An initialised integer that nothing can change is its value.
+        value = None
+        if whole and not shape and node.init is not None and node.name not in self.assigned and not argument and \
+                not quals & {"volatile", "_Atomic"} and (not outer or "const" in quals):
+            found = types.evaluate(node.init, scope.lookup, scope.typedefs)
+            value = whole.wrapped(found[0]) if found else None
+        used = {part.name for extent in shape if extent is not None for part in nodes(extent, c_ast.ID)}
+        key = node.name
+        hidden = scope.symbols.get(node.name)
+        if local and key in scope.known or hidden and hidden.argument:
+            key = self.fresh(key)
+        key = self.key(key)
+        symbol = Symbol(key, node.name, ctype, tuple(shape), whole, types.floating(kind, scope.typedefs), value,
+                        argument=argument, local=local, persistent=persistent, pointer=bool(pointer),
+                        volatile=bool(quals & {"volatile", "_Atomic"}),
+                        names={name: scope.symbols.get(name) for name in used}, node=node)
+        scope.symbols[node.name] = scope.known[key] = symbol
+        return symbol
+
+    def key(self, name: str) -> str:
+        """The name itself where isl can read it."""
+        return self.fresh(name) if name.lower() in RESERVED else name
+
+    def fresh(self, name: str) -> str:
+        """A name that neither the function nor isl uses."""
+        number = 1
+        while f"{name}_{number}" in self.taken | set(self.scope.known):
+            number += 1
+        self.taken.add(f"{name}_{number}")
+        return f"{name}_{number}"

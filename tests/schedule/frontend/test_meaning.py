@@ -1,0 +1,247 @@
+"""C programs as people write them: the scheduled program prints what the original prints, or one sentence refuses it."""
+
+import subprocess
+from dataclasses import dataclass
+
+import pytest
+
+from npu_sparse.schedule import config, legality
+from npu_sparse.schedule.c.print import generate_file
+from npu_sparse.schedule.frontend.c import parse_c
+from npu_sparse.schedule.isl_baseline import mark_parallel
+from npu_sparse.schedule.plan import original
+from npu_sparse.schedule.scheduler import schedule
+from npu_sparse.schedule.scop import ScopError
+
+HEAD = "#include <stdio.h>\n#include <stdlib.h>\n#include <stdint.h>\n#include <math.h>\n"
+FLAGS = ("-O1", "-fopenmp", "-ffp-contract=off", "-std=gnu11", "-w", "-Werror=implicit-function-declaration")
+MAIN = """
+int main(void) {
+  static double a[40], b[40]; static int u[40];
+  for (int i = 0; i < 40; i++) a[i] = i % 7 - 2.5, b[i] = i, u[i] = 3 * i - 20;
+  f(12, a + 4, b + 4, u + 4);
+  for (int i = 0; i < 40; i++) printf("%.17g %.17g %d\\n", a[i], b[i], u[i]);
+}
+"""
+SIGNATURE = "void f(int n, double a[n], double b[n], int u[n])"
+
+
+def function(body: str, head: str = SIGNATURE, before: str = "", after: str = "", file: str = "") -> str:
+    return f"{HEAD}{file}\n{head} {{\n{before}\n#pragma scop\n{body}\n#pragma endscop\n{after}\n}}\n"
+
+
+def output(text: str, directory, flags=FLAGS) -> str:
+    (directory / "p.c").write_text(text)
+    done = subprocess.run(["gcc", *flags, "p.c", "-lm", "-o", "p"], cwd=directory, capture_output=True, text=True)
+    assert not done.returncode, done.stderr + text
+    done = subprocess.run([directory / "p"], capture_output=True, text=True, timeout=20)
+    assert not done.returncode, text
+    return done.stdout
+
+
+def generated(text: str, strategy: str, **options) -> str:
+    scop = parse_c(text, **options)
+    plan = schedule(scop, config.load(strategy))
+    assert legality.check(scop, plan.union_map()) == []
+    return generate_file(scop, text, plan.tree())
+
+
+def agree(text: str, directory, main: str = MAIN, strategies=("cpu-vector",), **options) -> None:
+    expected = output(text + main, directory)
+    assert expected
+    for strategy in strategies:
+        new = generated(text, strategy, **options)
+        assert "#pragma scop" not in new
+        assert output(new + main, directory) == expected, new
+
+
+@dataclass(frozen=True)
+class Case:
+    """A region, what stands around it, and what the caller does."""
+
+    body: str
+    before: str = ""
+    after: str = ""
+    file: str = ""
+    head: str = SIGNATURE
+    main: str = MAIN
+
+
+TYPES = {
+    "unsigned operand": Case("for (int i = 0; i < n; i++) b[i] = (i - 5) % 8u;"),
+    "unsigned iterator": Case("for (unsigned i = 0; i < n; i++) b[i] = i - 2;"),
+    "unsigned long iterator": Case("for (size_t i = 0; i < n; i++) b[i] = i - 2;"),
+    "range check by a cast": Case("for (int i = 0; i < n; i++) if ((unsigned)(i - 1) < (unsigned)(n - 1)) b[i] = a[i - 1];"),
+    "narrow subscript": Case("for (int i = 0; i < 600; i++) ring[(uint8_t)i] += i;", before="static int ring[256];",
+                             after="for (int i = 0; i < n; i++) b[i] = ring[i];"),
+    "narrow signed subscript": Case("for (int i = 0; i < 600; i++) ring[(int8_t)i + 128] += i;", before="static int ring[256];",
+                                    after="for (int i = 0; i < n; i++) b[i] = ring[i] + ring[i + 128];"),
+    "long constant": Case("for (int i = 0; i < n; i++) b[i] = s * 100000;", before="const long s = 100000;"),
+    "negative constant": Case("for (int i = 0; i < n; i++) b[i] = -m * a[i];", before="const int m = -3;"),
+    "unsigned constant": Case("for (int i = 0; i < n; i++) b[i] = m / 2 + i;", before="const unsigned m = -1;"),
+    "short constant": Case("for (int i = 0; i < n; i++) b[i] = m * i;", before="const short m = 70000;"),
+    "smallest int": Case("for (int i = 0; i < n; i++) b[i] = m + i;", before="const int m = -2147483647 - 1;"),
+    "shifted iterator": Case("for (int i = 0; i < n; i++) b[i] = (i - 6) >> 1u | ~i;"),
+    "iterator divided by unsigned": Case("for (int i = 0; i < n; i++) b[i] = (i - 5) / 8u;"),
+    "unsigned product": Case("for (unsigned i = 0; i < n; i++) b[i] = i * 500000000u;"),
+    "comparison as unsigned": Case("for (int i = 0; i < n; i++) b[i] = i - 5 < 3u;"),
+    "unsigned division in a subscript": Case("for (int i = 0; i < n; i++) u[i] = v[(i - 5) % 8u];", before="int v[8]; "
+                                             "for (int i = 0; i < 8; i++) v[i] = i * i;"),
+    "division of an iterator": Case("for (int i = 0; i < n; i++) b[i] = (i - 6) / 4 + (i - 6) % 4;"),
+    "short iterator": Case("for (short i = 0; i < n; i++) b[i] = i * 3000;"),
+    "compound assignment to an integer": Case("for (int i = 0; i < n; i++) u[i] /= (i - 20) | 1u;"),
+    "unsigned global parameter": Case("for (int i = 0; i < k; i++) b[i] = i - k;", file="unsigned k = 9;"),
+    "unsigned parameter in a skewed nest": Case(
+        "for (int t = 0; t < 4; t++) for (int i = 1; i + 1 < m; i++) b[i] = b[i - 1] + b[i + 1];",
+        head="void f(size_t m, double *restrict a, double *restrict b, int *u)"),
+    "global that another function sets": Case("for (int i = 0; i < n; i++) b[i] = K * i;", "set();",
+                                              file="int K = 3;\nvoid set(void) { K = 5; }"),
+    "typedef": Case("for (index_t i = 0; i < n; i++) b[i] = i - 2;",
+                    file="typedef unsigned int uint_32;\ntypedef uint_32 index_t;"),
+    "typedef in a function": Case("for (index_t i = 0; i < n; i++) { real x = a[i]; b[i] = x * x + i - 2; }",
+                                  before="typedef unsigned index_t; typedef float real;"),
+    "enumerator": Case("for (int i = 0; i < LAST; i++) b[i] = SIZE - i;", file="enum { SIZE = 10, LAST };"),
+    "sum with an iterator of its type": Case("for (unsigned i = 0; i < n; i++) b[i] = (i - 3) / 2 + 0.5;"),
+    "local integer": Case("for (int i = 0; i < n; i++) { int k = n - 1 - i; b[k] = a[i] + k % 3u; }"),
+    "local unsigned": Case("for (int i = 0; i < n; i++) { const unsigned k = i - 3; b[i] = k; }"),
+    "iterator that hides an extent": Case("for (int n = 0; n < 5; n++) b[n] = a[n] + 1;\nb[n - 1] = 9;"),
+}
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_types_keep_their_meaning(name, tmp_path):
+    case = TYPES[name]
+    strategies = ("pluto",) if "skewed" in name else ("cpu-vector",)
+    agree(function(case.body, case.head, case.before, case.after, case.file), tmp_path, case.main, strategies)
+
+
+REFUSED = {
+    "for (unsigned i = 0; i < m; i++) p[i] = i;": "unsigned value must be known to lie between 0 and 4294967295, got m",
+    "for (size_t i = 0; i < m; i++) p[i] = i;": "unsigned value must be known to lie between 0 and 18446744073709551615, got m",
+    "for (unsigned i = 0; i < w - 1; i++) p[i] = i;": "unsigned value must be known to lie between 0 and 4294967295, got w - 1",
+    "for (unsigned i = w; i >= 0; i--) p[i] = i;": "loop must end before its iterator of type unsigned wraps around, got i >= 0",
+    "for (uint8_t i = 250; i > 0; i += 3) p[i] = i;": "loop condition must bound i in the direction of its step, got i > 0",
+    "for (int i = l; i > 0; i--) p[i] = i;": "value must be known to fit int, got l",
+    "for (int i = 0; i < 9; i++) p[(int)l] = i;": "value must be known to fit int, got (int) l",
+    "for (int i = 0; i < 9; i++) p[(unsigned)(m + i)] = i;":
+        "unsigned value must be known not to wrap around, got one that may in p[(unsigned) (m + i)] = i",
+    "for (int i = 0; i < 9; i++) p[i] = v;": "variable must not be volatile, got v",
+    "for (char c = 0; c < 9; c++) p[c] = 1;": "loop must start with one integer assignment, got char c = 0",
+}
+
+
+@pytest.mark.parametrize("body", REFUSED)
+def test_what_may_wrap_around_is_refused(body):
+    text = function(body, head="void f(int m, unsigned w, long l, double *p)", before="volatile double v;")
+    with pytest.raises(ScopError) as caught:
+        parse_c(text)
+    assert str(caught.value) == f"<text>:9: {REFUSED[body]}"
+
+
+EXTENTS = {
+    "n = n - 1": (Case("for (int i = 0; i < n; i++) a[i][i] = 1;", "n = n - 1;", head="void f(int n, double a[n][n])"),
+                  "7: extent of a must not change after its declaration, got n = n - 1"),
+    "a loop that changes n": (Case("for (int i = 0; i < 3; i++) a[i][i] = 1;", "for (; n > 2; n--)",
+                                   head="void f(int n, double a[n][n])"),
+                              "extent of a must not change after its declaration, got n--"),
+    "an inner n": (Case("for (int i = 0; i < n; i++) a[i][i] = 1;", "int k = n; { int n = k - 1;", "}",
+                        head="void f(int n, double a[n][n])"),
+                   "8: extent of a must name what is visible at the scop, got another n"),
+    "a local array": (Case("for (int i = 0; i < n; i++) v[i][i] = 1;", "double v[n][n]; n--;", "b[0] = v[0][0];",
+                           head="void f(int n, double b[9])"),
+                      "7: extent of v must not change after its declaration, got n--"),
+    "a global that a call may change": (Case("for (int i = 0; i < 3; i++) a[i][i] = 1;", "g();", file="int N; void g(void);",
+                                             head="void f(double a[N][N])"),
+                                        "7: extent of a must not change after its declaration, got g()"),
+    "a local extent": (Case("for (int i = 1; i < n; i++) { double v[i][i]; v[0][0] = 1; b[i] = v[0][0]; }"),
+                       "9: extent of v must not change in the scop, got i"),
+}
+
+
+@pytest.mark.parametrize("name", EXTENTS)
+def test_an_extent_that_changes_is_refused(name):
+    case, sentence = EXTENTS[name]
+    body = f"{{ {case.body} }}" if "loop" in name else case.body
+    text = function(body, case.head, case.before, case.after, case.file)
+    if "loop" in name:
+        text = text.replace("n--)", "n--) {").replace("#pragma endscop\n", "#pragma endscop\n}\n")
+    with pytest.raises(ScopError) as caught:
+        parse_c(text)
+    assert str(caught.value).endswith(sentence)
+
+
+@pytest.mark.parametrize("before", ["double v[n][n]; for (int i = 0; i < n; i++) v[i][0] = v[i][i] = i;",
+                                    "int n0 = n; { int n = n0 - 3; n--; } double v[n0][n0];"])
+def test_an_extent_that_only_others_change_is_kept(before, tmp_path):
+    body = "for (int i = 0; i < n; i++) v[i][i] = a[i];\nfor (int i = 0; i < n; i++) b[i] = v[n - 1 - i][n - 1 - i];"
+    agree(function(body, before=before, after="b[1] = v[3][3]; n = 0;"), tmp_path)
+
+
+TWICE = MAIN.replace("f(12, a + 4, b + 4, u + 4);", "for (int r = 0; r < 3; r++) f(12, a + 4, b + 4, u + 4);")
+ARRAY = "for (int i = 0; i < n; i++) { t[0] = a[i] + i; b[i] = t[0] * t[0]; }"
+TEMPORARY = "for (int i = 0; i < n; i++) { t = a[i] + i; b[i] = t * t; }"
+LIVE = {
+    "static scalar": Case(TEMPORARY, "static double t;\nb[0] += t;", main=TWICE),
+    "static array": Case(ARRAY, "static double t[1];\nb[0] += t[0];", main=TWICE),
+    "goto around": Case(TEMPORARY, "double t = 0; int turn = 0;\nagain: b[0] += t; a[0] = t;", "if (turn++ < 2) goto again;"),
+    "pointer to a scalar": Case(TEMPORARY, "double t, *p = &t;", "a[1] = *p;"),
+    "pointer to a local array": Case(ARRAY, "double t[1], *p = t;", "a[1] = *p;"),
+    "local pointer": Case(ARRAY.replace("t[0]", "p[0]"), "double t, *p = &t;", "a[1] = t;"),
+    "read after the enclosing block": Case(TEMPORARY, "double t = 0;\nif (n > 3) {", "}\na[1] = t;"),
+    "global": Case(TEMPORARY, file="double t;", main=MAIN.replace("u + 4);", 'u + 4); printf("%g\\n", t);')),
+    "switch around": Case(TEMPORARY, "double t = 0;\nswitch (n) { case 12: {", "} }\na[1] = t;"),
+}
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_what_lives_on_is_kept(name, tmp_path):
+    case = LIVE[name]
+    text = function(case.body, case.head, case.before, case.after, case.file)
+    expected = output(text + case.main, tmp_path)
+    scop = parse_c(text)
+    # The loops as they are written, every one that may run in threads doing so: a dead temporary becomes private.
+    new = generate_file(scop, text, mark_parallel(scop, original(scop).tree()))
+    assert output(new + case.main, tmp_path) == expected, new
+    assert generated(text, "cpu-vector") and output(generated(text, "cpu-vector") + case.main, tmp_path) == expected
+
+
+def test_a_temporary_that_nothing_reads_is_private():
+    text = function(TEMPORARY, before="double t;")
+    assert "private(t)" in generated(text, "cpu-vector")
+
+
+def test_two_names_of_one_place_are_refused():
+    text = function("for (int i = 0; i < n; i++) { t = a[i]; p[0] += t; }", before="double t, *p = &t;")
+    with pytest.raises(ScopError, match="pointer must not lead into what the scop uses by name, got p and t"):
+        parse_c(text)
+
+
+@pytest.mark.parametrize("after, before", [("if (n > 40) i = 0;\nb[1] = i;", "int i;"), ("}\nb[1] = i;", "int i;\n{"),
+                                           ("}", "int i = 0;\nfor (int r = 0; r < 2; r++) {\nb[r] = i;")])
+def test_an_iterator_that_lives_on_is_refused(after, before):
+    with pytest.raises(ScopError, match="loop iterator must not be read after the scop, got i"):
+        parse_c(function("for (i = 0; i < n; i++) a[i] = 0;", before=before, after=after))
+
+
+@pytest.mark.parametrize("call", ["rand()", "next(a[i])", "erand48(s)", "printf(0)", "time(0)"])
+def test_a_call_that_may_have_state_is_refused(call):
+    text = function(f"for (int i = 0; i < n; i++) b[i] = {call};", head="void f(int n, double s, double a[n], double b[n])")
+    with pytest.raises(ScopError) as caught:
+        parse_c(text)
+    assert str(caught.value).startswith(f"<text>:9: function must be known to be pure (see --pure), got {call}")
+
+
+@pytest.mark.parametrize("declaration", [
+    "__attribute__((const)) double g(double x);\ndouble g(double x) { return 3 * x; }",
+    "static double __attribute__((noinline, __const__)) g(double x) { return 3 * x; }",
+    "double g(double x) __attribute__((const));\ndouble g(double x) { return 3 * x; }",
+])
+def test_a_function_with_the_attribute_const_is_pure(declaration, tmp_path):
+    agree(function("for (int i = 0; i < n; i++) b[i] = g(a[i]) + g(i);", file=declaration), tmp_path)
+    with pytest.raises(ScopError, match="function must be known to be pure"):
+        parse_c(function("for (int i = 0; i < n; i++) b[i] = g(a[i]);", file=declaration.replace("const", "cold")))
+
+
+def test_a_caller_says_what_is_pure(tmp_path):
+    text = function("for (int i = 0; i < n; i++) b[i] = g(a[i]);", file="double g(double x) { return 3 * x; }")
+    agree(text, tmp_path, pure=("g",))
