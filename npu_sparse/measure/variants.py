@@ -14,9 +14,8 @@ from ..budget import Budget
 
 LOCAL_SINK = 4
 FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # fields of configs once
-OPTIONS = tuple(  # of variants, flags last
-    f.name for f in sorted(fields(Budget), key=lambda f: isinstance(f.default, bool)) if f.name not in ("per_layer", "dense_below")
-)
+_FLAGS_LAST = sorted(fields(Budget), key=lambda f: isinstance(f.default, bool))
+OPTIONS = tuple(f.name for f in _FLAGS_LAST if f.name not in ("per_layer", "dense_below"))  # of variants
 INDEX_OPTIONS = ("candidates", "key_block", "partition")  # these say how an indexer works
 
 

@@ -26,7 +26,7 @@ from ...budget import Budget
 from ...runs import machine as machines
 from ...runs.figures import write_figure
 from ...runs.page import say
-from ...runs.store import Cells, RunError, check_shard, open_stage, read_config, read_json, write_bytes, write_json, write_text
+from ...runs.store import Cells, RunError, check_shard, open_stage, read_json, read_stage, write_bytes, write_json, write_text
 from ...tasks import Example, encode, generate, score, texts
 from ...tasks.catalogue import task_named
 from .. import teacher_forced
@@ -335,11 +335,7 @@ def _records(config: EvalConfig, directory: Path) -> dict[tuple[str, str], dict]
 
 
 def _read_config(directory: Path) -> EvalConfig:
-    found = read_config(directory, "eval")
-    try:
-        return EvalConfig.from_dict(found)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise RunError(f"{directory / 'config.json'} cannot be read ({error})") from error
+    return read_stage(directory, "eval", EvalConfig)
 
 
 def _budget_dict(config: EvalConfig, name: str) -> dict | None:

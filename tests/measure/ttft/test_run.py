@@ -14,7 +14,7 @@ from npu_sparse.measure.ttft import STAGES, TtftConfig, page, run_ttft, time_to_
 from npu_sparse.measure.ttft import run as ttft
 from npu_sparse.measure.variants import Subject
 from npu_sparse.models.architectures import text_config
-from npu_sparse.runs.store import RunError, read_config
+from npu_sparse.runs.store import RunError, read_stage
 
 CONFIG = TtftConfig(
     model="tiny", lengths=(96, 200), budget="k=32,block=16", runs=3, warmup=1, stage_runs=2, prompt="random", overhead=True,
@@ -242,10 +242,7 @@ def test_config_survives_json():
 
 def tabulated(directory) -> dict:
     """As the end of `run_ttft`, without the pictures; what is written must be JSON."""
-    try:
-        config = TtftConfig.from_dict(read_config(directory, "ttft"))
-    except (ValueError, TypeError) as error:
-        raise RunError(f"config.json: {error}") from error
+    config = read_stage(directory, "ttft", TtftConfig)
     records = list(ttft._cells(config, directory).records().values())
     if len(records) < len(config.lengths):
         raise RunError("config.json names other lengths")
