@@ -6,6 +6,7 @@ from .store import write_bytes
 PALETTE = {
     "dense": "#222222", "attached": "#8a8a8a", "control": "#8a8a8a", "oracle": "#0072b2", "oracle, per query": "#56b4e9",
     "distilled": "#d55e00", "distilled, per query": "#e69f00", "untrained": "#cc79a7", "local": "#009e73", "random": "#999933",
+    "training-free": "#009e73", "pooled": "#44aa99", "antidiagonal": "#117733", "vertical-slash": "#88ccee",
 }  # fmt: skip
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#e69f00", "#cc79a7", "#56b4e9", "#999933")  # for whatever else is compared
 STAGES = {

@@ -180,7 +180,7 @@ def markdown(result: dict) -> str:
 
 def variant_styles(columns: dict) -> dict:
     """How matplotlib draws each variant of `{name: a row of it}`: its marker, its colour by evidence, hollow where shared."""
-    markers = dict(zip(VARIANTS, "DososXx"))
+    markers = dict(zip(VARIANTS, "DososXxHp8"))
     with_options = [name for name in columns if variant_named(name).options]
     markers.update(zip(with_options, itertools.cycle("^v<>Pph*")))
     return {

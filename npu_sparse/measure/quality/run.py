@@ -32,6 +32,7 @@ from ...tasks.catalogue import task_named
 from .. import teacher_forced
 from ..decode import generate_texts
 from ..variants import (
+    EVIDENCE,
     Subject,
     adapter_fingerprint,
     attachable,
@@ -46,7 +47,6 @@ from ..variants import (
 from .config import EvalConfig
 from .page import figure, forced_figure, is_solved, markdown, mean_score, tabulate
 
-EVIDENCE = {"dense", "oracle", "distilled", "untrained", "control"}
 EXAMPLE = {
     "task": str, "index": int, "prompt": str, "answers": [str], "length": int, "max_new_tokens": int, "seed": int,
     "comparable": bool,

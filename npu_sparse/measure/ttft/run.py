@@ -32,6 +32,7 @@ from ..clocks import (
 )
 from ..prompts import prompt_ids
 from ..variants import (
+    EVIDENCE,
     Subject,
     adapter_fingerprint,
     attachable,
@@ -45,8 +46,6 @@ from ..variants import (
 )
 from .config import ATTACHED, TtftConfig
 from .page import figure, markdown, tabulate
-
-EVIDENCE = {"dense", "oracle", "distilled", "untrained", "control"}
 
 
 def run_ttft(config: TtftConfig, output, *, model=None, tokenizer=None, indexer=None) -> dict:
