@@ -9,7 +9,7 @@ from ...runs import stats
 from ...runs.figures import PALETTE, RULE, SERIES, caption, new_figure
 from ...runs.machine import machine_line
 from ...runs.page import markdown_table
-from ...tasks import TASKS
+from ...tasks.catalogue import task_named
 from ..variants import (
     VARIANTS,
     budget_in,
@@ -87,7 +87,7 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
         "prompts": {task: records[task, "dense"]["prompts"] for task in config.tasks},
         "machines": _distinct([record["machine"] for record in records.values()]),
         "tasks": {
-            task: {"dense": dense[task], "solved": task in solved, "label": TASKS[task].label} for task in config.tasks
+            task: {"dense": dense[task], "solved": task in solved, "label": task_named(task).label} for task in config.tasks
         },
         "rows": rows,
         "gaps": gaps,
