@@ -184,16 +184,3 @@ def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
     if device_type in KERNEL_KEYS and not has_kernels_for(op, device_type):
         how = f"it has kernels for {', '.join(_DEVICES[op])} only: pass impl='reference'"
     return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {how}")
-
-
-def check_tensor(name: str, tensor, shape: tuple, dtypes: tuple, device=None) -> None:
-    """Raises TypeError or ValueError unless `tensor` has this shape (None = any), one of the dtypes and the device."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {tensor.dtype}")
-    if tensor.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape)):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the other inputs, got {tensor.device}")
