@@ -60,7 +60,8 @@ void f(size_t n, double x[n], double y[n], long s) {
 """,
 ]
 TOKENS = """( ) { } [ ] ; , + - * / % < > <= >= == != = += -= ++ -- & && | || ! ~ ? : << >> . -> # ## \\ " ' /* */ // 0 1 -1
-0x 1e9 1.5f "s" n i for if else while return goto break int unsigned char short long size_t uint8_t double float void const static volatile struct enum typedef
+0x 1e9 1.5f "s" n i for if else while return goto break int unsigned char
+short long size_t uint8_t double float void const static volatile struct enum typedef
 sizeof restrict min max abs rand() sqrt f a x #pragma\\ scop #pragma\\ endscop #define #if #endif #else \t \x00 é
 __attribute__ _Bool mod floor exists""".split()
 NUMBERS = "0 1 -1 2 3 7 100 2147483647 2147483648u 9223372036854775807 18446744073709551616 08 0x1F 1e9 1.5f 3u 5L 'a'".split()
