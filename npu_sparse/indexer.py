@@ -161,8 +161,7 @@ class Indexer(nn.Module):
         """A frozen copy with the model's dtype and device: what serves it."""
         copy = Indexer(self.config, self.base, self.evidence, self.budget)
         copy.load_state_dict(self.state_dict())
-        parameter = next(model.parameters())
-        return copy.to(device=parameter.device, dtype=parameter.dtype).requires_grad_(False)
+        return copy.to(device=model.device, dtype=model.dtype).requires_grad_(False)  # weights in few bits are not its dtype
 
     def forward(self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor):
         """`IndexHead.forward` of one layer."""

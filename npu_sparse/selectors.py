@@ -30,6 +30,7 @@ class LayerInputs:
         partition: float32 `[B, Tq]` learned log-partitions of the index scores where `learns_partition` says so, else None.
         impl: which operators run: "auto", "reference" or "kernel".
         stage: `stage(name)` is a context manager around each stage, for timing.
+        note: `note(what, finite)` is told, by a bool tensor, whether what a selection is made from is finite.
     """
 
     layer: int
@@ -42,13 +43,14 @@ class LayerInputs:
     impl: str = "auto"
     stage: Callable = lambda name: nullcontext()
     partition: Tensor | None = None
+    note: Callable = lambda what, finite: None
 
 
 class Selector(Protocol):
     """Chooses a Support for one layer."""
 
     name: str
-    evidence: str  # "oracle", "distilled", "untrained" or "control": never mixed in a table without saying which
+    evidence: str  # "oracle", "distilled", "untrained", "training-free" or "control": never mixed in a table without saying which
     indexer: IndexerModule | None  # hidden states are projected with it and handed over as LayerInputs.index
 
     def select(self, inputs: LayerInputs, budget: Budget) -> Support: ...
@@ -77,7 +79,7 @@ class Oracle:
                 reduce=reduce, per_kv=self.per_kv, valid=valid, impl=inputs.impl,
             )  # fmt: skip
 
-        return _select(inputs, budget, mass, heads=inputs.k.shape[1] if self.per_kv else 1)
+        return select_by_scores(inputs, budget, mass, heads=inputs.k.shape[1] if self.per_kv else 1)
 
 
 class Indexer:
@@ -138,7 +140,7 @@ class Local:
             position = torch.arange(end, dtype=torch.float32, device=inputs.q.device)
             return position.expand(inputs.q.shape[0], 1, _blocks(stop - start, budget), end).clone()
 
-        return _select(inputs, budget.replace(sink=self.sink, recent=0), recency)
+        return select_by_scores(inputs, budget.replace(sink=self.sink, recent=0), recency)
 
 
 class Random:
@@ -158,7 +160,7 @@ class Random:
             shape = (inputs.q.shape[0], 1, _blocks(stop - start, budget), end)
             return torch.rand(shape, generator=generator).to(inputs.q.device)
 
-        return _select(inputs, budget, noise)
+        return select_by_scores(inputs, budget, noise)
 
 
 class Dense:
@@ -170,14 +172,14 @@ class Dense:
         def nothing(start, stop, end, valid):
             return torch.zeros(inputs.q.shape[0], 1, _blocks(stop - start, budget), end, device=inputs.q.device)
 
-        return _select(inputs, budget.replace(k=inputs.k.shape[2], per_layer={}, sink=0, recent=0), nothing)
+        return select_by_scores(inputs, budget.replace(k=inputs.k.shape[2], per_layer={}, sink=0, recent=0), nothing)
 
 
 def _blocks(queries: int, budget: Budget) -> int:
     return -(-queries // budget.block)
 
 
-def _select(inputs: LayerInputs, budget: Budget, score, heads: int = 1) -> Support:
+def select_by_scores(inputs: LayerInputs, budget: Budget, score, heads: int = 1) -> Support:
     """The Support of `score(start, stop, end, valid)` -> `[B, heads, Nq, end]`, by slices of queries."""
     B, Tq, Tk = inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2]
     rows = max(1, workspace.elements() // (B * heads * Tk)) * budget.block
@@ -190,6 +192,7 @@ def _select(inputs: LayerInputs, budget: Budget, score, heads: int = 1) -> Suppo
             scores = score(start, stop, end, valid)
             visible = visible_to_block(stop - start, end, budget.block, valid, scores.device)
             scores.masked_fill_(~visible[:, None], float("-inf"))
+            inputs.note("scores", scores.amax() < float("inf"))  # NaN is not
         with inputs.stage("top-k"):
             parts.append(ops.select_tokens(
                 scores, k=budget.k_for(Tk, inputs.layer), sink=budget.sink, recent=budget.recent, block=budget.block,

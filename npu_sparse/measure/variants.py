@@ -25,7 +25,7 @@ class Variant:
 
     name: str
     label: str
-    chooser: str  # "dense", "oracle", "indexer", "local" or "random"
+    chooser: str  # "dense", "oracle", "indexer", "local", "random" or a training-free peer
     shared: bool = False
     options: Mapping = field(default_factory=lambda: MappingProxyType({}))
 
@@ -45,6 +45,9 @@ VARIANTS: dict[str, Variant] = {
         Variant("indexer-shared", "indexer, shared", "indexer", shared=True),
         Variant("local", f"{LOCAL_SINK} sinks + recent", "local"),
         Variant("random", "random keys", "random"),
+        Variant("pooled", "pooled blocks (FlexPrefill's)", "pooled", shared=True),
+        Variant("antidiagonal", "antidiagonal blocks (XAttention's)", "antidiagonal", shared=True),
+        Variant("vertical-slash", "vertical-slash (MInference's)", "vertical-slash", shared=True),
     )
 }
 
@@ -154,18 +157,22 @@ def budget_of(name: str, budget: Budget) -> Budget | None:
 
 def selector_of(name: str, indexer=None, seed: int = 0):
     """The Selector of a sparse variant."""
-    from .. import selectors
+    from .. import peers, selectors
 
     chooser = variant_named(name).chooser
     if chooser == "indexer":
         return selectors.Indexer(indexer)
     if chooser == "local":
         return selectors.Local(LOCAL_SINK)
-    return {"oracle": selectors.Oracle, "random": lambda: selectors.Random(seed)}[chooser]()
+    return {
+        "oracle": selectors.Oracle, "random": lambda: selectors.Random(seed), "pooled": peers.PooledBlocks,
+        "antidiagonal": peers.Antidiagonal, "vertical-slash": peers.VerticalSlash,
+    }[chooser]()  # fmt: skip
 
 
 def evidence_of(name: str, indexer=None) -> str:
-    """The evidence type of a variant's figures: "dense", "oracle", "distilled", "untrained" or "control"."""
+    """The evidence type of a variant's figures: "dense", "oracle", "distilled", "untrained", "training-free" or
+    "control"."""
     return "dense" if variant_named(name).chooser == "dense" else selector_of(name, indexer).evidence
 
 

@@ -6,6 +6,7 @@ under PrivateUse1, the same AscendC on the host emulation under CPU) and `npu_sp
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -65,12 +66,17 @@ def uses_kernel(impl: str, device_type: str) -> bool:
 
 
 def call(op: str, impl: str, device_type: str, *args):
-    """Runs `op` through the dispatcher, as kernel or as reference. What has no gradients, such as a selection, is a constant."""
+    """Runs `op` through the dispatcher, as kernel or as reference. What has no gradients, such as a selection, is a constant, and
+    autocast, which would take the references' products from fp32 to 16 bits, ends here."""
     run = getattr(torch.ops.npu_sparse, op if uses_kernel(impl, device_type) else f"{op}_reference")
-    if op in _DIFFERENTIABLE:
+    gradients = nullcontext() if op in _DIFFERENTIABLE else torch.no_grad()
+    cast = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
+    with gradients, cast:
         return run(*args)
-    with torch.no_grad():
-        return run(*args)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def define(

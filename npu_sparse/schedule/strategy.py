@@ -184,7 +184,8 @@ class Tiling:
         sizes: of the band's loops, outermost first; the last one repeats. () does not tile; 0 or 1 leaves a loop untiled.
         minimum_depth: bands with fewer loops stay untiled.
         wavefront: make tile loops parallel by skewing the outermost when none is parallel.
-        unroll_jam: size of the register tiles of innermost bands, along the two loops around the innermost; 0 for none.
+        unroll_jam: size of the register tiles of innermost bands, along those of the two loops around the innermost that save
+            loads or break a chain of dependences; 0 for none.
     """
 
     sizes: tuple[int, ...] = ()

@@ -1,6 +1,6 @@
 """Changes of a legal plan that keep it legal: vector loops inwards, parallel loops outwards, tiles, wavefronts, marks."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import islpy as isl
 
@@ -23,7 +23,7 @@ def apply(plan: Plan, config: Config) -> Plan:
     if config.tiling.sizes:
         root = tile(root, config.tiling)
     if config.tiling.unroll_jam > 1:
-        root = unroll_and_jam(root, config.tiling.unroll_jam)
+        root = unroll_and_jam(root, names, plan.scop, config.tiling.unroll_jam)
     return plan.with_root(_parallelise(root, names, plan.scop, config, outer=0))
 
 
@@ -128,25 +128,70 @@ def tile(node: Node, tiling: Tiling) -> Node:
     return replace(node, loops=loops, wavefront=wavefront)
 
 
-def unroll_and_jam(node: Node, factor: int) -> Node:
-    """Permutable innermost bands with the two loops around the innermost one in register tiles of that factor.
+def unroll_and_jam(node: Node, names: tuple[str, ...], scop: Scop, factor: int) -> Node:
+    """Permutable innermost bands with register tiles of that factor, along those of the two loops around the innermost that pay.
 
-    Bands that are skewed, or that statements share at a constant, are left alone: few of their register tiles are full.
+    A loop pays where what the innermost loop moves through stays the same along it, so that it is loaded once for a strip; not so
+    where statements read what they write at other elements, for the compiler then loads it again after every store. A parallel
+    loop also pays around one that is not: a strip of it is as many recurrences, none of which waits for another. Bands that are
+    skewed, or that statements share at a constant, are left alone: few of their register tiles are full.
     """
     if isinstance(node, Sequence):
-        return Sequence(tuple((group, unroll_and_jam(child, factor)) for group, child in node.children))
+        return Sequence(tuple((group, unroll_and_jam(child, group, scop, factor)) for group, child in node.children))
     if isinstance(node, Leaf):
         return node
     if _depth(node.child) or not node.permutable:
-        return replace(node, child=unroll_and_jam(node.child, factor))
+        return replace(node, child=unroll_and_jam(node.child, names, scop, factor))
+    last = len(node.loops) - 1
     if not all(text.isidentifier() for loop in node.loops for text in loop.exprs.values()):
         return node
-    if node.loops[-1].vector and not node.loops[-1].coincident:
+    if node.loops[last].vector and not node.loops[last].coincident:
         return node  # what an outer loop carries would lie inside of the vector loop
-    last = len(node.loops) - 1
+    uses = [use for name in names for use in _uses(scop.statement(name), node.loops)]
+    outer = [k for k in (last - 2, last - 1) if k >= 0]
+    pays = [k for k in outer if any(use.steady(k, last) for use in uses)] if _apart(uses) else []
+    if not (node.loops[last].free or node.loops[last].coincident):
+        pays += [k for k in outer if node.loops[k].coincident and k not in pays]
+    if not pays:
+        return node
     loops = tuple(replace(loop, free=loop.coincident, private=loop.coincident) for loop in node.loops)
-    loops = tuple(replace(loop, unroll=factor) if last - 2 <= k < last else loop for k, loop in enumerate(loops))
+    loops = tuple(replace(loop, unroll=factor) if k in pays else loop for k, loop in enumerate(loops))
     return replace(node, loops=loops)
+
+
+@dataclass(frozen=True)
+class _Use:
+    """An access in a band: its array, whether it writes, and how far each subscript moves along each loop; then the whole
+    relation in the iterators of the band, for comparisons."""
+
+    array: str
+    writes: bool
+    steps: tuple[tuple[int, ...], ...]
+    elements: isl.Map
+
+    def steady(self, loop: int, innermost: int) -> bool:
+        """Whether it moves along the innermost loop, but not along the other."""
+        return any(self.steps[innermost]) and not any(self.steps[loop])
+
+
+def _uses(statement: Statement, loops: tuple[Loop, ...]) -> list[_Use]:
+    places = [statement.iterators.index(loop.exprs[statement.name]) for loop in loops]
+    names = ", ".join(f"i{k}" for k in range(len(statement.iterators)))
+    order = isl.Map(f"{{ {statement.name}[{names}] -> [{', '.join(f'i{k}' for k in places)}] }}")
+    found = []
+    for writes, accesses in ((True, statement.writes), (False, statement.reads)):
+        for access in accesses:
+            subscripts = range(access.relation.dim(isl.dim_type.out))
+            steps = tuple(tuple(step(access.relation, place, k) for k in subscripts) for place in places)
+            elements = access.relation.gist_domain(access.relation.domain()).apply_domain(order)
+            found.append(_Use(access.array, writes, steps, elements))
+    return found
+
+
+def _apart(uses: list[_Use]) -> bool:
+    """Whether every array that is written is used at the same elements everywhere."""
+    written = {use.array: use.elements for use in uses if use.writes}
+    return all(use.elements.is_equal(written[use.array]) for use in uses if use.array in written)
 
 
 # --------------------------------------------------------------------------------------------------------------------- parallel

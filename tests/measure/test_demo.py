@@ -62,5 +62,5 @@ def test_scores_are_points_of_100():
 
 
 def test_a_model_without_a_shipped_adapter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="shipped adapter .gemma3-270m, smollm2-135m., got 'qwen'"):
+    with pytest.raises(ValueError, match="shipped adapter .gemma3-270m, qwen2.5-coder-0.5b, smollm2-135m., got 'qwen'"):
         demo.run_demo(tmp_path / "demo", "qwen")

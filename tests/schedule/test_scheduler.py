@@ -245,6 +245,26 @@ def test_unroll_and_jam_makes_register_tiles_of_the_two_loops_around_the_innermo
     assert "unroll" in str(plan.tree()) and not legality.check(plan.scop, plan.union_map())
 
 
+PAYS = {  # a statement -> the register tile along each loop
+    "row reused, sums kept": ("c[i][j] += a[i][k] * b[k][j];", {("i", 4), ("k", 4), ("j", 0)}),
+    "reads what it writes elsewhere": ("c[i][j] += a[i][k] * c[k][j];", {("i", 0), ("k", 0), ("j", 0)}),
+    "every element once": ("c[i][j] = a[i][j] * 2;", {("i", 0), ("j", 0)}),
+    "sums along memory": ("c[0][i] += a[j][i] * b[0][j];", {("j", 4), ("i", 0)}),
+    "sums that do not wait for each other": ("c[i][0] += a[i][j] * a[0][j];", {("i", 4), ("j", 0)}),
+    "recurrences that do not wait for each other": ("a[i][j + 1] = a[i][j] * 2;", {("i", 4), ("j", 0)}),
+    "recurrence in both directions": ("a[i + 1][j + 1] = a[i][j + 1] + a[i + 1][j];", {("i", 0), ("j", 0)}),
+}
+
+
+@pytest.mark.parametrize("body, tiles", PAYS.values(), ids=PAYS)
+def test_register_tiles_are_where_they_save_loads_or_waiting(body, tiles):
+    nest = "for (int i = 0; i < n - 1; i++) for (int j = 0; j < n - 1; j++) "
+    nest += "for (int k = 0; k < n; k++) " * ("[k]" in body)
+    plan = scheduler.schedule(scop(nest + body), parse("auto_vectorisation: true\ntiling: {unroll_jam: 4}"))
+    assert {(loop.exprs["S0"], loop.unroll) for _, band in plan.bands() for loop in band.loops} == tiles
+    assert not legality.check(plan.scop, plan.union_map())
+
+
 def test_register_tiles_do_not_take_what_an_outer_loop_carries_from_a_vector_loop():
     body = "for (int i = 1; i < n; i++) for (int j = 1; j < n; j++) a[i][j] = a[i-1][j-1] + 1;"
     plan = scheduler.schedule(scop(body), parse("auto_vectorisation: true\nparallel_work: 0\ntiling: {unroll_jam: 4}"))

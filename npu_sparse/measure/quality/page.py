@@ -9,7 +9,7 @@ from ...runs import stats
 from ...runs.figures import new_figure
 from ...runs.machine import machine_line
 from ...runs.page import markdown_table
-from ...tasks import TASKS
+from ...tasks.catalogue import task_named
 from ..variants import (
     VARIANTS,
     budget_of,
@@ -87,7 +87,7 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
         "prompts": {task: records[task, "dense"]["prompts"] for task in config.tasks},
         "machines": _distinct([record["machine"] for record in records.values()]),
         "tasks": {
-            task: {"dense": dense[task], "solved": task in solved, "label": TASKS[task].label} for task in config.tasks
+            task: {"dense": dense[task], "solved": task in solved, "label": task_named(task).label} for task in config.tasks
         },
         "rows": rows,
         "gaps": gaps,
@@ -179,12 +179,13 @@ def markdown(result: dict) -> str:
 
 EVIDENCE_COLOURS = {
     "dense": "#222222", "oracle": "#0072b2", "distilled": "#d55e00", "untrained": "#cc79a7", "control": "#8a8a8a",
+    "training-free": "#009e73",
 }  # fmt: skip
 
 
 def variant_styles(columns: dict) -> dict:
     """How matplotlib draws each variant of `{name: a row of it}`: its marker, its colour by evidence, hollow where shared."""
-    markers = dict(zip(VARIANTS, "DososXx"))
+    markers = dict(zip(VARIANTS, "DososXxHp8"))
     with_options = [name for name in columns if "+" in name]
     markers.update(zip(with_options, itertools.cycle("^v<>Pph*")))
     return {
