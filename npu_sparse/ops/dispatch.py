@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..budget import REDUCTIONS
-
 OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is in
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
@@ -37,7 +35,6 @@ class Limits:
         dim_multiple, most_dim: D, Dv and Di are multiples of the first, up to the second.
         most_block: queries that share a support.
         most_k: slots of a support, as far as the context has them.
-        reductions: of a block's scores, as in Budget.reduce.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -45,12 +42,9 @@ class Limits:
     most_dim: int
     most_block: int
     most_k: int
-    reductions: tuple[str, ...] = REDUCTIONS
 
 
-ASCENDC = Limits(
-    (torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032, reductions=("max", "mean")
-)
+ASCENDC = Limits((torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032)
 LIMITS = {"npu": ASCENDC, "cpu": ASCENDC}  # the emulation runs the same sources
 
 
@@ -141,9 +135,7 @@ def require_kernel(op: str, device_type: str, advice: str) -> None:
         raise KernelUnavailableError(f"{_unavailable(op, device_type)}, {advice}")
 
 
-def check_limits(
-    device_type: str, *, dtype: torch.dtype, block: int, k: int, reduce: str = "max", **dims: int
-) -> None:
+def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
     """Raises TypeError or ValueError where the kernels of this device do not take these sizes; `dims` by their names.
 
     For callers who want to know before there are tensors; a kernel checks again what it gets.
@@ -164,10 +156,6 @@ def check_limits(
     for name, value, most in (("block", block, limits.most_block), ("k", k, limits.most_k)):
         if value > most:
             raise ValueError(f"{name} must be at most {most} for the kernels on {device_type!r}, got {value}")
-    if reduce not in limits.reductions:
-        raise ValueError(
-            f"reduce must be one of {', '.join(limits.reductions)} for the kernels on {device_type!r}, got {reduce!r}"
-        )
 
 
 def register_loader(device_type: str, load: Callable[[], dict[str, Callable]]) -> None:
