@@ -1,4 +1,4 @@
-"""Code retrieval over the standard library's own sources: which function holds a line, and the body of a signature seen before."""
+"""Code retrieval over the standard library's own sources: which function holds a line, and a body seen before."""
 
 import ast
 import sysconfig
@@ -76,7 +76,7 @@ def _draft(request: Request, asked: Function, fill, prefix: str, answer: str) ->
 
 @cache
 def library() -> tuple[tuple[Function, ...], Counter]:
-    """The functions of the running Python's library that have a name of their own and a length in LINES; how often a line occurs."""
+    """The functions of the running Python's library of unique names and a length in LINES; how often a line occurs."""
     found: list[Function] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")
