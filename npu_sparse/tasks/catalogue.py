@@ -25,9 +25,9 @@ class Task:
     """`needs` is None, "haystack" (text from the user) or "qa_file" (a question file from the user).
 
     `draft` makes one prompt from a Request and the text; question answering drafts from its file instead. `write` makes one text
-    of the answers, which follows the prompt after `lead`; answers of a task that is not `ordered` are written in the order in which
-    they first occur in the prompt. `rule` scores an output. `after` names the benchmark that a task follows with words of our
-    own, where it is not RULER.
+    of the answers, which follows the prompt after `lead`; answers of a task that is not `ordered` are written in the order of
+    their first occurrence in the prompt. `rule` scores an output. `after` names the benchmark that a task follows with words of
+    our own, where it is not RULER.
     """
 
     name: str
