@@ -17,6 +17,7 @@ from typing import Annotated
 import typer
 
 USER_ERROR, FAILURE = 2, 1
+FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # now --budget
 INTERRUPTED = 130  # typer's exit status of a command that Ctrl-C ended
 
 
@@ -149,6 +150,8 @@ def _schedule(
     openscop: Annotated[Path | None, typer.Option(help="Where an OpenScop text for other tools goes.")] = None,
     sizes: Annotated[str, typer.Option(help="ni=100,alpha=1.5: compile, run both programs and compare them.")] = "",
     time_limit: Annotated[float, typer.Option(help="Seconds that the runs of --sizes may take.", min=0.1)] = 300,
+    include: Annotated[list[str] | None, typer.Option("-I", help="Directory of headers: gcc preprocesses the file.")] = None,
+    define: Annotated[list[str] | None, typer.Option("-D", help="NAME or NAME=VALUE: gcc preprocesses the file.")] = None,
     pure: Annotated[str, typer.Option(help="g,h: functions without state and side effects that the loops may call.")] = "",
 ) -> None:
     try:
@@ -163,6 +166,7 @@ def _schedule(
         source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop,
         sizes=values, time_limit_s=time_limit,
         pure=[name.strip() for name in pure.split(",") if name.strip()],
+        cpp=[*(f"-I{path}" for path in include or ()), *(f"-D{macro}" for macro in define or ())],
     )  # fmt: skip
     if text:
         typer.echo(text)
@@ -171,9 +175,9 @@ def _schedule(
 def _build(
     target: Annotated[str, typer.Argument(help="emulated: g++, for this machine's CPU; npu: CANN's bisheng, for Ascend 910B/C.")],
 ) -> None:
-    from npu_sparse import native
+    from npu_sparse import ascendc
 
-    native.build(target, report=typer.echo)
+    ascendc.build(target, report=typer.echo)
 
 
 def _stage(name: str, command: Command):
@@ -188,6 +192,11 @@ def _stage(name: str, command: Command):
         extra = {key: options.pop(key) for key in ("shard", "workers") if key in options and key not in hints}
         if "shard" in extra:
             extra["shard"] = _shard(extra["shard"])
+        former = {key: options.pop(key) for key in list(options) if key in FORMER and key not in hints}
+        changes = ",".join(f"{key}={str(value).lower()}" for key, value in former.items() if value is not None)
+        if changes:
+            base = options["budget"]
+            options["budget"] = f"{base},{changes}".strip(",") if isinstance(base, str) else _budget(changes, base)
         config = config_class(**options)
         if run(config, output, **extra):  # of several processes only the first has a report
             _show(output)
@@ -200,6 +209,12 @@ def _stage(name: str, command: Command):
         )
         for field in dataclasses.fields(config_class)
     ]  # fmt: skip
+    if "budget" in hints:  # the options of version 0.1 for the fields of the Budget
+        for former in FORMER:
+            if former not in hints and not (former in ("k", "block") and "ks" in hints):
+                kind = bool if former == "tail" else str
+                hidden = Annotated[kind | None, typer.Option(hidden=True)]
+                parameters.append(inspect.Parameter(former, inspect.Parameter.KEYWORD_ONLY, annotation=hidden, default=None))
     output = Annotated[Path | None, typer.Option(help=f"Run directory; default runs/{name}-MODEL.")]
     parameters.append(inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, annotation=output, default=None))
     accepted = inspect.signature(run).parameters
@@ -217,6 +232,14 @@ def _stage(name: str, command: Command):
 def _annotation(field, hint, text: str):
     if field.name == "model":
         return Annotated[str, typer.Argument(help=text)]
+    if field.name == "budget":
+        from npu_sparse.budget import Budget
+
+        told = f"{text} {' '.join(f'{name}: {words}' for name, words in Budget.field_help().items())}"
+        parser = _budget if hint is Budget else str
+        return Annotated[str, typer.Option(help=told, parser=parser, metavar="FIELD=VALUE,...", show_default=False)]
+    if field.name == "variants":
+        return Annotated[tuple, typer.Option(help=text, parser=_variants, metavar="A,B,...", show_default=False)]
     if typing.get_origin(hint) is tuple:
         item = typing.get_args(hint)[0]
         option = typer.Option(
@@ -232,7 +255,26 @@ def _default(field):
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     if isinstance(value, dict):
         return ",".join(f"{key}={item}" for key, item in value.items())
+    if field.name == "budget":
+        return str(value)
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
+
+
+def _budget(value, base=None):
+    from npu_sparse.budget import Budget
+
+    if isinstance(value, Budget):
+        return value
+    try:
+        return Budget.parse(value, base)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) if base is None else error from error
+
+
+def _variants(value) -> tuple:
+    from npu_sparse.measure.variants import split_names
+
+    return value if isinstance(value, tuple) else split_names(value)
 
 
 def _items(value, item: type) -> tuple:
@@ -283,8 +325,7 @@ def _show(output: Path) -> None:
 def _status(error: Exception) -> int | None:
     """The exit status of an error that a user can act on, None for a bug."""
     from npu_sparse.checkpoints import CheckpointError
-
-    from .runs.store import RunError
+    from npu_sparse.runs.store import RunError
 
     if isinstance(error, CheckpointError):
         return FAILURE

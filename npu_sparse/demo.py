@@ -66,7 +66,7 @@ def _oracle_config(name: str, dtype: str) -> OracleConfig:
 
 def _eval_config(name: str, dtype: str) -> EvalConfig:
     return EvalConfig(
-        model=name, adapter=name, tasks=("niah_single_2", "niah_multikey_1"), length=2048, count=4, k=256, block=64,
+        model=name, adapter=name, tasks=("niah_single_2", "niah_multikey_1"), length=2048, count=4, budget="k=256,block=64",
         batch=4, max_new_tokens=16, texts=TEXTS, dtype=dtype, instruments=("generated",),
     )  # fmt: skip
 
@@ -74,7 +74,7 @@ def _eval_config(name: str, dtype: str) -> EvalConfig:
 def _ttft_config(name: str, model, dtype: str) -> TtftConfig:
     longest = min(8192, model.config.get_text_config().max_position_embeddings)
     return TtftConfig(
-        model=name, adapter=name, lengths=(2048, longest), k=512, block=64, variants=("dense", "indexer-shared"), runs=3,
+        model=name, adapter=name, lengths=(2048, longest), budget="k=512,block=64", variants=("dense", "indexer-shared"), runs=3,
         warmup=1, stage_runs=1, texts=TEXTS, dtype=dtype,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,16 +18,16 @@ from torch import Tensor
 from . import ops
 from .budget import Budget
 from .exact_end import exact_end
-from .indexer import Indexer as IndexerModule
+from .indexer import Indexer
 from .models import crossover
-from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config
+from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
 from .models.attention import LAYER, PREFIX, register_sparse
 from .models.forward import CANDIDATES, FORWARD, PROMPT_LENGTH, ForwardContext, cache_of, is_sparse, noted, prompt_length_of
 from .models.index_cache import IndexKeyCache
 from .ops import workspace
 from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
 from .ops.masks import keys_seen
-from .selectors import Indexer, LayerInputs, Selector, learns_partition
+from .selectors import ByIndexer, LayerInputs, Selector, learns_partition
 from .support import Support
 
 
@@ -37,7 +38,8 @@ class SparsePrefill:
             model.generate(...)
 
     Attributes:
-        model, selector, budget: as attached.
+        model: the transformers model: the one attached, or that inside PEFT's wrapper.
+        selector, budget: as attached.
         architecture: the model's Architecture.
     """
 
@@ -48,7 +50,7 @@ class SparsePrefill:
         self.architecture = describe(model.config)
         self.impl, self.stage, self.observe, self.workspace_mib = impl, stage, observe, workspace.check(workspace_mib)
         self.native = text_config(model)._attn_implementation
-        self.indexer: IndexerModule | None = None  # the selector's, as a copy with the model's dtype and device
+        self.indexer: Indexer | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
         layers = self.architecture.layers
         self._selects = {layer: layers[n - n % budget.share_layers] for n, layer in enumerate(layers)}
@@ -57,7 +59,7 @@ class SparsePrefill:
     def attach(
         cls,
         model,
-        selector: Selector | IndexerModule,
+        selector: Selector | Indexer,
         budget: Budget | None = None,
         *,
         impl: str = "auto",
@@ -68,7 +70,7 @@ class SparsePrefill:
         """Makes the prefill of `model` sparse until `detach()` (or the end of a with block).
 
         Args:
-            model: a causal language model of a supported architecture, on any device.
+            model: a causal language model of a supported architecture, on any device; PEFT may be around it.
             selector: a Selector, or an npu_sparse.Indexer (its base must be this model).
             budget: None = the adapter's recommended budget, else Budget().
             impl: which operators run, "auto", "reference" or "kernel"; limits are checked here, before the first token.
@@ -81,8 +83,9 @@ class SparsePrefill:
 
         Raises UnsupportedArchitectureError, AdapterError, KernelUnavailableError or ValueError.
         """
-        if isinstance(selector, IndexerModule):
-            selector = Indexer(selector)
+        model = unwrapped(model)
+        if isinstance(selector, Indexer):
+            selector = ByIndexer(selector)
         if budget is None:
             recommended = selector.indexer.budget if selector.indexer is not None else None
             budget = Budget.from_dict(recommended) if recommended else Budget()
@@ -170,7 +173,7 @@ class SparsePrefill:
         most_k = max(self.budget.k_for(start, layer) for start in tiers for layer in self.architecture.layers)
         check_limits(
             self.model.device.type, dtype=self.model.dtype, block=self.budget.block, k=most_k,
-            head_dim=self.architecture.head_dim, reduce="max" if self.selector.indexer is None else self.budget.reduce,
+            head_dim=self.architecture.head_dim,
         )  # fmt: skip
 
     def _patch(self) -> None:
@@ -233,15 +236,16 @@ class SparsePrefill:
                     IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head, maker)
                 return args, {**kwargs, LAYER: None}
             index = learns_from = None
+            forward.note(layer, "hidden states", _is_finite(hidden))
             if head is not None:
-                with self.stage("projection"):
+                with self.stage("projection"), torch.no_grad():
                     qi, ki, w = head(hidden, cos, sin)
+                    forward.note(layer, "index queries and keys", _is_finite(qi, ki, *(() if w is None else (w,))))
                     if cache is not None:
                         ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head, maker)
+                    ki, w = ki.to(qi.dtype), None if w is None else w.to(qi.dtype)  # autocast leaves norms in fp32
                     index = (qi[:, :, :first], ki[:, : forward.end], None if w is None else w[:, :first])
-                learns_from = hidden[:, :first] if self._learns else None
-            if not torch.compiler.is_compiling():
-                forward.finite.append((layer, _total(hidden).isfinite()))
+                learns_from = hidden[:, :first].detach() if self._learns else None
             return args, {**kwargs, LAYER: _Layer(self, layer, forward, index, learns_from)}
 
         return before_attention
@@ -286,10 +290,12 @@ class _Layer:
         valid = None if mask is None else mask[:, : k.shape[2]]
         partition = None
         if self.learns_from is not None:
-            with attached.stage("projection"):
+            with attached.stage("projection"), torch.no_grad():
                 head = attached.indexer.layers[str(self.layer)].partition
                 partition = head(self.learns_from, keys_seen(q.shape[2], k.shape[2], valid, q.device))
-        inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition)
+        note = partial(self.forward.note, self.layer)
+        q, k, v = _of_one_dtype(q, k, v)
+        inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition, note)
         workspace.use(attached.workspace_mib)
         try:
             end = exact_end(inputs, self.forward, attached.budget)
@@ -366,11 +372,21 @@ def _check_finite(module, args, kwargs, output) -> None:
     forward = kwargs.get(FORWARD)
     if forward is None or not forward.finite:
         return
-    if not bool(torch.stack([flag for _, flag in forward.finite]).all()):
-        layer = next(layer for layer, flag in forward.finite if not bool(flag))
-        raise FloatingPointError(f"hidden states of layer {layer} must be finite, got NaN or Inf")
+    if not bool(torch.stack([flag for _, _, flag in forward.finite]).all()):
+        layer, what = next((layer, what) for layer, what, flag in forward.finite if not bool(flag))
+        raise FloatingPointError(f"{what} of layer {layer} must be finite, got NaN or Inf")
 
 
-def _total(hidden: Tensor) -> Tensor:
-    """The sum of all elements, in a dtype that finite fp16 does not overflow."""
-    return hidden.sum(dtype=torch.float32) if hidden.dtype == torch.float16 else hidden.sum()
+def _is_finite(*tensors: Tensor) -> Tensor:
+    """Whether all are, as a bool tensor: by their sums, in a dtype that finite fp16 does not overflow."""
+    with torch.no_grad():
+        sums = [x.sum(dtype=torch.float32) if x.dtype == torch.float16 else x.sum() for x in tensors]
+        return torch.stack([x.float() for x in sums]).isfinite().all()
+
+
+def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """As PyTorch's own attention would take them: autocast's dtype where that is on, for norms and rotations have left it."""
+    device = q.device.type
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocasts else v.dtype
+    return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -11,9 +11,9 @@ from torch import Tensor
 from . import ops
 from .budget import Budget
 from .indexer import AdapterError
-from .indexer import Indexer as IndexerModule
-from .ops import workspace
+from .indexer import Indexer as _Indexer
 from .ops.masks import visible_to_block
+from .ops.slices import slices
 from .support import Support, concatenate
 
 
@@ -30,6 +30,7 @@ class LayerInputs:
         partition: float32 `[B, Tq]` learned log-partitions of the index scores where `learns_partition` says so, else None.
         impl: which operators run: "auto", "reference" or "kernel".
         stage: `stage(name)` is a context manager around each stage, for timing.
+        note: `note(what, finite)` is told, by a bool tensor, whether what a selection is made from is finite.
     """
 
     layer: int
@@ -42,6 +43,7 @@ class LayerInputs:
     impl: str = "auto"
     stage: Callable = lambda name: nullcontext()
     partition: Tensor | None = None
+    note: Callable = lambda what, finite: None
 
 
 class Selector(Protocol):
@@ -49,7 +51,7 @@ class Selector(Protocol):
 
     name: str
     evidence: str  # "oracle", "distilled", "untrained", "training-free" or "control": never mixed in a table without saying which
-    indexer: IndexerModule | None  # hidden states are projected with it and handed over as LayerInputs.index
+    indexer: _Indexer | None  # hidden states are projected with it and handed over as LayerInputs.index
 
     def select(self, inputs: LayerInputs, budget: Budget) -> Support: ...
 
@@ -80,10 +82,10 @@ class Oracle:
         return select_by_scores(inputs, budget, mass, heads=inputs.k.shape[1] if self.per_kv else 1)
 
 
-class Indexer:
+class ByIndexer:
     """Top-k of an indexer's scores (evidence: distilled or untrained, as the adapter says), in one level or two."""
 
-    def __init__(self, indexer: IndexerModule):
+    def __init__(self, indexer: _Indexer):
         self.indexer = indexer
         self.evidence = indexer.evidence
         self.name = "indexer"
@@ -99,7 +101,10 @@ class Indexer:
         return ops.select_by_index(qi, ki, w, **options)
 
 
-def learns_partition(budget: Budget, indexer: IndexerModule | None) -> bool:
+Indexer = ByIndexer  # its first name, which is also that of what it selects by
+
+
+def learns_partition(budget: Budget, indexer: _Indexer | None) -> bool:
     """Whether this budget reads log-partitions that this indexer's partition heads predict.
 
     Not where every query selects for itself: there a log-partition changes no order; only candidates are a group's all the same.
@@ -180,16 +185,15 @@ def _blocks(queries: int, budget: Budget) -> int:
 def select_by_scores(inputs: LayerInputs, budget: Budget, score, heads: int = 1) -> Support:
     """The Support of `score(start, stop, end, valid)` -> `[B, heads, Nq, end]`, by slices of queries."""
     B, Tq, Tk = inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2]
-    rows = max(1, workspace.elements() // (B * heads * Tk)) * budget.block
     parts = []
-    for start in range(0, Tq, rows):
-        stop = min(start + rows, Tq)
+    for start, stop in slices(Tq, B * heads * Tk, budget.block):
         end = Tk - Tq + stop
         valid = None if inputs.valid is None else inputs.valid[:, :end]
         with inputs.stage("scoring"):
             scores = score(start, stop, end, valid)
             visible = visible_to_block(stop - start, end, budget.block, valid, scores.device)
             scores.masked_fill_(~visible[:, None], float("-inf"))
+            inputs.note("scores", scores.amax() < float("inf"))  # NaN is not
         with inputs.stage("top-k"):
             parts.append(ops.select_tokens(
                 scores, k=budget.k_for(Tk, inputs.layer), sink=budget.sink, recent=budget.recent, block=budget.block,

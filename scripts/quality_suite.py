@@ -112,11 +112,13 @@ class Plan:
 
 
 def eval_config(model: str, output: Path, adapter: str, block: int, tail: bool, seed: int, count: int, **changes):
+    from npu_sparse import Budget
     from npu_sparse.measure.quality import EvalConfig
 
     shared = ("oracle-shared", "indexer-shared")
     options = dict(
-        model=model, adapter=adapter, tasks=TASKS, length=4096, count=count, seed=seed, k=512, block=block, tail=tail, batch=25,
+        model=model, adapter=adapter, tasks=TASKS, length=4096, count=count, seed=seed,
+        budget=Budget(k=512, block=block, tail=tail), batch=25,
         texts=("bible-kjv-text",), only_solved=True, device="cuda", impl=(output / "impl").read_text().strip(),
         variants=("dense", "oracle", "indexer", *shared, "local"), instruments=("generated",),
     )  # fmt: skip

@@ -1,11 +1,14 @@
+import json
 import os
+import random
 import signal
 
 import pytest
 import torch
 from hypothesis import settings
 
-from npu_sparse import native
+from npu_sparse import ascendc
+from npu_sparse.ops import dispatch
 from npu_sparse.testing import BACKENDS, Backend, open_backend
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -55,9 +58,9 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def emulated_library():
     """The AscendC kernels, built for the host emulation; compiled once, whoever asks."""
-    if reason := native.missing_for("emulated"):
+    if reason := ascendc.missing_for("emulated"):
         pytest.skip(reason)
-    native.build("emulated", report=lambda line: None)
+    ascendc.build("emulated", report=lambda line: None)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +70,8 @@ def stub_device(emulated_library):
         pytest.skip("the runtime stub of torch_npu is not set up: run `make test-npu`")
     torch.empty(1, device="npu")  # torch_npu registers its kernels before they are replaced
     torch.ops.load_library(os.path.join(RUNTIME_STUB, "libnpu_cpu_fallback.so"))
-    native.load("emulated", "npu")
+    for op, kernel in ascendc.load("emulated").items():
+        dispatch.register_kernel(op, "npu", kernel)
 
 
 @pytest.fixture(params=BACKENDS)
@@ -82,3 +86,51 @@ def backend(request) -> Backend:
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError for a device it was not built for
         leave = pytest.fail if request.param in required(request.config) else pytest.skip
         leave(str(error).splitlines()[0])
+
+
+@pytest.fixture(scope="session")
+def mutations():
+    """`mutations(value, count, seed)`: JSON files that began as `value`, each damaged once or twice, as bytes."""
+
+    def places(value, path=()):
+        yield path
+        if isinstance(value, (dict, list)):
+            for key in value if isinstance(value, dict) else range(len(value)):
+                yield from places(value[key], (*path, key))
+
+    def mutate(value, count: int, seed: int = 0):
+        drawn = random.Random(seed)
+        strange = [
+            None, True, False, 0, -1, 3, 1.5, 1e400, -1e400, 1e305, 2**70, "", "a", "dense", [], {}, [[]], {"": None}, ["a"] * 3,
+            {"k": "8"}, float("nan"),
+        ]  # fmt: skip
+        for _ in range(count):
+            text = json.dumps(value)
+            for _ in range(drawn.randint(1, 2)):
+                try:
+                    changed = json.loads(text)
+                    path = drawn.choice(list(places(changed))[1:])
+                except (ValueError, IndexError, RecursionError):
+                    break
+                parent = changed
+                for key in path[:-1]:
+                    parent = parent[key]
+                kind = drawn.choice(("drop", "replace", "replace", "nest", "double", "cut", "flip"))
+                if kind == "drop":
+                    del parent[path[-1]]
+                elif kind == "replace":
+                    parent[path[-1]] = drawn.choice(strange)
+                elif kind == "double" and isinstance(parent, list):
+                    parent.append(parent[path[-1]])
+                text = json.dumps(changed)
+                if kind == "nest":
+                    deep = drawn.choice((20, 200, 20_000))
+                    text = text.replace(json.dumps(parent[path[-1]]), "[" * deep + "]" * deep, 1)
+                elif kind == "cut":
+                    text = text[: drawn.randrange(len(text))]
+                elif kind == "flip":
+                    at = drawn.randrange(len(text))
+                    text = text[:at] + chr(ord(text[at]) ^ (1 << drawn.randrange(8))) + text[at + 1 :]
+            yield text.encode("utf-8", "surrogatepass")
+
+    return mutate

@@ -17,7 +17,7 @@ SPARSE = Budget(k=16, block=8, sink=2, recent=4)
 T = 75
 KINDS = {
     "oracle": lambda model, seed=0: selectors.Oracle(),
-    "indexer": lambda model, seed=0: selectors.Indexer(Indexer.for_model(model, dim=64, heads=2, seed=seed)),
+    "indexer": lambda model, seed=0: selectors.ByIndexer(Indexer.for_model(model, dim=64, heads=2, seed=seed)),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_model = pytest.mark.parametrize("name", ["llama", "qwen3_5", "qwen3_5_wrapper", "gemma3"])
@@ -54,11 +54,22 @@ def generated(model, ids, **options):
     return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
 
 
+def require_assistance(model, ids):
+    """Early versions of transformers cannot take back tokens beyond a sliding window, or write a token more."""
+    try:
+        assisted = generated(model, ids, prompt_lookup_num_tokens=4)
+    except ValueError as error:
+        pytest.skip(str(error).splitlines()[0])
+    if not torch.equal(assisted, generated(model, ids)):
+        pytest.skip("this version of transformers writes something else, without this package too")
+
+
 @every_kind
 @pytest.mark.parametrize("name, implementation", [("llama", "sdpa"), ("llama", "eager"), ("qwen3", "sdpa"), ("gemma3", "sdpa")])
 def test_assisted_decoding_writes_what_greedy_decoding_writes(name, kind, implementation, ids):
     model = tiny_model(name)
     model.set_attn_implementation(implementation)
+    require_assistance(model, ids)
     observe, seen = recorder()
     with attach(model, kind, observe=observe):
         greedy = generated(model, ids)
@@ -198,6 +209,9 @@ def test_decoding_under_another_adapter_is_dense_and_leaves_no_keys(ids):
 def test_a_cache_is_gone_with_its_last_user(name, kind, use, ids):
     """By counting references alone: the garbage collector sleeps."""
     model = tiny_model(name)
+    if use == "assisted":
+        require_assistance(model, ids)
+    gc.collect()
     gc.disable()
     try:
         with attach(model, kind) as attached:

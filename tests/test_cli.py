@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import npu_sparse
-from npu_sparse import cli
+from npu_sparse import Budget, cli
 from npu_sparse.runs.store import RunError
 from npu_sparse.testing import tiny_model
 
@@ -134,7 +134,9 @@ def test_options_are_the_fields_of_the_config(name):
     command = typer.main.get_command(cli._app([name])).commands[name]
     fields = {field.name for field in dataclasses.fields(config_class(name))}
     parameters = {parameter.name: parameter for parameter in command.params}
-    assert fields <= set(parameters) <= fields | BESIDE_CONFIG
+    hidden = {parameter.name for parameter in command.params if getattr(parameter, "hidden", False)}
+    assert hidden <= set(cli.FORMER) and not hidden & fields  # the former options of a Budget's fields
+    assert fields <= set(parameters) - hidden <= fields | BESIDE_CONFIG
     assert [parameter.name for parameter in command.params if parameter.param_type_name == "argument"] == ["model"]
 
 
@@ -158,6 +160,41 @@ def test_options_reach_the_config_with_their_types(captured):
     oracle = captured("oracle", "--chat", "--budgets", "8", "--tasks", "", "--controls", "random")
     assert (oracle.chat, oracle.budgets, oracle.tasks, oracle.controls) == (True, (8,), (), ("random",))
     assert captured("eval", "--qa-files", "qa_1=x.json,qa_2=y.json").qa_files == {"qa_1": "x.json", "qa_2": "y.json"}
+
+
+@pytest.mark.parametrize("name", ["eval", "ttft"])
+def test_a_budget_has_one_option_and_the_former_ones_still_say_it(captured, name):
+    spelled = captured(name, "--budget", "k=256,block=16,tail")
+    assert spelled.budget == Budget(k=256, block=16, tail=True)
+    assert captured(name, "--k", "256", "--block", "16", "--tail") == spelled
+    assert captured(name, "--budget", "k=256,tail", "--block", "16") == spelled
+    assert captured(name, "--candidates", "1024", "--key-block", "32").budget == Budget(candidates=1024, key_block=32)
+
+
+def test_a_grid_takes_the_other_fields_of_a_budget(captured):
+    config = captured("frontier", "--ks", "64,128", "--blocks", "1,16", "--budget", "sink=4,reduce=mean")
+    assert config.budget_at(128, 16) == Budget(k=128, block=16, sink=4, reduce="mean")
+    assert captured("frontier", "--sink", "4", "--reduce", "mean").budget == "reduce=mean,sink=4"
+
+
+def test_variants_take_fields_of_a_budget(captured):
+    config = captured("eval", "--variants", "dense,indexer:block=16,k=64,local")
+    assert config.variants == ("dense", "indexer:block=16,k=64", "local")
+
+
+def test_every_field_of_the_budget_is_explained_once(capsys):
+    assert cli.main(["eval", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert all(f" {name}: " in shown for name in Budget.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [("k=three", "k must be a whole number"), ("colour=3", "budget must name fields among"), ("k=8,k=9", "k must be given once")],
+)
+def test_a_budget_that_is_none_is_a_sentence(capsys, option, message):
+    assert cli.main(["eval", "tiny", "--budget", option]) == cli.USER_ERROR
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
 
 
 # Exit statuses

@@ -20,27 +20,41 @@ FINGERPRINT_SAMPLES = 4096
 BACKBONE_ROWS, BACKBONE_COLUMNS = 4, 1024  # of every matrix
 
 
-def weights_fingerprint(model: PreTrainedModel) -> str:
+def weights_fingerprint(model: PreTrainedModel) -> str | None:
     """16 hex digits of a SHA-256 over samples of the embedding and of the first full-attention layer's q_proj.
 
     Weights stored in bf16 or fp16 give the same digits whichever of fp32, bf16 and fp16 they are loaded in; weights
     stored in fp32 do in fp32 and bf16. It tells checkpoints apart and is no protection against tampering; a change of
-    another matrix, such as a LoRA merged into v_proj, it does not see: see `backbone_fingerprint`. Raises ValueError
-    for a model without such weights.
+    another matrix, such as a LoRA merged into v_proj, it does not see: see `backbone_fingerprint`. None for weights in
+    a few bits, which those of the checkpoint they were made of cannot be compared with. Raises ValueError for a model
+    without such weights.
     """
-    weights = dict(model.named_parameters())
+    weights = base_weights(model)
     layer = first_full_attention_layer(model.config)
-    return _fingerprint([weights[name] for name in _fingerprinted(weights, layer)])
+    tensors = [weights[name] for name in _fingerprinted(weights, layer)]
+    return _fingerprint(tensors) if all(tensor.is_floating_point() for tensor in tensors) else None
 
 
-def backbone_fingerprint(model: PreTrainedModel) -> str:
+def base_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The parameters by the names that the checkpoint has for them: PEFT's layers hold the model's own and others beside
+    them, which are left out."""
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own = re.compile(r"\.(?:base_layer|original_module)(?=\.)")
+    parameters = dict(model.named_parameters())
+    wrapped = tuple({f"{own.split(name)[0]}." for name in parameters if own.search(name)})
+    return {own.sub("", name): p for name, p in parameters.items() if own.search(name) or not name.startswith(wrapped)}
+
+
+def backbone_fingerprint(model: PreTrainedModel) -> str | None:
     """16 hex digits of a SHA-256 over samples of every matrix of the text model's layers, and of the embedding.
 
     Four rows of each, so that it costs milliseconds; mixtures' experts are left out, which are stored and loaded under
-    different names. Independent of the dtype as `weights_fingerprint` is. Raises ValueError for a model without layers
-    of matrices.
+    different names. Independent of the dtype as `weights_fingerprint` is, and None as that is. Raises ValueError for a
+    model without layers of matrices.
     """
-    weights = dict(model.named_parameters())
+    weights = base_weights(model)
+    if not all(tensor.is_floating_point() for tensor in weights.values()):
+        return None
     return _backbone_fingerprint(weights, lambda name: _rows(weights[name], tuple(weights[name].shape)))
 
 

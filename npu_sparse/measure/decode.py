@@ -2,7 +2,7 @@
 
 
 
-from ..tasks import score
+from ..tasks import never_falls, score
 
 
 def generate_texts(model, tokenizer, examples, ids, batch: int) -> list[str]:
@@ -57,7 +57,8 @@ def _reading(tokenizer, examples, prompt_tokens: int, ends: list[int]):
                 if ended := tokens[-1] in ends:
                     tokens = tokens[:-1]
                 self.texts[row] = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                full = score(examples[row], self.texts[row]) == 1 or len(tokens) >= examples[row].max_new_tokens
+                found = never_falls(examples[row]) and score(examples[row], self.texts[row]) == 1
+                full = found or len(tokens) >= examples[row].max_new_tokens
                 self.done[row] = ended or full
             return torch.tensor(self.done, device=input_ids.device)
 

@@ -1,10 +1,11 @@
 """What is compared: dense attention, oracle and indexer at two granularities, and controls, all at one budget.
 
-A variant may differ from the common budget: `indexer-shared+candidates=2048+key_block=32` is `indexer-shared` with these fields
-of the Budget changed.
+A variant may differ from the common budget: `indexer-shared:candidates=2048,key_block=32` is `indexer-shared` with these fields
+of the Budget changed, and `indexer:block=16` shares supports among 16 queries. A plus in place of colon and comma says the same.
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
@@ -12,9 +13,10 @@ from types import MappingProxyType
 from ..budget import Budget
 
 LOCAL_SINK = 4
-OPTIONS = (  # of variants
-    "k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "partition", "exact_last", "tail"
-)  # fmt: skip
+EVIDENCE = {"dense", "oracle", "distilled", "untrained", "control", "training-free"}
+FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # fields of configs once
+_FLAGS_LAST = sorted(fields(Budget), key=lambda f: isinstance(f.default, bool))
+OPTIONS = tuple(f.name for f in _FLAGS_LAST if f.name not in ("per_layer", "dense_below"))  # of variants
 INDEX_OPTIONS = ("candidates", "key_block", "partition")  # these say how an indexer works
 
 
@@ -32,7 +34,7 @@ class Variant:
     @property
     def base(self) -> str:
         """The name of the variant without options."""
-        return self.name.partition("+")[0]
+        return re.split("[+:]", self.name, maxsplit=1)[0]
 
 
 VARIANTS: dict[str, Variant] = {
@@ -69,8 +71,8 @@ class Subject:
 
 
 def variant_named(name: str) -> Variant:
-    """The Variant of a name such as "oracle" or "indexer-shared+candidates=2048"; ValueError where there is none."""
-    base, *changes = name.split("+")
+    """The Variant of a name such as "oracle" or "indexer-shared:candidates=2048"; ValueError where there is none."""
+    base, *changes = re.split("[+:,]", name)
     if base not in VARIANTS:
         raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {name!r}")
     known = VARIANTS[base]
@@ -79,21 +81,24 @@ def variant_named(name: str) -> Variant:
         option, _, value = change.partition("=")
         allowed = [
             o for o in OPTIONS
-            if (known.shared or o not in ("block", "reduce")) and (known.chooser == "indexer" or o not in INDEX_OPTIONS)
+            if (known.shared or ":" in name or o not in ("block", "reduce"))
+            and (known.chooser == "indexer" or o not in INDEX_OPTIONS)
         ] if known.chooser != "dense" else []  # fmt: skip
         if option not in allowed or option in options:
             raise ValueError(f"options of {base} must be among {', '.join(allowed) or 'none'}, each once, got {change!r}")
         options[option] = _value(option, value, change)
     label = ", ".join([known.label, *(f"{option} {value}" for option, value in options.items())])
-    return replace(known, name=name, label=label, options=MappingProxyType(options))
+    shared = known.shared or options.get("block", 1) > 1
+    return replace(known, name=name, label=label, shared=shared, options=MappingProxyType(options))
 
 
 def _value(option: str, value: str, change: str) -> int | str | bool:
-    if option in ("reduce", "partition"):
+    default = Budget.__dataclass_fields__[option].default
+    if isinstance(default, str):
         return value
-    if option == "tail":
+    if isinstance(default, bool):
         if value not in ("", "true", "false"):
-            raise ValueError(f"tail must be alone, or tail=true or tail=false, got {change!r}")
+            raise ValueError(f"{option} must be alone, or {option}=true or {option}=false, got {change!r}")
         return value != "false"
     try:
         return int(value)
@@ -104,7 +109,19 @@ def _value(option: str, value: str, change: str) -> int | str | bool:
 def in_order(names) -> list[str]:
     """Names in the order of VARIANTS, those with options after their base."""
     order = list(VARIANTS)
-    return sorted(names, key=lambda name: (order.index(variant_named(name).base), "+" in name))
+    return sorted(names, key=lambda name: (order.index(variant_named(name).base), bool(variant_named(name).options)))
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """The variants that a comma-separated list names; the fields of a variant's Budget are separated by commas, too."""
+    found: list[str] = []
+    for part in filter(None, text.split(",")):
+        begins = re.split("[+:]", part, maxsplit=1)[0] in VARIANTS
+        if begins or not found or ":" not in found[-1]:
+            found.append(part)
+        else:
+            found[-1] += f",{part}"
+    return tuple(found)
 
 
 def check_names(names: tuple[str, ...]) -> None:
@@ -126,14 +143,45 @@ def check_budgets(names: tuple[str, ...], length: int, budget: Budget) -> None:
             own.replace(sink=LOCAL_SINK, recent=0)
 
 
-def budget_words(config: Mapping) -> str:
-    """What a table of this config must say of its common budget beside k, b_sel and the tail: a sentence that names every other
-    field that is not the Budget's default, or nothing."""
-    default = {f.name: f.default for f in fields(Budget) if f.name in OPTIONS[2:-1]}
-    told = {name: config[name] for name in default if config.get(name, default[name]) != default[name]}
-    if not config.get("candidates"):
+def budget_words(budget: Budget) -> str:
+    """What a table must say of its common budget beside k and b_sel: a sentence that names every other field that is not the
+    default, and one of its tail, each with a space before it, or nothing."""
+    usual = Budget()
+    told = {name: getattr(budget, name) for name in OPTIONS if name not in ("k", "block", "tail")}
+    told = {name: value for name, value in told.items() if value != getattr(usual, name)}
+    if not budget.candidates:
         told.pop("key_block", None)
-    return f" All sparse rows: {', '.join(f'{name} {value}' for name, value in told.items())}." if told else ""
+    words = f" All sparse rows: {', '.join(f'{name} {value}' for name, value in told.items())}." if told else ""
+    return tail_note(budget.tail) + words
+
+
+def as_budget(value) -> Budget:
+    """The Budget of a config's field: one already, its spelling, or what `to_dict` wrote."""
+    if isinstance(value, Budget):
+        return value
+    return Budget.from_dict(value) if isinstance(value, Mapping) else Budget.parse(value)
+
+
+def spelled(budget: Budget) -> str:
+    """`str(budget)` that always names k and b_sel, for records and headings."""
+    parts = {part.partition("=")[0]: part for part in str(budget).split(",") if part}
+    return ",".join(({"k": f"k={budget.k}", "block": f"block={budget.block}"} | parts).values())
+
+
+def former_fields_as_budget(config: Mapping) -> dict:
+    """A config as it is written now, of one that had the Budget's fields beside its own, as version 0.1 wrote it."""
+    former = {name: config[name] for name in FORMER if name in config}
+    if not former:
+        return dict(config)
+    rest = {name: value for name, value in config.items() if name not in FORMER}
+    return {**rest, "budget": spelled(as_budget(rest.get("budget", Budget())).replace(**former))}
+
+
+def budget_in(config: Mapping) -> Budget:
+    """The Budget of a written config; of a grid that of its first point."""
+    if "ks" in config:
+        return Budget.parse(config["budget"], Budget(k=config["ks"][0], block=config["blocks"][0]))
+    return as_budget(former_fields_as_budget(config)["budget"])
 
 
 def needs_indexer(names) -> bool:
@@ -161,7 +209,7 @@ def selector_of(name: str, indexer=None, seed: int = 0):
 
     chooser = variant_named(name).chooser
     if chooser == "indexer":
-        return selectors.Indexer(indexer)
+        return selectors.ByIndexer(indexer)
     if chooser == "local":
         return selectors.Local(LOCAL_SINK)
     return {
@@ -176,9 +224,9 @@ def evidence_of(name: str, indexer=None) -> str:
     return "dense" if variant_named(name).chooser == "dense" else selector_of(name, indexer).evidence
 
 
-def tail_note(config: dict) -> str:
+def tail_note(tail: bool) -> str:
     """What a report says of its sparse rows where keys outside a support are not dropped, beginning with a space."""
-    return " Sparse rows read the keys outside a support as one, a running mean (`tail`)." if config["tail"] else ""
+    return " Sparse rows read the keys outside a support as one, a running mean (`tail`)." if tail else ""
 
 
 def load_subject(config, names, model=None, tokenizer=None, indexer=None) -> Subject:

@@ -40,7 +40,7 @@ class Architecture:
         num_layers: all decoder layers.
         hidden_size, query_heads, kv_heads, head_dim: as in the config.
         rotary_dim: how many of head_dim's dimensions rotate.
-        max_positions: the longest context of the checkpoint, in tokens.
+        max_positions: the longest context of the checkpoint, in tokens, with its rotary embedding scaled as the config says.
     """
 
     model_type: str
@@ -82,7 +82,7 @@ def describe(config) -> Architecture:
         kv_heads=text.num_key_value_heads,
         head_dim=head_dim,
         rotary_dim=int(head_dim * _rotary_factor(text)),
-        max_positions=text.max_position_embeddings,
+        max_positions=_max_positions(text),
     )
 
 
@@ -191,6 +191,39 @@ def attention_selection(model, implementation: str):
     """What `model.set_attn_implementation` takes to change the text layers and nothing else."""
     nested = model.config.get_text_config() is not model.config
     return {"text_config": implementation} if nested else implementation
+
+
+def unwrapped(model):
+    """The transformers model itself: PEFT's wrapper hands its calls on to that, which holds the adapters.
+
+    Raises UnsupportedArchitectureError for prompt learning, whose virtual tokens are no part of the prompt.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    learning = [kind for kind in getattr(model, "peft_config", {}).values() if getattr(kind, "is_prompt_learning", False)]
+    if learning:
+        name = getattr(learning[0].peft_type, "value", learning[0].peft_type)
+        raise UnsupportedArchitectureError(
+            f"PEFT's {name} is not supported: its virtual tokens have no hidden states to select by; adapters of weights, "
+            "such as LoRA, are"
+        )
+    return model.get_base_model()
+
+
+def _max_positions(text) -> int:
+    """The longest context in tokens: what `max_position_embeddings` means depends on the kind of rotary scaling, by
+    transformers' conventions.
+
+    "linear" and "dynamic" stretch it by their factor, "yarn" stretches `original_max_position_embeddings` (where that is not
+    given, the config's); "longrope" and "llama3" name the stretched length, and so do configs that scale some layers only.
+    """
+    longest, rope = text.max_position_embeddings, getattr(text, "rope_parameters", None) or {}
+    kind, factor = rope.get("rope_type", "default"), rope.get("factor") or 1.0
+    if kind in ("linear", "dynamic"):
+        return int(longest * factor)
+    if kind == "yarn":
+        return max(longest, int((rope.get("original_max_position_embeddings") or longest) * factor))
+    return longest
 
 
 def _rotary_factor(text) -> float:

@@ -41,6 +41,8 @@ def register_sparse(native: str, dense_below: int) -> str:
         dense = dense_attention(native, module)
         if npu_sparse_layer is _UNHOOKED or not forward.is_masked_sparse:
             return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        if kwargs.get("dropout"):
+            raise ValueError(f"attention_dropout must be 0 in a sparse prefill, got {kwargs['dropout']}: call model.eval()")
         first, parts = forward.sparse_queries, []
         if first:
             q, k, v = query[:, :, :first], key[:, :, : forward.end], value[:, :, : forward.end]  # a static cache is longer

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ..support import Support
@@ -30,7 +31,7 @@ class ForwardContext:
         dense_below: a context shorter than this runs dense.
         keeps_supports: whether layers may run again after the forward (gradient checkpointing), and read supports again.
         supports: of layers that others read, by layer.
-        finite: `(layer, bool tensor)`: whether the hidden states of a sparse layer are finite.
+        finite: `(layer, what, bool tensor)`: whether what a sparse layer computes with, such as its hidden states, is finite.
         masks: masks of the model's own implementation, made for queries that run dense in a forward that is sparse elsewhere.
     """
 
@@ -40,8 +41,13 @@ class ForwardContext:
     dense_below: int
     keeps_supports: bool = False
     supports: dict[int, Support] = field(default_factory=dict)
-    finite: list[tuple[int, Tensor]] = field(default_factory=list)
+    finite: list[tuple[int, str, Tensor]] = field(default_factory=list)
     masks: dict[int, Tensor | None] = field(default_factory=dict)
+
+    def note(self, layer: int, what: str, finite: Tensor) -> None:
+        """Keeps a bool tensor that says whether `what` of a layer is finite, for one look at all of them after the forward."""
+        if not torch.compiler.is_compiling():
+            self.finite.append((layer, what, finite))
 
     @property
     def length(self) -> int:

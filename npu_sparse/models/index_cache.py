@@ -52,7 +52,7 @@ class IndexKeyCache:
         if not self._is_of(maker):
             return
         B = hidden.shape[0]
-        self.pending.append((hidden, cos.expand(B, -1, -1), sin.expand(B, -1, -1)))
+        self.pending.append((hidden.detach(), cos.expand(B, -1, -1), sin.expand(B, -1, -1)))
         if len(self.pending) > PENDING_STEPS:
             self.flush(head)
 
@@ -72,7 +72,7 @@ class IndexKeyCache:
             raise ValueError(
                 f"the cache holds {seen} tokens of which {held} have index keys: prefill the whole conversation attached"
             )
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
+        self._append(keys)
         return self.keys
 
     def _is_of(self, maker: str | None) -> bool:
@@ -86,9 +86,13 @@ class IndexKeyCache:
         if not self.pending:
             return
         hidden, cos, sin = (torch.cat(parts, 1) for parts in zip(*self.pending))
-        keys = head.keys(hidden, cos, sin)
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], 1)
+        with torch.no_grad():
+            self._append(head.keys(hidden, cos, sin))
         self.pending.clear()
+
+    def _append(self, keys: Tensor) -> None:
+        held = self.keys  # of one dtype, though autocast may begin or end between two forwards
+        self.keys = keys if held is None else torch.cat([held, keys.to(held.dtype)], 1)
 
     def apply(self, change) -> None:
         """Replaces every tensor t by change(t); dimension 0 is the batch, dimension 1 the tokens."""

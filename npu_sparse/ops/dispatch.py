@@ -6,12 +6,10 @@ under PrivateUse1, the same AscendC on the host emulation under CPU) and `npu_sp
 
 import importlib.util
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-
-from .. import native
-from ..budget import REDUCTIONS
 
 OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is in
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
@@ -19,6 +17,7 @@ KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has kernels
 _DIFFERENTIABLE: set[str] = set()  # operators with gradients
+_LOADERS: dict[str, Callable[[], dict[str, Callable]]] = {}  # what gives a device's kernels, by operator
 _HOW = {
     "cuda": "its kernels need triton: run `pip install triton`, or pass impl='reference'",
     "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
@@ -36,7 +35,6 @@ class Limits:
         dim_multiple, most_dim: D, Dv and Di are multiples of the first, up to the second.
         most_block: queries that share a support.
         most_k: slots of a support, as far as the context has them.
-        reductions: of a block's scores, as in Budget.reduce.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -44,12 +42,9 @@ class Limits:
     most_dim: int
     most_block: int
     most_k: int
-    reductions: tuple[str, ...] = REDUCTIONS
 
 
-ASCENDC = Limits(
-    (torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032, reductions=("max", "mean")
-)
+ASCENDC = Limits((torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032)
 LIMITS = {"npu": ASCENDC, "cpu": ASCENDC}  # the emulation runs the same sources
 
 
@@ -65,12 +60,17 @@ def uses_kernel(impl: str, device_type: str) -> bool:
 
 
 def call(op: str, impl: str, device_type: str, *args):
-    """Runs `op` through the dispatcher, as kernel or as reference. What has no gradients, such as a selection, is a constant."""
+    """Runs `op` through the dispatcher, as kernel or as reference. What has no gradients, such as a selection, is a constant, and
+    autocast, which would take the references' products from fp32 to 16 bits, ends here."""
     run = getattr(torch.ops.npu_sparse, op if uses_kernel(impl, device_type) else f"{op}_reference")
-    if op in _DIFFERENTIABLE:
+    gradients = nullcontext() if op in _DIFFERENTIABLE else torch.no_grad()
+    cast = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
+    with gradients, cast:
         return run(*args)
-    with torch.no_grad():
-        return run(*args)
+
+
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def define(
@@ -135,9 +135,7 @@ def require_kernel(op: str, device_type: str, advice: str) -> None:
         raise KernelUnavailableError(f"{_unavailable(op, device_type)}, {advice}")
 
 
-def check_limits(
-    device_type: str, *, dtype: torch.dtype, block: int, k: int, reduce: str = "max", **dims: int
-) -> None:
+def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
     """Raises TypeError or ValueError where the kernels of this device do not take these sizes; `dims` by their names.
 
     For callers who want to know before there are tensors; a kernel checks again what it gets.
@@ -158,10 +156,11 @@ def check_limits(
     for name, value, most in (("block", block, limits.most_block), ("k", k, limits.most_k)):
         if value > most:
             raise ValueError(f"{name} must be at most {most} for the kernels on {device_type!r}, got {value}")
-    if reduce not in limits.reductions:
-        raise ValueError(
-            f"reduce must be one of {', '.join(limits.reductions)} for the kernels on {device_type!r}, got {reduce!r}"
-        )
+
+
+def register_loader(device_type: str, load: Callable[[], dict[str, Callable]]) -> None:
+    """Tells where the kernels of a device come from: `load()` gives those there are, by operator, and may be asked again."""
+    _LOADERS[device_type] = load
 
 
 def _kernel(op: str, device_type: str) -> Callable | None:
@@ -169,8 +168,9 @@ def _kernel(op: str, device_type: str) -> Callable | None:
     if (op, device_type) not in _KERNELS:
         if device_type == "cuda":
             register_triton(device_type)
-        else:
-            native.load_if_built(device_type)
+        elif device_type in _LOADERS:
+            for name, kernel in _LOADERS[device_type]().items():
+                register_kernel(name, device_type, kernel)
     return _KERNELS.get((op, device_type))
 
 
@@ -189,16 +189,3 @@ def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
     if device_type in KERNEL_KEYS and not has_kernels_for(op, device_type):
         how = f"it has kernels for {', '.join(_DEVICES[op])} only: pass impl='reference'"
     return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {how}")
-
-
-def check_tensor(name: str, tensor, shape: tuple, dtypes: tuple, device=None) -> None:
-    """Raises TypeError or ValueError unless `tensor` has this shape (None = any), one of the dtypes and the device."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {tensor.dtype}")
-    if tensor.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape)):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the other inputs, got {tensor.device}")

@@ -35,7 +35,7 @@ def markdown(found: dict, drawn: list[str]) -> str:
         f"{every}; agreement is the share of positions with the same most likely token; the second half leaves out the "
         "early positions, which see few more than k keys. Pairs skipped are causal (query, key) pairs. Retained is the "
         "attention mass within the support, along this trajectory, over 64 queries of each prompt's second half. "
-        f"[Brackets] are 95% bootstrap intervals over prompts.{tail_note(config)}",
+        f"[Brackets] are 95% bootstrap intervals over prompts.{tail_note(config['tail'])}",
         "",
         _end_to_end_table(found),
         "The oracle selects with the attention mass itself: it tells what a budget could achieve, not what a trained "

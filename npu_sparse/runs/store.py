@@ -12,6 +12,8 @@ import math
 import os
 import re
 import secrets
+import types
+import typing
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -77,13 +79,29 @@ def open_stage(directory, stage: str, config, **beside) -> Path:
     return open_run(directory, {"stage": stage, **beside, **config.to_dict()}, upgrade=upgrade)
 
 
-def read_config(directory, stage: str) -> dict:
-    """config.json of a run of this stage, without "stage". RunError where it is none."""
+def read_stage(directory, stage: str, config_class):
+    """The config of a run of this stage, made by `config_class.from_dict`. RunError where config.json is none."""
     directory = Path(directory)
     found = _config(directory)
-    if found.pop("stage", None) != stage:
-        raise RunError(f"{directory} must be the directory of a run of {stage}")
-    return found
+    if (own := found.pop("stage", None)) != stage:
+        raise RunError(f"{directory} must be the directory of a run of {stage}, got a config.json of stage {shown(own)}")
+    try:
+        for name, hint in typing.get_type_hints(config_class).items():
+            if name in found:
+                check(found[name], _form(hint), name)
+        return config_class.from_dict(found)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunError(f"{directory / 'config.json'} cannot be read ({error})") from error
+
+
+def _form(hint):
+    """The form of a config's field, as `check` takes it."""
+    of = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        return [_form(of[0])]
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return tuple(None if one is type(None) else _form(one) for one in of)
+    return hint if hint in _KINDS else None
 
 
 def _config(directory: Path) -> dict:
@@ -237,9 +255,15 @@ def shown(value, most: int = 200) -> str:
     return text if len(text) <= most else f"{text[:most]}..."
 
 
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"it must hold finite numbers, got {shown(text, 20)}")
+    return value
+
+
 def _decoded(data: bytes):
     try:
-        value = json.loads(data)
+        value = json.loads(data, parse_constant=_finite, parse_float=_finite)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     level = [value]

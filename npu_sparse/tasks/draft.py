@@ -9,13 +9,13 @@ from random import Random
 class Draft:
     """A task's text before its haystack is sized.
 
-    `body(n)` is the user's text with n haystack units, `least <= n <= most`; `prefix` begins the answer.
-    The same n always gives the same text.
+    `body(n)` is the user's text with n haystack units, `least <= n <= most`; `prefix` begins the answer. `answers` may depend on
+    n. The same n always gives the same text.
     """
 
     body: Callable[[int], str]
     prefix: str
-    answers: tuple[str, ...]
+    answers: tuple[str, ...] | Callable[[int], tuple[str, ...]]
     least: int
     most: int | None = None
 

@@ -81,7 +81,7 @@ def generate(
 
     def fitted(draft: Draft, index: int) -> Example:
         try:
-            prompt, tokens = _fill(draft, wrap, lambda text: len(_token_ids(tokenizer, text, bool(chat))), room)
+            prompt, tokens, units = _fill(draft, wrap, lambda text: len(_token_ids(tokenizer, text, bool(chat))), room)
         except PromptTooLongError as error:
             raise PromptTooLongError(
                 f"length must be >= {error.args[0] + new_tokens} for {task} example {index} with this tokenizer "
@@ -91,7 +91,7 @@ def generate(
             task=task,
             index=index,
             prompt=prompt,
-            answers=draft.answers,
+            answers=draft.answers(units) if callable(draft.answers) else draft.answers,
             length=tokens,
             max_new_tokens=new_tokens,
             seed=seed,
@@ -158,8 +158,8 @@ def _chat_turns(tokenizer: "PreTrainedTokenizerBase") -> Callable[[str, str], st
 
 def _fill(
     draft: Draft, wrap: Callable[[str, str], str], count_tokens: Callable[[str], int], room: int
-) -> tuple[str, int]:
-    """The prompt with the largest haystack that fits in `room` tokens, and its number of tokens.
+) -> tuple[str, int, int]:
+    """The prompt with the largest haystack that fits in `room` tokens, its number of tokens, and of units.
 
     Tokens grow almost linearly with units: a secant brackets the size in few tokenizations, bisection bounds the rest.
     """
@@ -176,7 +176,7 @@ def _fill(
     step = PROBE_UNITS
     for attempt in itertools.count():
         if over - fits == 1:
-            return best
+            return *best, fits
         n = min(fits + step, over - 1)
         sample = sized(n)
         per_unit = (sample[1] - best[1]) / (n - fits)

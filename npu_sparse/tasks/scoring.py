@@ -1,4 +1,4 @@
-"""RULER's scores: whether an output contains the answers, ignoring case. More output never lowers a score.
+"""Scores of outputs by each task's rule.
 
 And the one text of the answers that teacher forcing reads, which has to be fixed before any model has answered.
 """
@@ -8,28 +8,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from npu_sparse.tasks.catalogue import task_named
+from npu_sparse.tasks.rules import all_found, any_found
 
 if TYPE_CHECKING:
     from npu_sparse.tasks.generate import Example
 
 
 def score(example: "Example", output_text: str) -> float:
-    """The score in [0, 1]: for question answering 1 if any answer is found, otherwise the fraction of answers found."""
-    if task_named(example.task).needs == "qa_file":
-        return string_match_part(output_text, example.answers)
-    return string_match_all(output_text, example.answers)
+    """The score in [0, 1] by the rule of the example's task, see `rules`."""
+    return task_named(example.task).rule(example.answers, output_text)
 
 
-def string_match_all(output_text: str, answers: tuple[str, ...]) -> float:
-    """The fraction of answers that occur in the output, ignoring case."""
-    lowered = output_text.lower()
-    return sum(answer.lower() in lowered for answer in answers) / len(answers)
-
-
-def string_match_part(output_text: str, answers: tuple[str, ...]) -> float:
-    """1 if any answer occurs in the output, ignoring case, else 0."""
-    lowered = output_text.lower()
-    return float(any(answer.lower() in lowered for answer in answers))
+def never_falls(example: "Example") -> bool:
+    """Whether more output never lowers the score, so that generating may stop as soon as it is 1."""
+    return task_named(example.task).rule in (all_found, any_found)
 
 
 @dataclass(frozen=True)
@@ -45,7 +37,7 @@ class Reference:
 
 
 def reference_answer(example: "Example") -> Reference:
-    """All answers as the task's template writes them, after a space.
+    """All answers as the task's template writes them, after a space (code: a line end).
 
     Several values are "a, b, and c"; chains of variables "A B C" and common words "1. a 2. b", as in the solved example that the
     prompt begins with; of a question's accepted answers, the first. Answers that have no order of their own (the values of one
@@ -53,7 +45,7 @@ def reference_answer(example: "Example") -> Reference:
     """
     task = task_named(example.task)
     answers = example.answers if task.ordered else sorted(example.answers, key=lambda answer: _place(answer, example.prompt))
-    text = " " + task.write(answers)
+    text = task.lead + task.write(answers)
     spans, end = [], 0
     for answer in answers:
         start = text.find(answer, end)

@@ -10,9 +10,10 @@ from npu_sparse import checkpoints, demo
 SIZES = {
     "_oracle_config": {"length": 300, "budgets": (64, 256), "prompts": 1, "dtype": "float32", "noise_dtype": "bfloat16"},
     "_eval_config": {
-        "length": 600, "k": 64, "count": 1, "tasks": ("niah_single_1",), "max_new_tokens": 2, "min_dense_score": 0.0,
+        "length": 600, "budget": "k=64,block=64", "count": 1, "tasks": ("niah_single_1",), "max_new_tokens": 2,
+        "min_dense_score": 0.0,
     },
-    "_ttft_config": {"lengths": (128, 256), "k": 64, "runs": 2, "dtype": "float32"},
+    "_ttft_config": {"lengths": (128, 256), "budget": "k=64,block=64", "runs": 2, "dtype": "float32"},
 }
 
 
@@ -62,5 +63,5 @@ def test_scores_are_points_of_100():
 
 
 def test_a_model_without_a_shipped_adapter_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="shipped adapter .gemma3-270m, smollm2-135m., got 'qwen'"):
+    with pytest.raises(ValueError, match="shipped adapter .gemma3-270m, qwen2.5-coder-0.5b, smollm2-135m., got 'qwen'"):
         demo.run_demo(tmp_path / "demo", "qwen")

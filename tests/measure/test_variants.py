@@ -1,7 +1,18 @@
 import pytest
 
 from npu_sparse import Budget
-from npu_sparse.measure.variants import budget_of, budget_words, check_names, in_order, variant_named
+from npu_sparse.measure.variants import (
+    OPTIONS,
+    budget_in,
+    budget_of,
+    budget_words,
+    check_names,
+    former_fields_as_budget,
+    in_order,
+    spelled,
+    split_names,
+    variant_named,
+)
 
 COMMON = Budget(k=64, block=16, reduce="mean", candidates=256)
 
@@ -55,8 +66,39 @@ def test_a_name_that_says_nothing_is_refused(name, message):
 
 
 def test_a_table_says_what_differs_from_the_default_budget():
-    assert budget_words({"k": 9, "block": 1}) == ""
-    assert budget_words({"share_layers": 1, "candidates": 0, "key_block": 128}) == ""
-    assert budget_words({"reduce": "mean", "share_layers": 2, "candidates": 64, "key_block": 32}) == (
+    assert budget_words(Budget(k=9, block=1)) == ""
+    assert budget_words(Budget(share_layers=1, candidates=0, key_block=128)) == ""
+    assert budget_words(Budget(k=64, reduce="mean", share_layers=2, candidates=64, key_block=32)) == (
         " All sparse rows: reduce mean, share_layers 2, candidates 64, key_block 32."
     )
+
+
+def test_a_variant_is_spelled_as_its_budget_is():
+    assert budget_of("indexer-shared:candidates=512,key_block=32", COMMON) == COMMON.replace(candidates=512, key_block=32)
+    assert budget_of("indexer:block=8,k=128", COMMON) == COMMON.replace(block=8, k=128)
+    assert budget_of("indexer:k=128", COMMON) == COMMON.replace(block=1, k=128)
+    assert variant_named("indexer:block=16").shared and not variant_named("indexer:k=16").shared
+    assert in_order(["indexer:k=8", "indexer", "dense"]) == ["dense", "indexer", "indexer:k=8"]
+
+
+def test_a_list_of_variants_is_split_between_variants_and_not_within_a_budget():
+    text = "dense,indexer:block=16,k=2048,tail,indexer-shared+k=8,local"
+    assert split_names(text) == ("dense", "indexer:block=16,k=2048,tail", "indexer-shared+k=8", "local")
+
+
+def test_every_field_of_the_budget_is_an_option_of_some_variant():
+    served = {"per_layer", "dense_below"}  # of a model's layers and of a device: no way to run a prefill
+    assert set(OPTIONS) == set(Budget.__dataclass_fields__) - served
+
+
+def test_a_config_of_version_0_1_has_its_budget_in_fields():
+    former = {"model": "m", "k": 256, "block": 16, "reduce": "mean", "sink": 0, "tail": True}
+    assert former_fields_as_budget(former) == {"model": "m", "budget": "k=256,block=16,reduce=mean,tail"}
+    assert budget_in(former) == Budget(k=256, block=16, reduce="mean", tail=True)
+    now = {"model": "m", "budget": "k=512,block=64"}
+    assert former_fields_as_budget(now) == now and budget_in(now) == Budget()
+
+
+@pytest.mark.parametrize("budget", [Budget(), Budget(k=8, block=8), Budget(block=1, sink=4), Budget(k={0: 8, 64: 16})])
+def test_a_written_budget_names_k_and_block_and_reads_back(budget):
+    assert Budget.parse(spelled(budget)) == budget and spelled(budget).startswith("k=") and "block=" in spelled(budget)

@@ -45,7 +45,7 @@ def compiler():
 VERBOSE = ("--ptxas-options=-v", "--no-cache")  # what comes from NVRTC's own cache comes without a log
 COMMON = {"BF16": 1}
 ATTEND = [
-    COMMON | dict(DIM=dim, BN=steps[0], SLOTS=steps[1], STREAMS=streams, UNION=union, TAIL=tail)
+    COMMON | dict(DIM=dim, BN=steps[0], SLOTS=steps[1], STREAMS=streams, UNION=union, TAIL=tail, ARRIVING=1, PLANTED=0)
     for (dim, steps), (streams, union, tail) in product(attention.SHAPES.items(), ((1, 0, 0), (2, 0, 1), (1, 1, 0)))
 ]
 SCORE = [

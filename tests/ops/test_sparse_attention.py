@@ -253,3 +253,12 @@ def test_a_query_that_is_nan_gets_nan_and_no_other(backend, block):
     assert bool(out[1, 2, 21].isnan().all())
     out[1, 2, 21] = clean[1, 2, 21]
     assert_accurate(out, exact, clean)
+
+
+@pytest.mark.parametrize("tokens", [5, 24])
+def test_heads_may_lie_as_a_model_hands_them_over(tokens):
+    """Tokens outermost: PyTorch's attention then gives results whose heads and sequences do not merge."""
+    q, k, v, support = Case(Tq=tokens, Tk=tokens, block=4, per_kv=True).inputs()
+    expected = ops.sparse_attention(q, k, v, support, scale=0.25)
+    swapped = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    torch.testing.assert_close(ops.sparse_attention(*swapped, support, scale=0.25), expected)

@@ -1,17 +1,18 @@
 """A grid of budgets, and the quality and timing run of each of its points."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
+from ...budget import Budget
 from ...ops import workspace
 from ..quality import EvalConfig
 from ..quality.config import INSTRUMENTS
 from ..ttft import TtftConfig
+from ..variants import FORMER
 
-RUNTIME = (
-    "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail", "seed", "dtype", "device", "impl"
-)  # fmt: skip
+RUNTIME = ("seed", "dtype", "device", "impl")
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class FrontierConfig:
 
     Attributes:
         ks, blocks: the grid: every k with every block (b_sel).
+        budget: all other fields of the Budget, as `Budget.parse` spells them.
         All others: as in EvalConfig and TtftConfig; tasks that dense attention does not solve are skipped.
     """
 
@@ -31,13 +33,7 @@ class FrontierConfig:
     tasks: tuple[str, ...] = EvalConfig.tasks
     count: int = 50
     seed: int = 0
-    reduce: str = "max"
-    sink: int = 0
-    recent: int = 0
-    share_layers: int = 1
-    tail: bool = False
-    candidates: int = 0
-    key_block: int = 64
+    budget: str = ""
     batch: int = 10
     max_new_tokens: int | None = None
     chat: bool = False
@@ -72,12 +68,17 @@ class FrontierConfig:
         """All (k, block) of the grid."""
         return [(k, block) for k in self.ks for block in self.blocks]
 
+    def budget_at(self, k: int, block: int) -> Budget:
+        """The Budget of one point. ValueError where `budget` names what the grid sets."""
+        if grid := [name for name in ("k", "block") if re.search(rf"(^|,)\s*{name}\s*=", self.budget)]:
+            raise ValueError(f"budget must leave {' and '.join(grid)} to ks and blocks, got {self.budget!r}")
+        return Budget.parse(self.budget, Budget(k=k, block=block))
+
     def quality_at(self, k: int, block: int) -> EvalConfig:
         """The quality run of one point."""
         shared = ("oracle-shared", "indexer-shared") if block > 1 else ()
         return EvalConfig(
-            k=k,
-            block=block,
+            budget=self.budget_at(k, block),
             variants=("dense", "oracle", "indexer", *shared),
             only_solved=True,
             **self._common(EvalConfig),
@@ -86,15 +87,14 @@ class FrontierConfig:
     def ttft_at(self, k: int, block: int) -> TtftConfig:
         """The timing run of one point."""
         return TtftConfig(
-            k=k,
-            block=block,
+            budget=self.budget_at(k, block),
             variants=("dense", timed_variant(block)),
             lengths=(self.length,),
             **self._common(TtftConfig),
         )
 
     def _common(self, of) -> dict:
-        shared = set(self.__dataclass_fields__) & set(of.__dataclass_fields__)
+        shared = set(self.__dataclass_fields__) & set(of.__dataclass_fields__) - {"budget"}
         return {name: getattr(self, name) for name in shared}
 
     def to_dict(self) -> dict:
@@ -106,7 +106,11 @@ class FrontierConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "FrontierConfig":
-        """The FrontierConfig that `to_dict` wrote; unknown fields are refused."""
+        """The FrontierConfig that `to_dict` wrote, now or in version 0.1; unknown fields are refused."""
+        former = {name: data[name] for name in FORMER if name in data}
+        if former:
+            told = [f"{name}={str(value).lower()}" for name, value in former.items() if value != getattr(Budget(), name)]
+            data = {**{name: value for name, value in data.items() if name not in former}, "budget": ",".join(told)}
         if unknown := set(data) - set(cls.__dataclass_fields__):
             raise ValueError(f"a frontier config must have known fields only, got {', '.join(sorted(unknown))}")
         return cls(**{"instruments": ("generated",), **data})

@@ -3,13 +3,12 @@
 import json
 from pathlib import Path
 
-from ...runs.figures import new_figure
+from ...runs.figures import PALETTE, SERIES, caption, new_figure
 from ...runs.page import markdown_table
 from ..quality import GAPS, machine_lines, points
 from ..quality.forced import nats, percent
-from ..quality.page import EVIDENCE_COLOURS
 from ..teacher_forced import FLATTERS
-from ..variants import VARIANTS, budget_words, tail_note
+from ..variants import VARIANTS, budget_in, budget_words
 
 
 def markdown(result: dict) -> str:
@@ -41,10 +40,10 @@ def markdown(result: dict) -> str:
         f"# Which budgets are worth their quality?\n\n{config['model']}, {result['length']} tokens, {config['dtype']}, "
         f"operators `{config['impl']}`. Score: macro average over {', '.join(result['tasks'])}, {config['count']} "
         f"prompts each, with 95% bootstrap intervals.{skipped} TTFT: batch 1, {config['runs']} interleaved rounds."
-        f"{tail_note(config)} "
+        " "
         "Gaps: paired differences in points, negative = lost; at b_sel = 1 nothing is shared and there is no "
         "realization gap. Every point is timed interleaved with dense: speed-ups compare the two, whatever the machine "
-        f"did since.{budget_words(config)}\n\n"
+        f"did since.{budget_words(budget_in(config))}\n\n"
         f"{markdown_table(lines, columns)}\n"
     )
     if forced:
@@ -60,7 +59,6 @@ def _forced(found: dict) -> dict:
     return {"right": percent(found["right"]), "change": percent(found["change"]), "kl": nats(found["kl"])}
 
 
-K_COLOURS = ("#e69f00", "#0072b2", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 BLOCK_MARKERS = "os^vPX*h"
 
 
@@ -77,11 +75,9 @@ def figure(result: dict):
         axes[1, 0].set_ylim(bottom=0)
         axes[1, 0].set_ylabel("teacher-forced KL to dense (nats), 95% interval")
         axes[1, 0].set_title("How far from dense is the answer? Down and left is better.", fontsize=10, loc="left")
-    figure.suptitle(
-        f"{Path(config['model']).name}, {result['length']} tokens, {config['dtype']}, {len(result['tasks'])} tasks x "
-        f"{config['count']} prompts\n"
-        + "\n".join(f"measured: {line}" for line in machine_lines(result)),
-        fontsize=8, x=0.01, ha="left",
+    caption(
+        figure, f"{Path(config['model']).name}, {result['length']} tokens, {config['dtype']}, {len(result['tasks'])} tasks x "
+        f"{config['count']} prompts", *(f"measured: {line}" for line in machine_lines(result)),
     )  # fmt: skip
     return figure
 
@@ -89,7 +85,7 @@ def figure(result: dict):
 def _panel(ax, result: dict, quality) -> None:
     """`quality(row)`, an estimate, of every point against its TTFT; oracles, which are not timed, as lines."""
     config = result["config"]
-    colour = {k: K_COLOURS[n % len(K_COLOURS)] for n, k in enumerate(sorted(config["ks"]))}
+    colour = {k: SERIES[n % len(SERIES)] for n, k in enumerate(sorted(config["ks"]))}
     marker = {block: BLOCK_MARKERS[n] for n, block in enumerate(sorted(config["blocks"]))}
     oracles = 0
     for row in result["rows"]:
@@ -111,7 +107,7 @@ def _panel(ax, result: dict, quality) -> None:
             xerr=[[ttft["median"] - ttft["q1"]], [ttft["q3"] - ttft["median"]]],
             yerr=[[max(0.0, score["value"] - score["low"])], [max(0.0, score["high"] - score["value"])]],
             marker="D" if dense else marker[row["block"]], markersize=7, capsize=2, elinewidth=1, linestyle="none",
-            color=EVIDENCE_COLOURS["dense"] if dense else colour[row["k"]],
+            color=PALETTE["dense"] if dense else colour[row["k"]],
             label="dense" if dense else f"k = {row['k']}, b_sel = {row['block']} ({row['evidence']})",
         )  # fmt: skip
     ax.set_xlim(left=0)

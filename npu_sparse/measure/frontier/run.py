@@ -12,10 +12,10 @@ from pathlib import Path
 
 from ...runs.figures import write_figure
 from ...runs.stats import summary
-from ...runs.store import RunError, open_run, write_json, write_text
+from ...runs.store import RunError, open_stage, write_json, write_text
 from ..quality import GAPS, MACRO, adopt_records, machine_lines, run_eval
 from ..ttft import run_ttft
-from ..variants import Subject, load_subject, with_tokenizer
+from ..variants import Subject, budget_in, load_subject, with_tokenizer
 from .config import RUNTIME, FrontierConfig, timed_variant
 from .page import figure, markdown
 
@@ -27,7 +27,7 @@ def run_frontier(config: FrontierConfig, output, *, model=None, tokenizer=None, 
     """
     if config.adapter is None and indexer is None:
         raise ValueError("adapter must name an indexer's directory, got none")
-    directory = open_run(output, {"stage": "frontier", **config.to_dict()})
+    directory = open_stage(output, "frontier", config)
     subject = Subject(model, tokenizer, indexer)
     runs = [_run_path(directory, kind, *point) for kind in ("quality", "ttft") for point in config.points()]
     if not all((run / "report.json").exists() for run in runs):
@@ -68,7 +68,7 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
         raise RunError("dense attention must solve at least one task by every instrument for a frontier: see the quality reports")
     timings = [ttft for _, ttft in pairs]
     dense_s = [seconds for ttft in timings for seconds in _row(ttft, "dense")["seconds"]]
-    oracles = {quality["config"]["k"]: quality for quality, _ in pairs}
+    oracles = {budget_in(quality["config"]).k: quality for quality, _ in pairs}
     return {
         "base": whole["model"],
         "adapter": whole["adapter"],
@@ -100,11 +100,13 @@ def _identity(half: dict) -> dict:
         if more:
             raise RunError(f"the ttft run of a point must have one length, got {config['lengths']}")
     common = {"model": half["base"], "adapter": half["adapter"], "length": length}
-    return {**common, **{name: config[name] for name in RUNTIME}}
+    budget = {name: value for name, value in budget_in(config).to_dict().items() if name not in ("k", "block")}
+    return {**common, **{name: config[name] for name in RUNTIME}, **budget}
 
 
 def _grid(half: dict) -> dict:
-    return {name: half["config"][name] for name in ("k", "block")}
+    budget = budget_in(half["config"])
+    return {"k": budget.k, "block": budget.block}
 
 
 def _require_same(what: str, first: dict, second: dict) -> None:
@@ -142,7 +144,7 @@ def _scored(quality: dict, variant: str) -> dict:
 
 
 def _point(quality: dict, ttft: dict) -> dict:
-    scored = _scored(quality, timed_variant(quality["config"]["block"]))
+    scored = _scored(quality, timed_variant(budget_in(quality["config"]).block))
     timed = _row(ttft, scored["variant"])
     if scored["evidence"] != timed["evidence"]:
         raise RunError(f"a point must have one evidence type, got {scored['evidence']} and {timed['evidence']}")

@@ -9,10 +9,7 @@ from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
 from ...tasks import task_names
 from ...tasks.catalogue import task_named
-from ..variants import (
-    check_budgets,
-    check_names,
-)
+from ..variants import as_budget, check_budgets, check_names, former_fields_as_budget, spelled
 
 GAPS = {
     "oracle gap": ("dense", "oracle"),
@@ -35,10 +32,10 @@ class EvalConfig:
         length: tokens of prompt and answer together.
         count: prompts per task.
         seed: of prompts and bootstrap.
-        k, block, reduce, sink, recent, share_layers, candidates, key_block, tail: the Budget of all sparse variants; per-query
-            variants run at block 1, and only indexers have candidates.
-        variants: names of `VARIANTS`; "dense" must be among them. Options after a name change its Budget:
-            indexer-shared+candidates=2048+key_block=32, indexer-shared+share_layers=2.
+        budget: the Budget of all sparse variants, as `Budget.parse` spells it; per-query variants run at block 1, and only
+            indexers have candidates.
+        variants: names of `VARIANTS`; "dense" must be among them. A colon and fields of its Budget may follow a name:
+            indexer:block=16,k=2048 or indexer-shared:share_layers=2.
         batch: prompts generated together.
         max_new_tokens: for all tasks in place of RULER's, or None.
         chat: whether questions go through the tokenizer's chat template.
@@ -62,15 +59,7 @@ class EvalConfig:
     length: int = 4096
     count: int = 50
     seed: int = 0
-    k: int = 512
-    block: int = 64
-    reduce: str = "max"
-    sink: int = 0
-    recent: int = 0
-    share_layers: int = 1
-    tail: bool = False
-    candidates: int = 0
-    key_block: int = 64
+    budget: Budget = Budget()
     variants: tuple[str, ...] = ("dense", "oracle", "oracle-shared", "indexer", "indexer-shared", "local")
     batch: int = 10
     max_new_tokens: int | None = None
@@ -87,6 +76,7 @@ class EvalConfig:
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
+        object.__setattr__(self, "budget", as_budget(self.budget))
         for name in ("tasks", "variants", "texts", "instruments"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
@@ -117,22 +107,17 @@ class EvalConfig:
         workspace.check(self.workspace_mib)
         check_budgets(self.variants, self.length, self.budget)
 
-    @property
-    def budget(self) -> Budget:
-        """The Budget of the variants that share supports."""
-        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")
-        return Budget(**{name: getattr(self, name) for name in names})
-
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reads them back."""
-        out = asdict(replace(self, device=self.device.partition(":")[0]))
+        out = {**asdict(replace(self, device=self.device.partition(":")[0])), "budget": spelled(self.budget)}
         if self.instruments == ("generated",):  # as runs were before there was another
             del out["instruments"], out["stress"]
         return json.loads(json.dumps(out))
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "EvalConfig":
-        """The EvalConfig that `to_dict` wrote; unknown fields are refused."""
+        """The EvalConfig that `to_dict` wrote, now or in version 0.1; unknown fields are refused."""
+        data = former_fields_as_budget(data)
         if unknown := set(data) - set(cls.__dataclass_fields__):
             raise ValueError(f"an eval config must have known fields only, got {', '.join(sorted(unknown))}")
         return cls(**{"instruments": ("generated",), **data})

@@ -1,7 +1,7 @@
 """The teacher-forced part of a quality report: its rows and gaps, its tables, and forced.png."""
 
 from ...runs import stats
-from ...runs.figures import new_figure
+from ...runs.figures import RULE, new_figure
 from ...runs.page import markdown_table
 from ..teacher_forced import FLATTERS
 from ..variants import budget_of, in_order, variant_named
@@ -157,7 +157,7 @@ def figure_forced(result: dict, styles: dict):
         ax.set_yticks(range(len(tasks)), tasks)
         ax.set_ylim(len(tasks) - 0.4, -0.6)
         for edge in range(1, len(tasks)):
-            ax.axhline(edge - 0.5, color="#bbbbbb", linewidth=0.6)
+            ax.axhline(edge - 0.5, color=RULE, linewidth=0.6)
         ax.set_xlabel(label)
         ax.set_title(question, fontsize=10, loc="left")
     axes[0, 1].set_xscale("symlog", linthresh=0.01)

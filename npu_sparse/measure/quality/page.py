@@ -6,16 +6,16 @@ from collections import Counter
 from pathlib import Path
 
 from ...runs import stats
-from ...runs.figures import new_figure
+from ...runs.figures import PALETTE, RULE, SERIES, caption, new_figure
 from ...runs.machine import machine_line
 from ...runs.page import markdown_table
-from ...tasks import TASKS
+from ...tasks.catalogue import task_named
 from ..variants import (
     VARIANTS,
+    budget_in,
     budget_of,
     budget_words,
     in_order,
-    tail_note,
     variant_named,
 )
 from .config import GAPS, MACRO, TOTAL, EvalConfig
@@ -87,7 +87,7 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
         "prompts": {task: records[task, "dense"]["prompts"] for task in config.tasks},
         "machines": _distinct([record["machine"] for record in records.values()]),
         "tasks": {
-            task: {"dense": dense[task], "solved": task in solved, "label": TASKS[task].label} for task in config.tasks
+            task: {"dense": dense[task], "solved": task in solved, "label": task_named(task).label} for task in config.tasks
         },
         "rows": rows,
         "gaps": gaps,
@@ -147,7 +147,8 @@ def markdown(result: dict) -> str:
     text = (
         f"# How much quality does sparse prefill lose?\n\n{config['model']}, {config['length']} tokens, "
         f"{config['count']} prompts per task, {how}, {config['dtype']}; scores of 100 with 95% bootstrap intervals "
-        f"over prompts, all variants on the same prompts.{tail_note(config)}{budget_words(config)}\n\n## Scores\n\n"
+        f"over prompts, all variants on the same prompts.{budget_words(budget_in(config))}\n\n"
+        "## Scores\n\n"
         f"{markdown_table(list(by_variant.values()), columns)}\n{unsolved}"
     )
     if gap_columns:
@@ -177,22 +178,16 @@ def markdown(result: dict) -> str:
     )
 
 
-EVIDENCE_COLOURS = {
-    "dense": "#222222", "oracle": "#0072b2", "distilled": "#d55e00", "untrained": "#cc79a7", "control": "#8a8a8a",
-    "training-free": "#009e73",
-}  # fmt: skip
-
-
 def variant_styles(columns: dict) -> dict:
     """How matplotlib draws each variant of `{name: a row of it}`: its marker, its colour by evidence, hollow where shared."""
     markers = dict(zip(VARIANTS, "DososXxHp8"))
-    with_options = [name for name in columns if "+" in name]
+    with_options = [name for name in columns if variant_named(name).options]
     markers.update(zip(with_options, itertools.cycle("^v<>Pph*")))
     return {
         name: {
             "label": row["label"] if name == "dense" else f"{row['label']} ({row['evidence']})",
             "marker": markers[name],
-            "color": EVIDENCE_COLOURS[row["evidence"]], "markerfacecolor": "white" if variant_named(name).shared else None,
+            "color": PALETTE[row["evidence"]], "markerfacecolor": "white" if variant_named(name).shared else None,
         }
         for name, row in columns.items()
     }  # fmt: skip
@@ -230,7 +225,7 @@ def figure(result: dict):
         )
         ax.set_ylim(len(shown) - 0.4, -0.6)
         for edge in range(1, len(shown)):
-            ax.axhline(edge - 0.5, color="#bbbbbb", linewidth=0.6)
+            ax.axhline(edge - 0.5, color=RULE, linewidth=0.6)
         ax.grid(False, axis="y")
         ax.set_xlabel(scale_label)
         ax.set_title(question, fontsize=10, loc="left")
@@ -241,7 +236,7 @@ def figure(result: dict):
         "score (points of 100)", "What does each prefill score?",
     )  # fmt: skip
     if gaps:
-        colours = dict(zip((*GAPS, *TOTAL), ("#0072b2", "#d55e00", "#009e73", "#222222")))
+        colours = dict(zip((*GAPS, *TOTAL), (*SERIES[:3], PALETTE["dense"])))
         label = {**GAPS, **TOTAL}
         panel(
             axes[0, 1],
@@ -249,13 +244,11 @@ def figure(result: dict):
             lambda gap: [found for found in result["gaps"] if found["gap"] == gap],
             "change of score (points; negative = lost)", "Where is quality lost?",
         )  # fmt: skip
-        axes[0, 1].axvline(0, color="#222222", linewidth=0.8)
+        axes[0, 1].axvline(0, color=PALETTE["dense"], linewidth=0.8)
         axes[0, 1].tick_params(labelleft=False)
-    config = result["config"]
-    figure.suptitle(
-        f"{Path(config['model']).name}, {config['length']} tokens, k = {config['k']}, b_sel = {config['block']}, "
-        f"{config['count']} prompts per task, 95% intervals\n"
-        + "\n".join(f"measured: {line}" for line in machine_lines(result)),
-        fontsize=8, x=0.01, ha="left",
+    config, budget = result["config"], budget_in(result["config"])
+    caption(
+        figure, f"{Path(config['model']).name}, {config['length']} tokens, k = {budget.k}, b_sel = {budget.block}, "
+        f"{config['count']} prompts per task, 95% intervals", *(f"measured: {line}" for line in machine_lines(result)),
     )  # fmt: skip
     return figure

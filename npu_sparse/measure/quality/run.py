@@ -23,15 +23,16 @@ from functools import partial
 from pathlib import Path
 
 from ...budget import Budget
+from ...runs import machine as machines
 from ...runs.figures import write_figure
-from ...runs.machine import machine
 from ...runs.page import say
-from ...runs.store import RunError, open_run, write_bytes, write_json, write_text
+from ...runs.store import Cells, RunError, check_shard, open_stage, read_json, read_stage, write_bytes, write_json, write_text
 from ...tasks import Example, encode, generate, score, texts
 from ...tasks.catalogue import task_named
 from .. import teacher_forced
 from ..decode import generate_texts
 from ..variants import (
+    EVIDENCE,
     Subject,
     adapter_fingerprint,
     attachable,
@@ -45,6 +46,11 @@ from ..variants import (
 )
 from .config import EvalConfig
 from .page import figure, forced_figure, is_solved, markdown, mean_score, tabulate
+
+EXAMPLE = {
+    "task": str, "index": int, "prompt": str, "answers": [str], "length": int, "max_new_tokens": int, "seed": int,
+    "comparable": bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -73,13 +79,11 @@ def run_eval(
     Raises before anything is computed: ValueError (config, lengths), AdapterError, CheckpointError,
     KernelUnavailableError.
     """
-    part, parts = shard
-    if not 0 <= part < parts:
-        raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
+    check_shard(shard)
     if needs_indexer(config.variants) and config.adapter is None and indexer is None:
         raise ValueError("adapter must name an indexer's directory for variants that select by an indexer, got none")
-    directory = open_run(output, {"stage": "eval", **config.to_dict()})
-    mine = [cell for cell in _cells(config)[part::parts] if _missing(config, directory, cell)]
+    directory = open_stage(output, "eval", config)
+    mine = [cell for cell in _cells(config)[shard[0] :: shard[1]] if _missing(config, directory, cell)]
     if mine:
         _compute(config, directory, mine, model, tokenizer, indexer)
     missing = [cell for cell in _cells(config) if _missing(config, directory, cell)]
@@ -93,7 +97,7 @@ def prepare_prompts(config: EvalConfig, output, *, tokenizer=None) -> Path:
 
     For a machine that has the texts, when the models run on another that has not.
     """
-    directory = open_run(output, {"stage": "eval", **config.to_dict()})
+    directory = open_stage(output, "eval", config)
     if tokenizer is None:
         from ...checkpoints import load_tokenizer
 
@@ -115,7 +119,7 @@ def report_eval(output) -> dict:
         raise RunError(
             f"{directory} must hold all cells, got none for {missing[0][0]} / {missing[0][1]}: run eval again"
         )
-    records = {cell: _read(directory, cell) for cell in cells if _record_path(directory, cell).exists()}
+    records = _records(config, directory)
     _check_agree(config, list(records.values()))
     result = tabulate(config, records)
     write_json(directory / "report.json", result)
@@ -132,11 +136,12 @@ def adopt_records(config: EvalConfig, output, earlier: list[Path]) -> list[tuple
 
     The earlier runs must differ from `config` in k, block, tail and variants only.
     """
-    directory = open_run(output, {"stage": "eval", **config.to_dict()})
+    directory = open_stage(output, "eval", config)
     copied = []
     for other in map(Path, earlier):
         theirs = _read_config(other)
-        ours = replace(config, k=theirs.k, block=theirs.block, tail=theirs.tail, variants=theirs.variants)
+        common = {name: getattr(theirs.budget, name) for name in ("k", "block", "tail")}
+        ours = replace(config, budget=config.budget.replace(**common), variants=theirs.variants)
         if ours.to_dict() != theirs.to_dict():
             raise RunError(f"{other} must differ from {directory} in k, block, tail and variants only")
         for task in config.tasks:
@@ -146,11 +151,11 @@ def adopt_records(config: EvalConfig, output, earlier: list[Path]) -> list[tuple
                     ours.parent.mkdir(exist_ok=True)
                     write_bytes(ours, source.read_bytes())
         for cell in _cells(config):
-            if _record_path(directory, cell).exists() or not _record_path(other, cell).exists():
+            if cell[1] not in theirs.variants or _done(directory, cell) or not _done(other, cell):
                 continue
-            record = _read(other, cell)
-            if _same_budget(record["budget"], budget_of(cell[1], config.budget)):
-                _write_record(directory, record)
+            record = _read(theirs, other, cell)
+            if record["budget"] == _budget_dict(config, cell[1]):
+                _stored(config, directory).write(_name(cell), record)
                 copied.append(cell)
     return copied
 
@@ -162,14 +167,14 @@ def _cells(config: EvalConfig) -> list[tuple[str, str]]:
 
 
 def _missing(config: EvalConfig, directory: Path, cell: tuple[str, str]) -> bool:
-    return not _record_path(directory, cell).exists() and not _skipped(config, directory, cell)
+    return not _done(directory, cell) and not _skipped(config, directory, cell)
 
 
 def _skipped(config: EvalConfig, directory: Path, cell: tuple[str, str]) -> bool:
     dense = (cell[0], "dense")
-    if not config.only_solved or cell == dense or not _record_path(directory, dense).exists():
+    if not config.only_solved or cell == dense or not _done(directory, dense):
         return False
-    return not is_solved(config, _read(directory, dense))
+    return not is_solved(config, _read(config, directory, dense))
 
 
 def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
@@ -181,9 +186,9 @@ def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
     common = {
         "base": subject.base(),
         "adapter": None if subject.indexer is None else adapter_fingerprint(subject.indexer),
-        "machine": machine(str(subject.model.device)),
+        "machine": machines.machine(str(subject.model.device)),
     }
-    existing = [_read(directory, cell) for cell in _cells(config) if _record_path(directory, cell).exists()]
+    existing = _records(config, directory).values()
     _check_agree(config, [*existing, *({**common, "prompts": p.digest, "task": task} for task, p in prompts.items())])
 
     # Whether a task is solved may be for another shard to say: such cells wait until this shard's others are done.
@@ -193,7 +198,7 @@ def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
         dense = (task, "dense")
         if not _missing(config, directory, cell):
             continue
-        if config.only_solved and name != "dense" and not _record_path(directory, dense).exists():
+        if config.only_solved and name != "dense" and not _done(directory, dense):
             if place < len(cells):
                 continue
             _compute_cell(config, directory, dense, subject, prompts[task], common)
@@ -215,17 +220,14 @@ def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, c
         for sample, example, output in zip(samples, prompts.examples, outputs):
             sample |= {"score": score(example, output), "output": output}
     record = {
-        "task": task,
-        "variant": name,
         "evidence": evidence_of(name, subject.indexer),
-        "budget": _budget_dict(config, name),
         "prompts": prompts.digest,
         **common,
         "adapter": common["adapter"] if needs_indexer([name]) else None,
         "seconds": round(time.perf_counter() - started, 3),
         "samples": samples,
     }
-    _write_record(directory, record)
+    _stored(config, directory).write(_name(cell), record)
     say(f"{task} / {name}: {100 * mean_score(record):.1f} ({record['seconds']:.1f} s)")
 
 
@@ -259,7 +261,9 @@ def _prompts(config: EvalConfig, directory: Path, task: str, tokenizer) -> Promp
     """The prompts of one task, read from the run directory or generated and written there."""
     path = _prompts_path(directory, task)
     if path.exists():
-        examples = [Example(**{**entry, "answers": tuple(entry["answers"])}) for entry in _read_json(path)]
+        entries = read_json(path, [EXAMPLE])
+        told = [{name: entry[name] for name in entry if name in Example.__dataclass_fields__} for entry in entries]
+        examples = [Example(**{**entry, "answers": tuple(entry["answers"])}) for entry in told]
     else:
         known = task_named(task)
         examples = generate(
@@ -289,37 +293,49 @@ def _rows_path(directory: Path, task: str) -> Path:
     return directory / "forced" / f"{task}.safetensors"
 
 
-def _record_path(directory: Path, cell: tuple[str, str]) -> Path:
-    return directory / "records" / f"{cell[0]}-{cell[1]}.json"
+def _name(cell: tuple[str, str]) -> str:
+    return f"{cell[0]}-{cell[1]}"
 
 
-def _write_record(directory: Path, record: dict) -> None:
-    path = _record_path(directory, (record["task"], record["variant"]))
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, record)
+def _done(directory: Path, cell: tuple[str, str]) -> bool:
+    return (directory / "records" / f"{_name(cell)}.json").exists()
 
 
-def _read(directory: Path, cell: tuple[str, str]) -> dict:
-    return _read_json(_record_path(directory, cell))
+def _stored(config: EvalConfig, directory: Path) -> Cells:
+    """The cells of a run: their records are those of their own task, variant and Budget."""
+    identities = {
+        _name(cell): {"task": cell[0], "variant": cell[1], "budget": _budget_dict(config, cell[1])} for cell in _cells(config)
+    }
+    scores = {"right": float, "tokens": float, "kl": float} if "forced" in config.instruments else {}
+    if scores and config.stress:
+        scores |= {"stress_right": float, "stress_kl": float}
+    if "generated" in config.instruments:
+        scores |= {"score": float, "output": str}
+    form = {
+        "evidence": EVIDENCE, "prompts": str, "base": dict, "adapter": (str, None), "seconds": float, "machine": machines.FORM,
+        "samples": [{"index": int, "length": int, **scores}, config.count],
+    }  # fmt: skip
+
+    def upgrade(name: str, record: dict) -> dict:
+        """Fields that the Budget did not have yet had their defaults."""
+        budget = record["budget"]
+        return {**record, "budget": None if budget is None else Budget.from_dict(budget).to_dict()}
+
+    return Cells(directory / "records", identities, form, upgrade)
 
 
-def _read_json(path: Path):
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({error}): delete it to make it again") from error
+def _read(config: EvalConfig, directory: Path, cell: tuple[str, str]) -> dict:
+    return _stored(config, directory).read(_name(cell))
+
+
+def _records(config: EvalConfig, directory: Path) -> dict[tuple[str, str], dict]:
+    """The records of all finished cells."""
+    stored = _stored(config, directory)
+    return {cell: stored.read(_name(cell)) for cell in _cells(config) if _done(directory, cell)}
 
 
 def _read_config(directory: Path) -> EvalConfig:
-    found = _read_json(directory / "config.json")
-    if found.pop("stage", None) != "eval":
-        raise RunError(f"{directory} must be the directory of an eval run")
-    return EvalConfig.from_dict(found)
-
-
-def _same_budget(recorded: dict | None, budget: Budget | None) -> bool:
-    """Whether a record is of this budget; fields that came later have their defaults in it."""
-    return budget is None if recorded is None else budget is not None and Budget.from_dict(recorded) == budget
+    return read_stage(directory, "eval", EvalConfig)
 
 
 def _budget_dict(config: EvalConfig, name: str) -> dict | None:

@@ -7,10 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from ...budget import Budget
 from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
-from ..variants import (
-    check_budgets,
-    check_names,
-)
+from ..variants import as_budget, check_budgets, check_names, former_fields_as_budget, spelled
 
 STAGES = ("projection", "scoring", "top-k", "attention", "exact", "rest")
 ATTACHED = "attached"
@@ -25,10 +22,10 @@ class TtftConfig:
         model: hub id, directory, GGUF file or demo name.
         adapter: directory of the indexer; None = an untrained one (evidence: untrained, runtime only).
         lengths: prompt lengths in tokens.
-        k, block, reduce, sink, recent, share_layers, candidates, key_block, tail: the Budget of all sparse variants; per-query
-            variants run at block 1, and only indexers have candidates.
-        variants: names of `VARIANTS`; "dense" must be among them. Options after a name change its Budget:
-            indexer-shared+candidates=2048+key_block=32, indexer-shared+share_layers=2.
+        budget: the Budget of all sparse variants, as `Budget.parse` spells it; per-query variants run at block 1, and only
+            indexers have candidates.
+        variants: names of `VARIANTS`; "dense" must be among them. A colon and fields of its Budget may follow a name:
+            indexer:block=16,k=2048 or indexer-shared:share_layers=2.
         runs: timed rounds; warmup: rounds before them; stage_runs: rounds with stage clocks, after them.
         prompt: "text" (real text from `texts`) or "random" (uniform token ids).
         texts: sources of the text, see `tasks.texts.documents`.
@@ -43,15 +40,7 @@ class TtftConfig:
     model: str
     adapter: str | None = None
     lengths: tuple[int, ...] = (4096,)
-    k: int = 512
-    block: int = 64
-    reduce: str = "max"
-    sink: int = 0
-    recent: int = 0
-    share_layers: int = 1
-    tail: bool = False
-    candidates: int = 0
-    key_block: int = 64
+    budget: Budget = Budget()
     variants: tuple[str, ...] = ("dense", "indexer", "indexer-shared")
     runs: int = 10
     warmup: int = 2
@@ -66,6 +55,7 @@ class TtftConfig:
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
+        object.__setattr__(self, "budget", as_budget(self.budget))
         for name in ("variants", "texts"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
@@ -91,19 +81,15 @@ class TtftConfig:
         workspace.check(self.workspace_mib)
         check_budgets(self.variants, min(lengths), self.budget)
 
-    @property
-    def budget(self) -> Budget:
-        """The Budget of the variants that share supports."""
-        names = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")
-        return Budget(**{name: getattr(self, name) for name in names})
-
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reads them back."""
-        return json.loads(json.dumps(asdict(replace(self, device=self.device.partition(":")[0]))))
+        out = {**asdict(replace(self, device=self.device.partition(":")[0])), "budget": spelled(self.budget)}
+        return json.loads(json.dumps(out))
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "TtftConfig":
-        """The TtftConfig that `to_dict` wrote; unknown fields are refused."""
+        """The TtftConfig that `to_dict` wrote, now or in version 0.1; unknown fields are refused."""
+        data = former_fields_as_budget(data)
         if unknown := set(data) - set(cls.__dataclass_fields__):
             raise ValueError(f"a ttft config must have known fields only, got {', '.join(sorted(unknown))}")
         return cls(**data)

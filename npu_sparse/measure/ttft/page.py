@@ -4,16 +4,17 @@ import json
 from pathlib import Path
 
 from ...runs import stats
-from ...runs.figures import new_figure
+from ...runs.figures import PALETTE, caption, new_figure
+from ...runs.figures import STAGES as STAGE_COLOURS
 from ...runs.machine import machine_line
 from ...runs.page import markdown_table
 from ..clocks import (
     amdahl_ceiling,
 )
 from ..variants import (
+    budget_in,
     budget_of,
     budget_words,
-    tail_note,
     variant_named,
 )
 from .config import ATTACHED, STAGES, TtftConfig
@@ -83,7 +84,7 @@ def markdown(result: dict) -> str:
         f"# How long until the first token, dense against sparse?\n\n{config['model']}, batch 1, {config['prompt']} "
         f"prompts, dense attention `{first['dense_attention']}`, operators `{config['impl']}`; {config['runs']} "
         f"interleaved rounds after {config['warmup']} of warm-up; speed-up over dense with 95% paired bootstrap "
-        f"intervals.{tail_note(config)}{budget_words(config)}\n\n"
+        f"intervals.{budget_words(budget_in(config))}\n\n"
         "## Time to first token\n\n"
         + markdown_table(table, {
             **names, "median": "TTFT median (s)", "quartiles": "quartiles (s)", "p95": "p95 (s)",
@@ -111,12 +112,14 @@ def markdown(result: dict) -> str:
     return text + f"\n```json\n{json.dumps(line)}\n```\n"
 
 
-COLOURS = {
-    "dense": "#222222", ATTACHED: "#8a8a8a", "oracle": "#56b4e9", "oracle-shared": "#0072b2", "indexer": "#e69f00",
-    "indexer-shared": "#d55e00", "local": "#009e73", "random": "#cc79a7",
-}  # fmt: skip
-LINES = {False: "-", True: "--"}  # with options of its own
-STAGE_COLOURS = dict(zip(STAGES, ("#f0e442", "#e69f00", "#d55e00", "#0072b2", "#56b4e9", "#cccccc")))
+def _colour(name: str) -> str:
+    """Of a variant: that of what chooses its keys, lighter where every query chooses for itself."""
+    if name == ATTACHED:
+        return PALETTE["attached"]
+    variant = variant_named(name)
+    kind = {"indexer": "distilled"}.get(variant.chooser, variant.chooser)
+    own = f"{kind}, per query"
+    return PALETTE[own if own in PALETTE and not variant.shared else kind]
 
 
 def figure(result: dict):
@@ -138,7 +141,7 @@ def figure(result: dict):
         ]
         left.errorbar(
             [row["length"] * spread for row in rows], median, yerr=errors, marker="o", markersize=4, capsize=2,
-            linewidth=1.2, color=COLOURS[name.partition("+")[0]], linestyle=LINES["+" in name],
+            linewidth=1.2, color=_colour(name), linestyle="--" if name != ATTACHED and variant_named(name).options else "-",
             label=rows[0]["label"] if rows[0]["evidence"] == "dense" else f"{rows[0]['label']} ({rows[0]['evidence']})",
         )  # fmt: skip
     if len(lengths) > 1:
@@ -168,9 +171,9 @@ def figure(result: dict):
     right.set_title("Where does it go?", fontsize=10, loc="left")
     right.legend(fontsize=7.5, frameon=False, ncols=len(STAGES), loc="upper left", bbox_to_anchor=(-0.02, -0.16))
     first = result["machines"][0]
-    figure.suptitle(
-        f"{Path(config['model']).name}, batch 1, {first['dtype']}, k = {config['k']}, b_sel = {config['block']}, "
-        f"{config['runs']} interleaved rounds\nmeasured: {machine_line(first)}, {first['threads']} threads",
-        fontsize=8, x=0.01, ha="left",
+    budget = budget_in(config)
+    caption(
+        figure, f"{Path(config['model']).name}, batch 1, {first['dtype']}, k = {budget.k}, b_sel = {budget.block}, "
+        f"{config['runs']} interleaved rounds", f"measured: {machine_line(first)}, {first['threads']} threads",
     )  # fmt: skip
     return figure

@@ -17,11 +17,12 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+from ...budget import Budget
+from ...runs import machine as machines
 from ...runs import stats
 from ...runs.figures import write_figure
-from ...runs.machine import machine
 from ...runs.page import say
-from ...runs.store import RunError, open_run, write_json, write_text
+from ...runs.store import Cells, RunError, open_stage, write_json, write_text
 from ..clocks import (
     StageTimer,
     dense_attention_timed,
@@ -31,6 +32,7 @@ from ..clocks import (
 )
 from ..prompts import prompt_ids
 from ..variants import (
+    EVIDENCE,
     Subject,
     adapter_fingerprint,
     attachable,
@@ -56,38 +58,64 @@ def run_ttft(config: TtftConfig, output, *, model=None, tokenizer=None, indexer=
     Raises before anything is measured: ValueError (config, lengths), AdapterError, CheckpointError,
     KernelUnavailableError.
     """
-    directory = open_run(output, {"stage": "ttft", **config.to_dict()})
-    todo = [length for length in config.lengths if not _record_path(directory, length).exists()]
-    if todo:
+    directory = open_stage(output, "ttft", config)
+    cells = _cells(config, directory)
+    if todo := [length for length in config.lengths if not cells.done(str(length))]:
         subject = _subject(config, model, tokenizer, indexer)
         check_context(subject.model, max(todo))
         attachable(subject, config.variants, config.budget, config.impl)
+        _check_agree(directory, [*cells.records().values(), _inputs(subject)])
         prompts = {length: prompt_ids(config, subject, length) for length in todo}
-        for length in todo:
-            record = _measure(config, subject, length, prompts[length])
-            _record_path(directory, length).parent.mkdir(exist_ok=True)
-            write_json(_record_path(directory, length), record)
-    return report_ttft(directory)
-
-
-def report_ttft(output) -> dict:
-    """The report of a directory whose lengths are all measured, written to report.json, report.md and report.png."""
-    directory = Path(output)
-    found = _read_json(directory / "config.json")
-    if found.pop("stage", None) != "ttft":
-        raise RunError(f"{directory} must be the directory of a ttft run")
-    config = TtftConfig.from_dict(found)
-    records = [_read_json(_record_path(directory, length)) for length in config.lengths]
-    for name in ("base", "adapter"):
-        if any(record[name] != records[0][name] for record in records):
-            raise RunError(
-                f"all lengths of {directory} must have been measured with the same {name}: use another directory"
-            )
+        cells.compute(lambda name: _measure(config, subject, int(name), prompts[int(name)]))
+    records = list(cells.records().values())
+    _check_agree(directory, records)
     result = tabulate(config, records)
     write_json(directory / "report.json", result)
     write_text(directory / "report.md", markdown(result))
     write_figure(directory / "report.png", figure(result))
     return result
+
+
+def _cells(config: TtftConfig, directory: Path) -> Cells:
+    """A record each of the lengths, which is that of its own length and Budgets."""
+    names = [*config.variants, *((ATTACHED,) if config.overhead else ())]
+    budgets = {name: _budget_dict(config, name) for name in config.variants}
+    stages = {"total": float, str: float}
+    form = {
+        "base": dict, "adapter": (str, None), "evidence": {name: EVIDENCE for name in names}, "machine": machines.FORM,
+        "setting": {
+            "device": str, "dtype": str, "threads": int, "load_average": [float, 3], "dense_attention": (str, None),
+        },
+        "seconds": {name: [float, config.runs] for name in names},
+        "peak_bytes": {name: [(int, None), config.runs] for name in names},
+        "stages": {name: [stages, config.stage_runs] for name in config.variants},
+    }  # fmt: skip
+
+    def upgrade(name: str, record: dict) -> dict:
+        """Version 0.1 wrote no Budgets, and later ones have fields that those did not have."""
+        told = record.get("budgets", budgets)
+        own = {key: None if value is None else Budget.from_dict(value).to_dict() for key, value in told.items()}
+        return {**record, "budgets": own}
+
+    identities = {str(length): {"length": length, "budgets": budgets} for length in config.lengths}
+    return Cells(directory / "records", identities, form, upgrade)
+
+
+def _budget_dict(config: TtftConfig, name: str) -> dict | None:
+    budget = budget_of(name, config.budget)
+    return None if budget is None else budget.to_dict()
+
+
+def _inputs(subject: Subject) -> dict:
+    return {"base": subject.base(), "adapter": None if subject.indexer is None else adapter_fingerprint(subject.indexer)}
+
+
+def _check_agree(directory: Path, records: list[dict]) -> None:
+    for name in ("base", "adapter"):
+        if any(record[name] != records[0][name] for record in records):
+            raise RunError(
+                f"all lengths of {directory} must have been measured with the same {name}: use another directory"
+            )
 
 
 def time_to_first_token(model, ids, chunk: int = 0) -> tuple[float, int]:
@@ -171,11 +199,9 @@ def _measure(config: TtftConfig, subject: Subject, length: int, ids) -> dict:
         f"{length} tokens: " + ", ".join(f"{name} {stats.summary(seconds[name])['median']:.3g} s" for name in names)
     )
     return {
-        "length": length,
-        "base": subject.base(),
-        "adapter": None if subject.indexer is None else adapter_fingerprint(subject.indexer),
+        **_inputs(subject),
         "evidence": {name: _evidence(name, subject) for name in names},
-        "machine": machine(str(device)),
+        "machine": machines.machine(str(device)),
         "setting": {
             "device": str(device),
             "dtype": str(subject.model.dtype).removeprefix("torch."),

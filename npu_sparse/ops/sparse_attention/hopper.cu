@@ -5,6 +5,8 @@
 // DIM: of queries, keys and values. BN: keys of a step. SLOTS: keys or values of that many steps are in flight.
 // STREAMS: 1: an item is one tile of 128 rows, half of it for each warpgroup. 2: two tiles of 64, whose supports differ.
 // UNION: indices are those of the tile, and bit i of a key's word says whether the tile's i-th support holds it.
+// ARRIVING: threads of a warp that say it has read a slot: 1, or all 32 where racecheck looks on, which does not follow one thread
+// that speaks for its warp after __syncwarp. PLANTED: 1 and 2 leave a wait out, so that racecheck has something to find.
 // TAIL: behind its support, every block of queries of a tile has one key more, which stands for `tail_number` keys.
 #include "hopper.cuh"
 
@@ -58,9 +60,9 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend_supports(const __gri
     const u32 full = numbers + SLOTS * BN * 4 * (UNION ? 2 : 1), empty = full + 8 * SLOTS;
     const u32 queries_full = empty + 8 * SLOTS, queries_empty = queries_full + 8;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 128), barrier_init(empty + 8 * i, READERS);
+        for (int i = 0; i < SLOTS; i++) barrier_init(full + 8 * i, 128), barrier_init(empty + 8 * i, READERS * ARRIVING);
         barrier_init(queries_full, 128);
-        barrier_init(queries_empty, 8);
+        barrier_init(queries_empty, 8 * ARRIVING);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncthreads();
@@ -98,7 +100,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend_supports(const __gri
                     key[i] = place < of.held ? __ldg(a.indices + of.support + place) : -1;
                     if (TAIL && place >= of.held && place < of.slots) key[i] = -2 - (of.token / a.block + place - of.held);
                 }
-                barrier_wait(empty + 8 * ring.slot, ring.turn ^ 1);
+                if (PLANTED != 1) barrier_wait(empty + 8 * ring.slot, ring.turn ^ 1);
                 if (with_numbers && t < BN) {
                     const int place = step * BN + t;
                     const bool live = place < of.held;
@@ -143,12 +145,12 @@ extern "C" __global__ void __launch_bounds__(384, 1) attend_supports(const __gri
         u32 p[BN / 4], turn = 0;
         auto release = [&](u32 bar) {
             __syncwarp();
-            if (lane == 0) barrier_arrive(bar);
+            if (ARRIVING == 32 || lane == 0) barrier_arrive(bar);
         };
         auto await_slot = [&]() {  // the next one of this stream
             if (stream) ring.advance();
             const Ring at = ring;
-            barrier_wait(full + 8 * at.slot, at.turn);
+            if (PLANTED != 2) barrier_wait(full + 8 * at.slot, at.turn);
             fence_for_matrix_unit();
             ring.advance();
             if (STREAMS > 1 && !stream) ring.advance();

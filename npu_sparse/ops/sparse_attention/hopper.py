@@ -10,6 +10,7 @@ from ..hopper import is_hopper, is_readable, processors
 ROWS = 128  # query tokens x query heads of a tile; two tiles of half as many where supports are finer
 UNION_BITS = 32  # supports that one membership word can hold
 CHUNK, UNITERS = 16384, 512  # keys that a union is made of at once, and the threads that make it
+ARRIVING, PLANTED = 1, 0  # what scripts/racecheck.py changes; see hopper.cu
 SHAPES = {64: (128, 10), 128: (128, 5), 256: (64, 5)}  # dimension -> keys of a step, steps in flight
 
 STRIDES = [f"{tensor}_{axis}" for tensor in "qkvo" for axis in "bht"] + [f"{tensor}_{axis}" for tensor in "ic" for axis in "bhn"]
@@ -104,7 +105,7 @@ def _attend(q, k, v, indices, count, member, tail, out, block, scale, TQ, first,
     streams, union = 1 if TQ * G > ROWS // 2 or member is not None else 2, member is not None
     shared = (ROWS + slots * BN) * D * 2 + slots * BN * 4 * (2 if union else 1) + 8 * (2 * slots + 2)
     macros = dict(BF16=int(q.dtype == torch.bfloat16), DIM=D, BN=BN, SLOTS=slots, STREAMS=streams, UNION=int(union))
-    macros["TAIL"] = int(tail is not None)
+    macros |= dict(TAIL=int(tail is not None), ARRIVING=ARRIVING, PLANTED=PLANTED)
     run = nvrtc.kernel("sparse_attention/hopper.cu", "attend_supports", tuple(macros.items()), shared, q.device.index)
     items, tails = -(-tiles // streams) * B * Hkv, [0, 0, 0] if tail is None else [part.data_ptr() for part in tail]
     run((min(items, processors(q.device)),), 384, Attend(

@@ -134,7 +134,7 @@ def gather_unions(q, k, v, indices, count, block, scale, tail: Tail | None = Non
         tile = torch.where(seen, tile, 0.0)
         if bool(tile.isnan().any()):
             tile = torch.where(seen, _attend_apart(rows, keys, values, mask, scale), 0.0)
-        out[:, :, start:stop] = tile.view(B, Hq, stop - start, Dv)
+        out[:, :, start:stop] = tile.reshape(B, Hq, stop - start, Dv)
     return out
 
 

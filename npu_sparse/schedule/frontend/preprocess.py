@@ -25,6 +25,7 @@ KEPT_PRAGMA = re.compile(r"\s*#\s*pragma\s+(scop|endscop)\b")
 
 def preprocess(text: str, source: str) -> str:
     """C text without comments and directives, macros expanded, every line where it was."""
+    text = text.replace("\r\n", "\n").replace("\r", " ")
     if (start := _open_comment(text)) is not None:
         raise ScopError(f"{source}:{text.count(chr(10), 0, start) + 1}: comment must end with */, got the end of the file")
     text = TOKEN.sub(lambda m: " " + "\n" * m[0].count("\n") if m[0].startswith("/") else m[0], text)

@@ -47,12 +47,12 @@ def test_one_row_per_budget_beside_dense_and_the_oracles(grid):
 
 
 def test_candidates_and_shared_layers_are_those_of_both_halves_of_a_point():
-    config = replace(CONFIG, candidates=128, key_block=16, share_layers=2)
+    config = replace(CONFIG, budget="candidates=128,key_block=16,share_layers=2")
     for point in config.points():
         for half in (config.quality_at(*point), config.ttft_at(*point)):
             assert (half.budget.candidates, half.budget.key_block, half.budget.share_layers) == (128, 16, 2)
     with pytest.raises(ValueError, match="candidates must be 0 or hold the k keys"):
-        replace(CONFIG, candidates=32)  # the grid has k = 64
+        replace(CONFIG, budget="candidates=32")  # the grid has k = 64
 
 
 def test_points_have_the_three_gaps_and_unshared_ones_no_realization_gap(grid):
@@ -88,7 +88,12 @@ def test_cells_are_shared_between_budgets_and_nothing_is_run_twice(
     grid, model, tokenizer, indexer, tmp_path, monkeypatch
 ):
     cells, compute = [], quality._compute_cell
-    monkeypatch.setattr(quality, "_compute_cell", lambda *a: cells.append((a[0].k, a[0].block, *a[2])) or compute(*a))
+
+    def counting(config, directory, cell, *rest):
+        cells.append((config.budget.k, config.budget.block, *cell))
+        compute(config, directory, cell, *rest)
+
+    monkeypatch.setattr(quality, "_compute_cell", counting)
     config = replace(CONFIG, tasks=("niah_single_1",), runs=1)
     first = run_frontier(config, tmp_path, model=model, tokenizer=tokenizer, indexer=indexer)
     assert [(k, block, name) for k, block, _, name in cells] == [

@@ -11,7 +11,7 @@ from npu_sparse.measure.quality.page import is_solved
 from npu_sparse.runs.store import RunError
 
 CONFIG = EvalConfig(
-    model="tiny", tasks=("niah_single_1", "vt"), length=900, count=3, k=32, block=16, max_new_tokens=60, dtype="float32",
+    model="tiny", tasks=("niah_single_1", "vt"), length=900, count=3, budget="k=32,block=16", max_new_tokens=60, dtype="float32",
     variants=("dense", "oracle", "indexer", "indexer-shared", "local"), min_dense_score=0.0, instruments=("forced",),
 )  # fmt: skip
 
@@ -64,9 +64,9 @@ def test_each_cell_is_what_score_forced_says_of_its_prompts(finished, model, tok
     directory, _ = finished
     prompts = quality._prompts(CONFIG, directory, "vt", tokenizer)
     dense = teacher_forced.read_states(directory / "forced" / "vt.safetensors")
-    from npu_sparse import Budget, SparsePrefill, selectors
+    from npu_sparse import SparsePrefill, selectors
 
-    attach = lambda: SparsePrefill.attach(model, selectors.Indexer(indexer), Budget(k=32, block=16), impl="reference")  # noqa: E731
+    attach = lambda: SparsePrefill.attach(model, selectors.ByIndexer(indexer), CONFIG.budget, impl="reference")  # noqa: E731
     expected, _ = teacher_forced.score_forced(model, prompts.asked, attach, dense)
     found = record(directory, "vt", "indexer-shared")["samples"]
     assert [{name: sample[name] for name in ("right", "tokens", "kl")} for sample in found] == expected
@@ -116,7 +116,7 @@ def test_both_instruments_share_a_record_and_a_report(evaluate, tmp_path):
 
 def test_adopted_cells_bring_the_dense_answers(evaluate, finished, tmp_path, counted):
     directory, _ = finished
-    config = replace(CONFIG, k=16, variants=("dense", "local"))
+    config = replace(CONFIG, budget=CONFIG.budget.replace(k=16), variants=("dense", "local"))
     assert adopt_records(config, tmp_path, [directory]) == [("niah_single_1", "dense"), ("vt", "dense")]
     evaluate(config, tmp_path)
     assert counted == [3, 3]  # local on two tasks

@@ -1,21 +1,22 @@
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
 import torch
 
-from npu_sparse import Indexer
+from npu_sparse import Budget, Indexer
 from npu_sparse.indexer import AdapterError
 from npu_sparse.measure.decode import generate_texts
 from npu_sparse.measure.quality import MACRO, EvalConfig, adopt_records, prepare_prompts, report_eval, run_eval
 from npu_sparse.measure.quality import run as quality
-from npu_sparse.measure.quality.page import tabulate
+from npu_sparse.measure.quality.page import markdown, tabulate
 from npu_sparse.runs import stats
 from npu_sparse.runs.store import RunError
 from npu_sparse.tasks import encode, generate, score
 
 CONFIG = EvalConfig(
-    model="tiny", tasks=("niah_single_1", "vt"), length=900, count=3, k=32, block=16, batch=2, max_new_tokens=6,
+    model="tiny", tasks=("niah_single_1", "vt"), length=900, count=3, budget="k=32,block=16", batch=2, max_new_tokens=6,
     variants=("dense", "oracle", "oracle-shared", "indexer", "indexer-shared", "local", "random"), min_dense_score=0.0,
     dtype="float32", instruments=("generated",),
 )  # fmt: skip
@@ -161,7 +162,7 @@ def test_variants_with_options_run_at_their_own_budget_and_are_compared_with_the
         "dense", "indexer-shared+candidates=64+key_block=16", "indexer-shared", "indexer-shared+share_layers=2", "oracle",
         "oracle+k=64", "local",
     )  # fmt: skip
-    config = replace(CONFIG, tasks=("vt",), variants=variants, candidates=128)
+    config = replace(CONFIG, tasks=("vt",), variants=variants, budget=CONFIG.budget.replace(candidates=128))
     result = evaluate(config, tmp_path)
     budgets = {record["variant"]: record["budget"] for record in records(tmp_path).values()}
     assert budgets.pop("dense") is None
@@ -227,7 +228,7 @@ def test_batches_and_early_stops_do_not_change_what_is_found(model, tokenizer, m
 
 def test_records_of_the_same_cell_are_adopted_from_another_budget(evaluate, finished, tmp_path, counted):
     directory, single = finished
-    config = replace(CONFIG, block=64)
+    config = replace(CONFIG, budget=CONFIG.budget.replace(block=64))
     copied = adopt_records(config, tmp_path / "b64", [directory])
     assert {name for _, name in copied} == {"dense", "oracle", "indexer", "local", "random"}
     result = evaluate(config, tmp_path / "b64")
@@ -239,7 +240,7 @@ def test_records_of_the_same_cell_are_adopted_from_another_budget(evaluate, fini
 
 def test_another_config_in_the_same_directory_is_refused(evaluate, finished):
     with pytest.raises(RunError, match="holds another run"):
-        evaluate(replace(CONFIG, k=48), finished[0])
+        evaluate(replace(CONFIG, budget=CONFIG.budget.replace(k=48)), finished[0])
 
 
 def test_cells_of_another_indexer_are_never_mixed_in(evaluate, model, tmp_path, counted):
@@ -265,10 +266,10 @@ def test_cells_of_another_indexer_are_never_mixed_in(evaluate, model, tmp_path, 
         ({"variants": ("dense", "dense")}, "named twice"),
         ({"count": 0}, "count must be a positive integer, got 0"),
         ({"batch": -1}, "batch must be a positive integer, got -1"),
-        ({"k": 2048}, "k must not exceed the context, got k = 2048 for 900 tokens"),
-        ({"k": 3}, "k must hold the keys that are always kept"),
-        ({"recent": 20}, "k must hold the keys that are always kept"),
-        ({"block": 48}, "block .b_sel. must be one of"),
+        ({"budget": "k=2048"}, "k must not exceed the context, got k = 2048 for 900 tokens"),
+        ({"budget": "k=3"}, "k must hold the keys that are always kept"),
+        ({"budget": "k=32,block=16,recent=20"}, "k must hold the keys that are always kept"),
+        ({"budget": "block=48"}, "block .b_sel. must be one of"),
         ({"max_new_tokens": 900}, "max_new_tokens must lie in"),
         ({"min_dense_score": 50}, "min_dense_score must lie in"),
         ({"impl": "fast"}, "impl must be one of"),
@@ -296,6 +297,68 @@ def test_errors_come_before_anything_is_computed(evaluate, model, tmp_path, coun
 def test_config_survives_json_and_forgets_the_device_index():
     config = replace(CONFIG, device="cuda:1", texts=("builtin", "stdlib"))
     assert EvalConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == replace(config, device="cuda")
+
+
+def tabulated(directory) -> dict:
+    """As `report_eval`, without the pictures; what is written must be JSON."""
+    config = quality._read_config(directory)
+    records = quality._records(config, directory)
+    if len(records) < len(quality._cells(config)):
+        raise RunError("config.json names other cells")
+    quality._check_agree(config, list(records.values()))
+    result = tabulate(config, records)
+    json.dumps(markdown(result), allow_nan=False)
+    json.dumps(result, allow_nan=False)
+    return result
+
+
+def test_a_record_of_another_budget_is_not_quoted(evaluate, finished, tmp_path):
+    """Two runs that differ in k, one of whose records came into the other's directory."""
+    other = replace(CONFIG, budget=CONFIG.budget.replace(k=48), tasks=("vt",), variants=("dense", "oracle"))
+    evaluate(other, tmp_path / "other")
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    shutil.copy(tmp_path / "other/records/vt-oracle.json", directory / "records/vt-oracle.json")
+    with pytest.raises(RunError, match=r"vt-oracle.json must be the record of budget .*'k': 32.*, got .*'k': 48.*: delete it"):
+        report_eval(directory)
+    shutil.copy(directory / "records/vt-local.json", directory / "records/vt-oracle.json")
+    with pytest.raises(RunError, match=r"vt-oracle.json must be the record of variant 'oracle', got 'local'"):
+        report_eval(directory)
+
+
+def test_a_run_of_version_0_1_is_read_and_resumed(evaluate, tmp_path, counted):
+    """Its config has the Budget in fields of its own, and its records have Budgets without the fields that came later."""
+    config = replace(CONFIG, tasks=("vt",), variants=("dense", "oracle-shared"), instruments=("generated",))
+    first = evaluate(config, tmp_path)
+    former = {"k": 32, "block": 16, "reduce": "max", "sink": 0, "recent": 0, "share_layers": 1, "tail": False, "candidates": 0}
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert Budget.parse(written.pop("budget")) == config.budget
+    (tmp_path / "config.json").write_text(json.dumps({**written, **former, "key_block": 64}))
+    path = tmp_path / "records/vt-oracle-shared.json"
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps({**record, "budget": {name: record["budget"][name] for name in former}}))
+    counted.clear()
+    assert evaluate(config, tmp_path)["rows"] == first["rows"] and counted == []
+    with pytest.raises(RunError, match="holds another run"):
+        evaluate(replace(config, budget=config.budget.replace(k=48)), tmp_path)
+
+
+def test_a_mutated_record_or_config_is_one_sentence_with_a_name_or_is_read(finished, tmp_path, mutations):
+    """No traceback, and no figure that is not a number: records, prompts' digests in them, and the config."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    for name in ("records/vt-dense.json", "records/niah_single_1-indexer-shared.json", "config.json"):
+        path = directory / name
+        whole = path.read_bytes()
+        for n, damaged in enumerate(mutations(json.loads(whole), 90, seed=len(name))):
+            path.write_bytes(damaged)
+            try:
+                tabulated(directory)
+            except RunError as error:
+                assert name in str(error) or (name == "config.json" and "records/" in str(error)) or "the same" in str(error), n
+                assert "\n" not in str(error)
+        path.write_bytes(whole)
+    assert tabulated(directory)["rows"] == finished[1]["rows"]
 
 
 def test_records_from_before_a_field_of_the_budget_are_adopted(evaluate, tmp_path):

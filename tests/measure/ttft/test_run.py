@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 from dataclasses import replace
 
@@ -13,10 +14,10 @@ from npu_sparse.measure.ttft import STAGES, TtftConfig, page, run_ttft, time_to_
 from npu_sparse.measure.ttft import run as ttft
 from npu_sparse.measure.variants import Subject
 from npu_sparse.models.architectures import text_config
-from npu_sparse.runs.store import RunError
+from npu_sparse.runs.store import RunError, read_stage
 
 CONFIG = TtftConfig(
-    model="tiny", lengths=(96, 200), k=32, block=16, runs=3, warmup=1, stage_runs=2, prompt="random", overhead=True,
+    model="tiny", lengths=(96, 200), budget="k=32,block=16", runs=3, warmup=1, stage_runs=2, prompt="random", overhead=True,
     variants=("dense", "oracle-shared", "indexer", "indexer-shared", "local"), dtype="float32",
 )  # fmt: skip
 
@@ -237,3 +238,62 @@ def test_errors_come_before_anything_is_measured(model, tmp_path, monkeypatch):
 
 def test_config_survives_json():
     assert TtftConfig.from_dict(json.loads(json.dumps(CONFIG.to_dict()))) == CONFIG
+
+
+def tabulated(directory) -> dict:
+    """As the end of `run_ttft`, without the pictures; what is written must be JSON."""
+    config = read_stage(directory, "ttft", TtftConfig)
+    records = list(ttft._cells(config, directory).records().values())
+    if len(records) < len(config.lengths):
+        raise RunError("config.json names other lengths")
+    ttft._check_agree(directory, records)
+    result = json.loads(json.dumps(page.tabulate(config, records), allow_nan=False))
+    page.markdown(result)
+    return result
+
+
+def test_a_record_of_another_budget_is_not_quoted(finished, model, indexer, tmp_path):
+    other = replace(CONFIG, budget=CONFIG.budget.replace(k=48), lengths=(96,), stage_runs=1, warmup=0)
+    run_ttft(other, tmp_path / "other", model=model, indexer=indexer)
+    shutil.copytree(finished[0], tmp_path / "run")
+    shutil.copy(tmp_path / "other/records/96.json", tmp_path / "run/records/96.json")
+    with pytest.raises(RunError, match=r"96.json (must be the record of budgets|cannot be read .it.stages)"):
+        run_ttft(CONFIG, tmp_path / "run", model=model, indexer=indexer)
+
+
+def test_a_run_of_version_0_1_is_read_and_resumed(finished, model, indexer, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    for path in (tmp_path / "run/records").iterdir():
+        path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "budgets"}))
+    written = json.loads((tmp_path / "run/config.json").read_text())
+    del written["budget"]
+    (tmp_path / "run/config.json").write_text(json.dumps({**written, "k": 32, "block": 16, "reduce": "max", "sink": 0}))
+    monkeypatch.setattr(ttft, "_measure", None)
+    again = run_ttft(CONFIG, tmp_path / "run", model=model, indexer=indexer)
+    assert again["rows"] == finished[1]["rows"]
+
+
+def test_another_model_is_refused_before_anything_is_measured(finished, model, indexer, tmp_path, monkeypatch):
+    shutil.copytree(finished[0], tmp_path / "run")
+    (tmp_path / "run/records/200.json").unlink()
+    monkeypatch.setattr(ttft, "_measure", None)
+    with pytest.raises(RunError, match="must have been measured with the same adapter"):
+        run_ttft(CONFIG, tmp_path / "run", model=model, indexer=Indexer.for_model(model, dim=64, seed=1))
+
+
+def test_a_mutated_record_or_config_is_one_sentence_with_a_name_or_is_read(finished, tmp_path, mutations):
+    """No traceback, and no figure that is not a number: records and the config."""
+    directory = tmp_path / "run"
+    shutil.copytree(finished[0], directory)
+    for name in ("records/96.json", "config.json"):
+        path = directory / name
+        whole = path.read_bytes()
+        for n, damaged in enumerate(mutations(json.loads(whole), 90, seed=len(name))):
+            path.write_bytes(damaged)
+            try:
+                tabulated(directory)
+            except RunError as error:
+                assert name in str(error) or (name == "config.json" and "records/" in str(error)) or "the same" in str(error), n
+                assert "\n" not in str(error)
+        path.write_bytes(whole)
+    assert tabulated(directory)["rows"] == json.loads(json.dumps(finished[1]["rows"]))
