@@ -207,11 +207,13 @@ class Walk:
                     self.scope.refuse(change, f"{extent} not change after its declaration, got {show(change)}")
 
     def check_pointers(self, pragma: c_ast.Pragma) -> None:
+        pointers = {name for name, symbol in self.outside.items() if symbol.pointer}
         for symbol in self.outside.values():
             if symbol.pointer and not symbol.argument and symbol.key in self.scope.touched:
-                for name in sorted(self.around.sources(symbol.name) - {symbol.name}):
+                for name in sorted(self.around.sources(symbol.name, pointers)):
                     known = self.outside.get(name)
-                    if known is not None and known.key in self.scope.touched and (known.shape or name in self.around.escaped):
+                    named = known is not None and known.key in self.scope.touched | self.scope.used
+                    if named and (known.shape or name in self.around.escaped):
                         rule = "pointer must not lead into what the scop uses by name"
                         self.scope.refuse(symbol.node, f"{rule}, got {symbol.name} and {name}")
 

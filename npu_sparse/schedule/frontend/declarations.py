@@ -75,7 +75,7 @@ class Declarations:
         key = self.key(key)
         symbol = Symbol(key, node.name, ctype, tuple(shape), whole, types.floating(kind, scope.typedefs), value,
                         argument=argument, local=local, persistent=persistent, pointer=bool(pointer),
-                        volatile=bool(quals & {"volatile", "_Atomic"}),
+                        volatile=bool(quals & {"volatile", "_Atomic"}) or "_Thread_local" in node.storage,
                         names={name: scope.symbols.get(name) for name in used}, node=node)
         scope.symbols[node.name] = scope.known[key] = symbol
         return symbol

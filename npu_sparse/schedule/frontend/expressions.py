@@ -164,7 +164,7 @@ class Scope:
     def touch(self, node: c_ast.Node, symbol: Symbol, forms: list[Linear], guards: tuple[str, ...] = ()) -> Touch:
         """The access of an element, which from now on belongs to the SCoP."""
         if symbol.volatile:
-            self.refuse(node, f"variable must not be volatile, got {symbol.name}")
+            self.refuse(node, f"variable must not be volatile or of one thread, got {symbol.name}")
         self.touched.add(symbol.key)
         subscripts, conditions = [], []
         for at, form in enumerate(forms):

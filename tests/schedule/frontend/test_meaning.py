@@ -133,7 +133,7 @@ REFUSED = {
     "for (int i = 0; i < 9; i++) p[(int)l] = i;": "value must be known to fit int, got (int) l",
     "for (int i = 0; i < 9; i++) p[(unsigned)(m + i)] = i;":
         "unsigned value must be known not to wrap around, got one that may in p[(unsigned) (m + i)] = i",
-    "for (int i = 0; i < 9; i++) p[i] = v;": "variable must not be volatile, got v",
+    "for (int i = 0; i < 9; i++) p[i] = v;": "variable must not be volatile or of one thread, got v",
     "for (char c = 0; c < 9; c++) p[c] = 1;": "loop must start with one integer assignment, got char c = 0",
 }
 
@@ -218,9 +218,12 @@ def test_a_temporary_that_nothing_reads_is_private():
     assert "private(t)" in generated(text, "cpu-vector")
 
 
-def test_two_names_of_one_place_are_refused():
-    text = function("for (int i = 0; i < n; i++) { t = a[i]; p[0] += t; }", before="double t, *p = &t;")
-    with pytest.raises(ScopError, match="pointer must not lead into what the scop uses by name, got p and t"):
+@pytest.mark.parametrize("before, name", [("double t, *p = &t;", "t"), ("double t, *q = &t, *p; p = q + 0;", "t"),
+                                          ("double t, *p = a;", "a"), ("double t; int k = 3, *p = (n > 3 ? &k : 0);", "k")])
+def test_two_names_of_one_place_are_refused(before, name):
+    text = function("for (int i = 0; i < n; i++) { t = a[i]; p[0] += t; }", before=before)
+    text = text.replace("i < n", "i < k") if "k" in before else text
+    with pytest.raises(ScopError, match=f"pointer must not lead into what the scop uses by name, got p and {name}"):
         parse_c(text)
 
 
