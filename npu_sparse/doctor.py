@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from npu_sparse import __version__, checkpoints, native
+from npu_sparse import __version__, ascendc, checkpoints
 
 # The oldest that pyproject.toml accepts; None for what is optional.
 PACKAGES = {
@@ -212,9 +212,9 @@ def _npu(packages: dict[str, str | None], smi: str | None) -> dict[str, Any]:
 
 def _emulation(packages: dict[str, str | None]) -> dict[str, Any]:
     """Whether the AscendC kernels run on this CPU: their library is built, or what keeps it from being built."""
-    reason = _lacking("torch", packages) or native.missing_for("emulated")
-    library = native.library("emulated")
-    if reason is None and (state := native.state("emulated")):
+    reason = _lacking("torch", packages) or ascendc.missing_for("emulated")
+    library = ascendc.library("emulated")
+    if reason is None and (state := ascendc.state("emulated")):
         reason = f"its library {state}"
     return {"runs": reason is None, "reason": reason, "library": str(library) if reason is None else None}
 
