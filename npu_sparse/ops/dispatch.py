@@ -70,6 +70,8 @@ def call(op: str, impl: str, device_type: str, *args):
 
 
 def _autocasts(device_type: str) -> bool:
+    if torch.compiler.is_compiling():  # torch 2.11 cannot trace the question whether a device has autocast; those compiled for do
+        return torch.is_autocast_enabled(device_type)
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
