@@ -24,10 +24,19 @@ def reading(path, error: type[Exception] = ValueError, what: str = "") -> Iterat
         yield
     except error:
         raise
-    except Exception as caught:
-        if type(caught).__name__ == "OutOfMemoryError":
+    except BaseException as caught:
+        if not is_the_files_fault(caught):
             raise
         raise error(f"{path}: {what + ' ' if what else ''}cannot be read ({reason(caught)})") from caught
+
+
+def is_the_files_fault(error: BaseException) -> bool:
+    """Whether an exception says something of what was read: not an interrupt, nor a device that is full.
+
+    A panic of a library in Rust is no Exception in Python, and is one here.
+    """
+    named = type(error).__name__
+    return named == "PanicException" or isinstance(error, Exception) and named != "OutOfMemoryError"
 
 
 def reason(error: BaseException) -> str:
@@ -56,8 +65,10 @@ def read_json(path, error: type[Exception] = ValueError, kind: type = dict) -> A
         raise error(f"{path}: cannot be read ({reason(caught)})") from caught
     if size > JSON_BYTES:
         raise error(f"{path} must have at most {JSON_BYTES} bytes, got {size}")
-    with reading(path, error):
+    try:
         value = json.loads(data.decode(), parse_constant=_refuse)
+    except Exception as caught:
+        raise error(f"{path} is not JSON ({reason(caught)})") from caught
     if not isinstance(value, kind):
         raise error(f"{path} must hold a JSON {_NAMES.get(kind, kind.__name__)}, got {type(value).__name__}")
     return value

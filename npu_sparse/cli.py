@@ -150,6 +150,8 @@ def _schedule(
     openscop: Annotated[Path | None, typer.Option(help="Where an OpenScop text for other tools goes.")] = None,
     sizes: Annotated[str, typer.Option(help="ni=100,alpha=1.5: compile, run both programs and compare them.")] = "",
     time_limit: Annotated[float, typer.Option(help="Seconds that the runs of --sizes may take.", min=0.1)] = 300,
+    include: Annotated[list[str] | None, typer.Option("-I", help="Directory of headers: gcc preprocesses the file.")] = None,
+    define: Annotated[list[str] | None, typer.Option("-D", help="NAME or NAME=VALUE: gcc preprocesses the file.")] = None,
     pure: Annotated[str, typer.Option(help="g,h: functions without state and side effects that the loops may call.")] = "",
 ) -> None:
     try:
@@ -164,6 +166,7 @@ def _schedule(
         source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop,
         sizes=values, time_limit_s=time_limit,
         pure=[name.strip() for name in pure.split(",") if name.strip()],
+        cpp=[*(f"-I{path}" for path in include or ()), *(f"-D{macro}" for macro in define or ())],
     )  # fmt: skip
     if text:
         typer.echo(text)

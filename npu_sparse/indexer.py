@@ -2,17 +2,23 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .boundary import read_json, reading, reason
+from .budget import Budget
 from .runs.store import replace_files
 
 FORMAT = 1
 SHIPPED = Path(__file__).parent / "adapters"  # adapters of the demo checkpoints, by name
+EVIDENCE = ("distilled", "untrained")
 DIMS = (64, 128, 256)
+MOST_HIDDEN, MOST_LAYERS = 1 << 17, 1 << 12  # several times what any model has: more is a damaged file
+DTYPES = ("F64", "F32", "F16", "BF16")  # that an adapter may be stored in, as safetensors calls them
 
 
 class AdapterError(ValueError):
@@ -40,10 +46,15 @@ class IndexerConfig:
     partition: bool = False
 
     def __post_init__(self):
+        if isinstance(self.layers, (str, bytes)) or not isinstance(self.layers, Iterable):
+            raise TypeError(f"layers must be integers, got {self.layers!r}")
         object.__setattr__(self, "layers", tuple(self.layers))
-        if self.dim not in DIMS:
+        _check_integers("hidden_size", [self.hidden_size], 1, MOST_HIDDEN)
+        _check_integers("layers", self.layers, 0, MOST_LAYERS)
+        _check_integers("rotary_dim", [self.rotary_dim], 0, MOST_HIDDEN)
+        if isinstance(self.dim, bool) or self.dim not in DIMS:
             raise ValueError(f"dim (d_idx) must be one of {', '.join(map(str, DIMS))}, got {self.dim!r}")
-        if not isinstance(self.heads, int) or not 1 <= self.heads <= 64:
+        if isinstance(self.heads, bool) or not isinstance(self.heads, int) or not 1 <= self.heads <= 64:
             raise ValueError(f"heads must be an integer in [1, 64], got {self.heads!r}")
         if not self.layers or len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers must name at least one layer and none twice, got {self.layers}")
@@ -51,6 +62,14 @@ class IndexerConfig:
             raise TypeError(f"partition must be True or False, got {self.partition!r}")
         if self.rotary_dim < 2 or self.rotary_dim % 2:
             raise ValueError(f"rotary_dim must be a positive even number, got {self.rotary_dim}")
+
+
+def _check_integers(name: str, values: Iterable[int], least: int, most: int) -> None:
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be {'integers' if name == 'layers' else 'an integer'}, got {value!r}")
+        if not least <= value <= most:
+            raise ValueError(f"{name} must be in [{least}, {most}], got {value}")
 
 
 class PartitionHead(nn.Module):
@@ -137,7 +156,17 @@ class Indexer(nn.Module):
         base: identity of the checkpoint it was made for (`checkpoints.identity`), {} where unknown.
         evidence: "distilled" after distillation, "untrained" before: untrained weights say nothing about quality.
         budget: the budget recommended with it (`Budget.to_dict()`), or None.
+        checks: what `check_base` compares, in words; adapters made before there was a fingerprint of all matrices see a
+            change of two of them only.
     """
+
+    @property
+    def checks(self) -> str:
+        if self.base.get("backbone_fingerprint"):
+            return "the geometry and every weight matrix"
+        if self.base.get("weights_fingerprint"):
+            return "the geometry, the embedding and one query projection"
+        return "the geometry"
 
     def __init__(self, config: IndexerConfig, base: dict | None = None, evidence: str = "untrained", budget=None):
         super().__init__()
@@ -158,17 +187,22 @@ class Indexer(nn.Module):
         return indexer.to(model.device)
 
     def copy_for(self, model) -> "Indexer":
-        """A frozen copy with the model's dtype and device: what serves it."""
+        """A frozen copy with the model's dtype and device: what serves it.
+
+        Raises AdapterError naming the layer where a weight is not finite in that dtype.
+        """
         copy = Indexer(self.config, self.base, self.evidence, self.budget)
         copy.load_state_dict(self.state_dict())
-        return copy.to(device=model.device, dtype=model.dtype).requires_grad_(False)  # weights in few bits are not its dtype
+        copy = copy.to(device=model.device, dtype=model.dtype).requires_grad_(False)  # weights in few bits are not its dtype
+        _check_finite(copy, f"an indexer in {str(model.dtype).removeprefix('torch.')}")
+        return copy
 
     def forward(self, layer: int, hidden: Tensor, cos: Tensor, sin: Tensor):
         """`IndexHead.forward` of one layer."""
         return self.layers[str(layer)](hidden, cos, sin)
 
     def check_base(self, model) -> None:
-        """Raises AdapterError where the model's geometry or weights are not those this indexer was made for."""
+        """Raises AdapterError where the model's geometry or weights are not those this indexer was made for: see `checks`."""
         from .checkpoints import identity
         from .models.architectures import describe
 
@@ -188,6 +222,7 @@ class Indexer(nn.Module):
             if name != "architectures" and known and found[name] != value:
                 raise AdapterError(
                     f"adapter was distilled from another base: {name} must be {value!r}, the model has {found[name]!r}"
+                    f"{_CHANGED if name == 'backbone_fingerprint' else ''}"
                 )
 
     def save_pretrained(self, directory, *, card: str = "") -> Path:
@@ -217,26 +252,19 @@ class Indexer(nn.Module):
     def from_pretrained(cls, directory, *, device="cpu", dtype=torch.float32) -> "Indexer":
         """The Indexer saved in a directory, or shipped with this package under the name of a demo checkpoint.
 
-        Raises AdapterError naming what is wrong with it.
+        Its geometry is read and compared with the file before anything is allocated. Raises AdapterError with one sentence
+        naming what is wrong with it: damaged, of another geometry than it says, not stored in a floating dtype, not finite.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         directory = _located(directory)
-        config = _read_config(directory)
-        try:
-            data = (directory / "model.safetensors").read_bytes()
-        except FileNotFoundError as error:
-            raise AdapterError(f"adapter {directory} must contain model.safetensors") from error
-        if hashlib.sha256(data).hexdigest() != config["weights_sha256"]:
-            raise AdapterError(f"adapter {directory}: model.safetensors is truncated or changed (its sha256 differs)")
-        try:
-            indexer = cls(IndexerConfig(**config["indexer"]), config["base"], config["evidence"], config["budget"])
-            indexer.load_state_dict(load(data))
-        except (SafetensorError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise AdapterError(f"adapter {directory}: weights do not fit config.json ({reason})") from error
-        return indexer.to(device=device, dtype=dtype).requires_grad_(False)
+        with reading(directory, AdapterError, "the adapter"):
+            config = _read_config(directory)
+            indexer = _built(directory, config)
+            indexer = indexer.to(device=device, dtype=dtype).requires_grad_(False)
+            _check_finite(indexer, f"adapter {directory}")
+        return indexer
+
+
+_CHANGED = ": a matrix was changed, as by merging a LoRA into it"
 
 
 def shipped() -> list[str]:
@@ -251,20 +279,76 @@ def _located(directory) -> Path:
 
 def _read_config(directory: Path) -> dict:
     try:
-        config = json.loads((directory / "config.json").read_text())
+        config = read_json(directory / "config.json", AdapterError, object)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise AdapterError(
             f"adapter {directory} must be a directory with config.json, or one of {', '.join(shipped())}"
         ) from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(f"adapter {directory}: config.json is not JSON ({error})") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else None
-        raise AdapterError(f"adapter {directory}: format must be {FORMAT}, got {found!r}; distil it again or update npu-sparse")
+        raise AdapterError(
+            f"adapter {directory}: format must be {FORMAT}, got {repr(found)[:40]}; distil it again or update "
+            "npu-sparse"
+        )
     missing = {"indexer", "base", "evidence", "budget", "weights_sha256"} - set(config)
     if missing:
         raise AdapterError(f"adapter {directory}: config.json must have {', '.join(sorted(missing))}")
     return config
+
+
+def _built(directory: Path, config: dict) -> Indexer:
+    """The Indexer that an adapter's config.json describes, with the weights beside it."""
+    from safetensors import safe_open
+
+    try:
+        if not isinstance(config["base"], dict):
+            raise TypeError(f"base must be an object, got {config['base']!r}")
+        if config["evidence"] not in EVIDENCE:
+            raise ValueError(f"evidence must be one of {', '.join(EVIDENCE)}, got {config['evidence']!r}")
+        if config["budget"] is not None:
+            Budget.from_dict(config["budget"])
+        with torch.device("meta"):  # names and shapes, without the memory
+            indexer = Indexer(IndexerConfig(**config["indexer"]), config["base"], config["evidence"], config["budget"])
+        expected = {name: tuple(tensor.shape) for name, tensor in indexer.state_dict().items()}
+    except Exception as error:
+        raise AdapterError(f"adapter {directory}: weights do not fit config.json ({reason(error)})") from error
+    path = directory / "model.safetensors"
+    if not path.is_file():
+        raise AdapterError(f"adapter {directory} must contain model.safetensors")
+    if _sha256(path) != config["weights_sha256"]:
+        raise AdapterError(f"adapter {directory}: model.safetensors is truncated or changed (its sha256 differs)")
+    with safe_open(path, framework="pt") as file:
+        stored = {name: file.get_slice(name) for name in file.keys()}
+        found = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+        if found != expected:
+            first = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))[0]
+            raise AdapterError(
+                f"adapter {directory}: weights do not fit config.json ({first} must have shape {expected.get(first)}, "
+                f"got {found.get(first)})"
+            )
+        for name, tensor in stored.items():
+            if tensor.get_dtype() not in DTYPES:
+                raise AdapterError(
+                    f"adapter {directory}: {name} must be stored in one of {', '.join(DTYPES)}, got {tensor.get_dtype()}"
+                )
+        indexer.load_state_dict({name: file.get_tensor(name) for name in stored}, assign=True)
+    return indexer
+
+
+def _check_finite(indexer: Indexer, what: str) -> None:
+    named = list(indexer.named_parameters())
+    finite = torch.stack([parameter.detach().isfinite().all() for _, parameter in named]).tolist()  # one wait for the device
+    for (name, _), is_finite in zip(named, finite):
+        if not is_finite:
+            raise AdapterError(f"{what} must have finite weights, and layer {name.split('.')[1]} has not ({name})")
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _card(config: dict) -> str:

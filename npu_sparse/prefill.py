@@ -173,7 +173,7 @@ class SparsePrefill:
         most_k = max(self.budget.k_for(start, layer) for start in tiers for layer in self.architecture.layers)
         check_limits(
             self.model.device.type, dtype=self.model.dtype, block=self.budget.block, k=most_k,
-            head_dim=self.architecture.head_dim, reduce="max" if self.selector.indexer is None else self.budget.reduce,
+            head_dim=self.architecture.head_dim,
         )  # fmt: skip
 
     def _patch(self) -> None:

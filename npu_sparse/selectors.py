@@ -12,8 +12,8 @@ from . import ops
 from .budget import Budget
 from .indexer import AdapterError
 from .indexer import Indexer as IndexerModule
-from .ops import workspace
 from .ops.masks import visible_to_block
+from .ops.slices import slices
 from .support import Support, concatenate
 
 
@@ -182,10 +182,8 @@ def _blocks(queries: int, budget: Budget) -> int:
 def select_by_scores(inputs: LayerInputs, budget: Budget, score, heads: int = 1) -> Support:
     """The Support of `score(start, stop, end, valid)` -> `[B, heads, Nq, end]`, by slices of queries."""
     B, Tq, Tk = inputs.q.shape[0], inputs.q.shape[2], inputs.k.shape[2]
-    rows = max(1, workspace.elements() // (B * heads * Tk)) * budget.block
     parts = []
-    for start in range(0, Tq, rows):
-        stop = min(start + rows, Tq)
+    for start, stop in slices(Tq, B * heads * Tk, budget.block):
         end = Tk - Tq + stop
         valid = None if inputs.valid is None else inputs.valid[:, :end]
         with inputs.stage("scoring"):

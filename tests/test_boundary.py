@@ -13,6 +13,10 @@ class FileError(ValueError):
     pass
 
 
+class PanicException(BaseException):
+    """What a panic in a library of Rust is called; it is no Exception."""
+
+
 @pytest.mark.parametrize(
     "raised, said",
     [
@@ -20,6 +24,7 @@ class FileError(ValueError):
         (RecursionError("maximum recursion depth exceeded"), "it is nested too deeply"),
         (KeyError("weight_map"), "'weight_map'"),
         (MemoryError(), "MemoryError"),
+        (PanicException("index out of bounds"), "index out of bounds"),
         (OverflowError("Python int too large\nto convert"), "Python int too large"),
         (OSError(5, "Input/output error", "a/b"), "Input/output error"),
         (AttributeError("x" * 900), "x" * 200 + "..."),
@@ -42,14 +47,14 @@ def test_what_is_not_the_files_fault_passes_through(raised):
 @pytest.mark.parametrize(
     "content, said",
     [
-        (b"", "cannot be read (Expecting value: line 1 column 1 (char 0))"),
-        (b"{", "cannot be read (Expecting property name"),
-        (b"[" * 100_000, "cannot be read (it is nested too deeply)"),
-        (b'{"a":' * 100_000, "cannot be read (it is nested too deeply)"),
-        (b"\xff\xfe{}", "cannot be read ('utf-8' codec"),
-        (b'{"a": NaN}', "cannot be read (NaN is not JSON)"),
-        (b'{"a": -Infinity}', "cannot be read (-Infinity is not JSON)"),
-        (b'{"a": ' + b"9" * 10_000 + b"}", "cannot be read (Exceeds the limit"),
+        (b"", "config.json is not JSON (Expecting value: line 1 column 1 (char 0))"),
+        (b"{", "config.json is not JSON (Expecting property name"),
+        (b"[" * 100_000, "config.json is not JSON (it is nested too deeply)"),
+        (b'{"a":' * 100_000, "config.json is not JSON (it is nested too deeply)"),
+        (b"\xff\xfe{}", "config.json is not JSON ('utf-8' codec"),
+        (b'{"a": NaN}', "config.json is not JSON (NaN is not JSON)"),
+        (b'{"a": -Infinity}', "config.json is not JSON (-Infinity is not JSON)"),
+        (b'{"a": ' + b"9" * 10_000 + b"}", "config.json is not JSON (Exceeds the limit"),
         (b"[]", "must hold a JSON object, got list"),
         (b"3", "must hold a JSON object, got int"),
         (b"null", "must hold a JSON object, got NoneType"),

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from npu_sparse import Budget, Indexer, IndexerConfig, SparsePrefill
-from npu_sparse.indexer import AdapterError, IndexHead, rotary_for, rotate
+from npu_sparse.indexer import AdapterError, IndexHead, rotary_for, rotate, shipped
 from npu_sparse.testing import TINY_MODELS, normal, tiny_model
 
 
@@ -217,6 +217,72 @@ def test_a_config_that_is_not_an_adapters_is_refused(adapter, content):
         Indexer.from_pretrained(adapter)
 
 
+def restored(adapter, change):
+    """The adapter with its weights changed by `change(weights)`, and a digest that fits."""
+    import hashlib
+
+    weights = load_file(adapter / "model.safetensors")
+    change(weights)
+    save_file(weights, adapter / "model.safetensors")
+    rewritten(adapter, weights_sha256=hashlib.sha256((adapter / "model.safetensors").read_bytes()).hexdigest())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.bool, torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_weights_in_a_dtype_that_casting_would_ruin_are_refused(adapter, dtype):
+    name = "layers.1.k_proj.weight"
+    restored(adapter, lambda weights: weights.update({name: weights[name].to(dtype)}))
+    with pytest.raises(AdapterError, match=rf"{name} must be stored in one of F64, F32, F16, BF16, got \w+"):
+        Indexer.from_pretrained(adapter)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_weights_in_another_floating_dtype_are_taken(adapter, dtype):
+    expected = Indexer.from_pretrained(adapter).state_dict()
+    restored(adapter, lambda weights: weights.update({name: tensor.to(dtype) for name, tensor in weights.items()}))
+    found = Indexer.from_pretrained(adapter).state_dict()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("name", ["layers.1.q_proj.weight", "layers.2.k_norm.bias", "layers.0.w_proj.weight"])
+def test_weights_that_are_not_finite_are_refused_with_their_layer(adapter, name, value):
+    restored(adapter, lambda weights: weights[name].view(-1)[3:4].fill_(float(value)))
+    layer = name.split(".")[1]
+    with pytest.raises(AdapterError, match=rf"must have finite weights, and layer {layer} has not \({name}\)"):
+        Indexer.from_pretrained(adapter)
+
+
+def test_weights_that_overflow_in_the_models_dtype_are_refused_with_their_layer():
+    half = tiny_model("llama", dtype=torch.float16)
+    indexer, before = Indexer.for_model(half, dim=64), half.config._attn_implementation
+    with torch.no_grad():
+        indexer.layers["2"].q_proj.weight[0, 0] = 1e5
+    with pytest.raises(AdapterError, match=r"an indexer in float16 must have finite weights, and layer 2 has not"):
+        SparsePrefill.attach(half, indexer, Budget(k=8))
+    assert half.config._attn_implementation == before
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"indexer": {"hidden_size": 64, "layers": ["a.b"], "rotary_dim": 16}}, "layers must be integers, got 'a.b'"),
+        ({"indexer": {"hidden_size": 64, "layers": "01", "rotary_dim": 16}}, "layers must be integers, got '01'"),
+        ({"indexer": {"hidden_size": 64, "layers": [True], "rotary_dim": 16}}, "layers must be integers, got True"),
+        ({"indexer": {"hidden_size": 300000, "layers": [0], "rotary_dim": 16}}, "hidden_size must be in"),
+        ({"indexer": {"hidden_size": 64.0, "layers": [0], "rotary_dim": 16}}, "hidden_size must be an integer, got 64.0"),
+        ({"indexer": []}, "do not fit config.json"),
+        ({"budget": {"k": 8, "per_layer": []}}, "do not fit config.json"),
+        ({"budget": [1]}, "do not fit config.json"),
+        ({"evidence": 3}, "evidence must be one of distilled, untrained, got 3"),
+    ],
+)
+def test_what_a_config_may_not_hold_is_refused_in_a_sentence(adapter, changes, said):
+    rewritten(adapter, **changes)
+    with pytest.raises(AdapterError) as caught:
+        Indexer.from_pretrained(adapter)
+    assert said in str(caught.value) and str(adapter) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_missing_files_are_named(adapter, tmp_path):
     with pytest.raises(AdapterError, match="must be a directory with config.json"):
         Indexer.from_pretrained(tmp_path / "nowhere")
@@ -293,6 +359,33 @@ def test_adapters_of_another_base_or_geometry_are_refused(model, adapter):
         loaded.check_base(tiny_model("qwen3_5"))
     with pytest.raises(AdapterError, match="model_type must be 'llama', the model has 'qwen2'"):
         loaded.check_base(tiny_model("qwen2"))
+
+
+def test_a_backbone_with_a_lora_merged_into_v_proj_is_another_base(model, adapter):
+    loaded, changed = Indexer.from_pretrained(adapter), tiny_model("llama")
+    loaded.check_base(changed)
+    weight = changed.model.layers[2].self_attn.v_proj.weight
+    with torch.no_grad():
+        weight.add_(1e-3 * normal(weight.shape[0], 2) @ normal(2, weight.shape[1]))
+    with pytest.raises(AdapterError, match="backbone_fingerprint must be .*: a matrix was changed, as by merging a LoRA"):
+        loaded.check_base(changed)
+
+
+def test_an_adapter_says_what_of_its_base_it_checks(model, indexer):
+    assert indexer.checks == "the geometry and every weight matrix"
+    del indexer.base["backbone_fingerprint"]  # as adapters were before
+    assert indexer.checks == "the geometry, the embedding and one query projection"
+    indexer.check_base(model)
+    with pytest.raises(AdapterError, match="weights_fingerprint must be"):
+        indexer.check_base(tiny_model("llama", seed=1))
+    indexer.base = {}
+    assert indexer.checks == "the geometry"
+
+
+@pytest.mark.parametrize("name", shipped())
+def test_shipped_adapters_load_and_say_what_they_check(name):
+    loaded = Indexer.from_pretrained(name)
+    assert loaded.base["weights_fingerprint"] and loaded.checks.startswith("the geometry")
 
 
 def test_a_copy_for_a_model_is_frozen_and_its_own():

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..boundary import reason
+from ..boundary import is_the_files_fault, reason
 from .cache import MARKER, MARKER_FORMAT, CheckpointError, progress_bar
 from .gguf_header import Header, Tensor, read_header, write_without_vocabulary
 from .sources import Checkpoint
@@ -72,7 +72,9 @@ def write_bf16(gguf: Path, target: Path) -> dict[str, str]:
             shutil.copymode(target / "config.json", file)
     except CheckpointError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not is_the_files_fault(error):
+            raise
         if isinstance(error, SafetensorError) and f"os error {errno.ENOSPC}" in str(error):  # a full disk in its own words
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
         # transformers raises a bare OSError for files that it cannot make sense of.

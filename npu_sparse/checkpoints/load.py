@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..boundary import reading, reason
+from ..boundary import is_the_files_fault, reading, reason
 from .cache import CheckpointError, cache_dir, cache_error, is_prepared, locked, say, sha256_of, swept
 from .demos import DEMOS, obtain
 from .gguf import convert, transformers_bars
@@ -144,8 +144,8 @@ def _from_pretrained(auto_class: Any, checkpoint: Checkpoint, **options: Any) ->
             return auto_class.from_pretrained(checkpoint.path, local_files_only=True, **options)
     try:
         return auto_class.from_pretrained(checkpoint.name, **options)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":
+    except BaseException as error:
+        if not is_the_files_fault(error):
             raise
         raise CheckpointError(
             f"transformers cannot load {checkpoint.name!r} ({reason(error)}): give {WHAT_LOADS}"

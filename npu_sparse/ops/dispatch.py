@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 
 from .. import native
-from ..budget import REDUCTIONS
 
 OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is in
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
@@ -37,7 +36,6 @@ class Limits:
         dim_multiple, most_dim: D, Dv and Di are multiples of the first, up to the second.
         most_block: queries that share a support.
         most_k: slots of a support, as far as the context has them.
-        reductions: of a block's scores, as in Budget.reduce.
     """
 
     dtypes: tuple[torch.dtype, ...]
@@ -45,12 +43,9 @@ class Limits:
     most_dim: int
     most_block: int
     most_k: int
-    reductions: tuple[str, ...] = REDUCTIONS
 
 
-ASCENDC = Limits(
-    (torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032, reductions=("max", "mean")
-)
+ASCENDC = Limits((torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256, most_block=128, most_k=4032)
 LIMITS = {"npu": ASCENDC, "cpu": ASCENDC}  # the emulation runs the same sources
 
 
@@ -141,9 +136,7 @@ def require_kernel(op: str, device_type: str, advice: str) -> None:
         raise KernelUnavailableError(f"{_unavailable(op, device_type)}, {advice}")
 
 
-def check_limits(
-    device_type: str, *, dtype: torch.dtype, block: int, k: int, reduce: str = "max", **dims: int
-) -> None:
+def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
     """Raises TypeError or ValueError where the kernels of this device do not take these sizes; `dims` by their names.
 
     For callers who want to know before there are tensors; a kernel checks again what it gets.
@@ -164,10 +157,6 @@ def check_limits(
     for name, value, most in (("block", block, limits.most_block), ("k", k, limits.most_k)):
         if value > most:
             raise ValueError(f"{name} must be at most {most} for the kernels on {device_type!r}, got {value}")
-    if reduce not in limits.reductions:
-        raise ValueError(
-            f"reduce must be one of {', '.join(limits.reductions)} for the kernels on {device_type!r}, got {reduce!r}"
-        )
 
 
 def _kernel(op: str, device_type: str) -> Callable | None:
@@ -195,16 +184,3 @@ def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
     if device_type in KERNEL_KEYS and not has_kernels_for(op, device_type):
         how = f"it has kernels for {', '.join(_DEVICES[op])} only: pass impl='reference'"
     return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {how}")
-
-
-def check_tensor(name: str, tensor, shape: tuple, dtypes: tuple, device=None) -> None:
-    """Raises TypeError or ValueError unless `tensor` has this shape (None = any), one of the dtypes and the device."""
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {tensor.dtype}")
-    if tensor.ndim != len(shape) or any(want is not None and want != got for want, got in zip(shape, tensor.shape)):
-        wanted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(tensor.shape)}")
-    if device is not None and tensor.device != device:
-        raise ValueError(f"{name} must be on {device} like the other inputs, got {tensor.device}")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from npu_sparse.schedule import config, legality, openscop, render
 from npu_sparse.schedule.c.print import generate_file
-from npu_sparse.schedule.c.run import run
+from npu_sparse.schedule.c.run import FLAGS, run
 from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
@@ -26,17 +26,18 @@ def schedule_file(
     sizes: dict[str, float] | None = None,
     time_limit_s: float = 300,
     pure: Collection[str] = (),
+    cpp: Collection[str] = (),
 ) -> str:
     """Schedules the SCoP of a C file by a shipped strategy or a YAML file; returns what is to be printed.
 
     That is the generated C without `output`, the schedule tree with `tree`, and with `sizes` (a value for every scalar argument
     of the function) a comparison of the original and the generated program, run with 1, 2 and 4 threads within `time_limit_s`
-    seconds. `pure` names functions whose calls may move (see parse_c).
+    seconds. `pure` names functions whose calls may move, and `cpp` are options for gcc's preprocessor (see parse_c).
 
     Raises ValueError in one sentence for any mistake; nothing is written then.
     """
     settings = config.load(strategy)
-    scop = parse_c(source, function or None, pure=pure)
+    scop = parse_c(source, function or None, cpp=tuple(cpp) or None, pure=pure)
     plan = schedule(scop, settings)
     violations = legality.check(scop, plan.union_map(), settings.relax_reductions)
     if violations:
@@ -45,7 +46,8 @@ def schedule_file(
     generated = generate_file(scop, text, plan.tree(), separate=separate)
     shown = [f"note: {note}" for note in plan.notes]
     if sizes is not None:
-        results = run(scop, {"original": text, "generated": generated}, dict(sizes), threads=(1, 2, 4), timeout_s=time_limit_s)
+        results = run(scop, {"original": text, "generated": generated}, dict(sizes), threads=(1, 2, 4), timeout_s=time_limit_s,
+                      flags=(*FLAGS, f"-I{source.resolve().parent}", *cpp))
         shown.append(_compared(results, exact=not settings.relax_reductions))
     if draw:
         render.draw(plan, draw)

@@ -91,6 +91,7 @@ class Scop:
         region: its lines in the source, from `#pragma scop` to `#pragma endscop`, both included; (0, 0) without one.
         start: the line on which the definition of that function begins; 0 where it does not begin a line, or is unknown.
         types: the C type of each parameter.
+        tail: statements that leave behind the last values of iterators that are read after the loops.
         aliases: C's names of parameters, arrays and arguments that have other names here, as isl does not read C's.
     """
 
@@ -106,6 +107,7 @@ class Scop:
     start: int = 0
     types: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
+    tail: tuple[str, ...] = ()
 
     def domain(self) -> isl.UnionSet:
         """All statement instances."""

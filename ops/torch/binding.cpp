@@ -136,7 +136,7 @@ void Run(Launcher launch, KernelUnits units, uint32_t blocks, uint64_t workspace
 }
 
 ScoreProblem ScoreProblemOf(const Tensor& qi, const Tensor& ki, const OptionalTensor& w, int64_t block, c10::string_view reduce,
-                            const OptionalTensor& valid)
+                            const OptionalTensor& valid, const OptionalTensor& partition)
 {
     CheckServed("qi", qi);
     CheckDims("qi", qi, 4);
@@ -144,6 +144,10 @@ ScoreProblem ScoreProblemOf(const Tensor& qi, const Tensor& ki, const OptionalTe
     CheckInput("ki", ki, {qi.size(0), ki.size(1), qi.size(3)}, qi.scalar_type(), qi);
     CheckInput("w", w, {qi.size(0), qi.size(2), qi.size(1)}, qi.scalar_type(), qi);
     CheckInput("valid", valid, {qi.size(0), ki.size(1)}, at::kBool, qi);
+    CheckInput("partition", partition, {qi.size(0), qi.size(2)}, at::kFloat, qi);
+    const bool normal = reduce == "softmax_max";
+    TORCH_CHECK_VALUE(normal == partition.has_value(), "partition must be given for softmax_max and for nothing else, got ",
+                      partition ? "a tensor" : "None", " for ", reduce);
     ScoreProblem problem;
     problem.batch = Size("B", qi, 0);
     problem.heads = Size("Hi", qi, 1);
@@ -151,26 +155,27 @@ ScoreProblem ScoreProblemOf(const Tensor& qi, const Tensor& ki, const OptionalTe
     problem.keys = Size("Tk", ki, 1);
     problem.dim = Size("d_idx", qi, 3);
     problem.block = U32("block", block);
-    problem.mean = IsMean(reduce);
+    problem.mean = !normal && IsMean(reduce);
     problem.hasWeights = w.has_value();
     problem.hasValid = valid.has_value();
+    problem.hasPartition = normal;
     problem.dtype = Type("qi", qi);
     return problem;
 }
 
 Tensor IndexScores(const Tensor& qi, const Tensor& ki, const OptionalTensor& w, int64_t block, c10::string_view reduce,
-                   const OptionalTensor& valid, const OptionalTensor& /*partition*/)
+                   const OptionalTensor& valid, const OptionalTensor& partition)
 {
     const c10::DeviceGuard guard(qi.device());
-    const IndexScoresProblem problem = ScoreProblemOf(qi, ki, w, block, reduce, valid);
+    const IndexScoresProblem problem = ScoreProblemOf(qi, ki, w, block, reduce, valid, partition);
     Accept(CheckIndexScores(problem));
     const IndexScoresTiling tiling = MakeIndexScoresTiling(problem, DeviceHardware());
     const Tensor queries = qi.contiguous(), keys = ki.contiguous();
-    const OptionalTensor weights = Contiguous(w), seen = Contiguous(valid);
+    const OptionalTensor weights = Contiguous(w), seen = Contiguous(valid), own = Contiguous(partition);
     const Tensor scores =
         qi.new_empty({qi.size(0), CeilDiv(problem.queries, problem.block), ki.size(1)}, qi.options().dtype(at::kFloat));
     Run(launch_index_scores, KernelUnits::MIXED, IndexScoresBlocks(tiling), IndexScoresWorkspace(tiling), tiling,
-        {In("qi", queries), In("ki", keys), In("w", weights), In("valid", seen), Out("scores", scores)}, qi);
+        {In("qi", queries), In("ki", keys), In("w", weights), In("valid", seen), In("partition", own), Out("scores", scores)}, qi);
     return scores;
 }
 
@@ -208,25 +213,25 @@ std::tuple<Tensor, Tensor> SelectTokens(const Tensor& scores, int64_t k, int64_t
 
 std::tuple<Tensor, Tensor> SelectByIndex(const Tensor& qi, const Tensor& ki, const OptionalTensor& w, int64_t k, int64_t block,
                                          c10::string_view reduce, int64_t sink, int64_t recent, const OptionalTensor& valid,
-                                         const OptionalTensor& /*partition*/)
+                                         const OptionalTensor& partition)
 {
     const c10::DeviceGuard guard(qi.device());
     SelectByIndexProblem problem;
-    static_cast<ScoreProblem&>(problem) = ScoreProblemOf(qi, ki, w, block, reduce, valid);
+    static_cast<ScoreProblem&>(problem) = ScoreProblemOf(qi, ki, w, block, reduce, valid, partition);
     problem.k = U32("k", k);
     problem.sink = U32("sink", sink);
     problem.recent = U32("recent", recent);
     Accept(CheckSelectByIndex(problem));
     const SelectByIndexTiling tiling = MakeSelectByIndexTiling(problem, DeviceHardware());
     const Tensor queries = qi.contiguous(), keys = ki.contiguous();
-    const OptionalTensor weights = Contiguous(w), seen = Contiguous(valid);
+    const OptionalTensor weights = Contiguous(w), seen = Contiguous(valid), own = Contiguous(partition);
     const int64_t rows = CeilDiv(problem.queries, problem.block);
     const auto ints = qi.options().dtype(at::kInt);
     const Tensor indices = qi.new_empty({qi.size(0), 1, rows, std::min(k, ki.size(1))}, ints);
     const Tensor count = qi.new_empty({qi.size(0), 1, rows}, ints);
     Run(launch_select_by_index, KernelUnits::MIXED, SelectByIndexBlocks(tiling), SelectByIndexWorkspace(tiling), tiling,
-        {In("qi", queries), In("ki", keys), In("w", weights), In("valid", seen), Out("indices", indices), Out("count", count)},
-        qi);
+        {In("qi", queries), In("ki", keys), In("w", weights), In("valid", seen), In("partition", own), Out("indices", indices),
+         Out("count", count)}, qi);
     return {indices, count};
 }
 

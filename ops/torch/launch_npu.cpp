@@ -32,9 +32,9 @@ uint32_t DeviceCores()
         npu_sparse_##op<<<blocks, nullptr, stream>>>(__VA_ARGS__);                                                \
     }
 
-LAUNCH(index_scores, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6))
+LAUNCH(index_scores, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
 LAUNCH(select_tokens, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5))
-LAUNCH(select_by_index, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
+LAUNCH(select_by_index, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7), GM(8))
 LAUNCH(sparse_attention, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
 LAUNCH(attention_mass, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5))
 

@@ -21,9 +21,8 @@ def mass_arguments(at, block=8):
 
 def index_arguments(at, block=8):
     qi, ki, w = index_inputs(2, 3, 21, 30, 64, dtype=at.dtype(), device=at.device)
-    served = at.limits is None or "softmax_max" in at.limits.reductions
-    reduce, own = ("softmax_max", normal(2, 21, device=at.device)) if served else ("mean", None)
-    return qi, ki, w, block, reduce, padding(2, 30, "right", device=at.device), own
+    own = normal(2, 21, device=at.device)
+    return qi, ki, w, block, "softmax_max", padding(2, 30, "right", device=at.device), own
 
 
 def partition_arguments(at, block=8):

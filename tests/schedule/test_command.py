@@ -115,3 +115,17 @@ def test_page_names_every_key():
     keys |= {"ILP_construction", "scheduling_dimension", *config.COST_FUNCTIONS, *config.DIRECTIVES, *config.HEURISTICS}
     keys |= set(config.shipped())
     assert [key for key in sorted(keys) if not re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", page)] == []
+
+
+def test_macros_of_headers_and_of_the_command_line(tmp_path, capsys):
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "size.h").write_text("#define LAST(n) (n - REST)\n")
+    (tmp_path / "local.h").write_text("#define FACTOR 2\n")
+    path = tmp_path / "kernel.c"
+    text = SCALE.replace("i < n", "i < LAST(n)").replace("= a", "= FACTOR * a")
+    path.write_text('#include "size.h"\n#include "local.h"\n' + text)
+    options = ["-I", str(tmp_path / "include"), "-D", "REST=3"]
+    assert cli.main(["schedule", str(path), *options, "--sizes", "n=100,a=2"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("bitwise equal") == 6 and "x[(i)] *= 2 * a" in shown and "(n - 3)" in shown.replace("n - 3", "(n - 3)")
+    assert "loop condition must be affine" in refusal(capsys, path)

@@ -5,9 +5,8 @@ from torch import Tensor
 
 from ...budget import MASS_REDUCTIONS
 from .. import dispatch
+from ..checks import FLOATS, check_heads, check_lengths, check_tensor, check_valid
 from .reference import attention_mass as reference
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake(q, k, scale, block, reduce, per_kv, valid):
@@ -52,9 +51,9 @@ def attention_mass(
     The output holds all Tq rows: for a long context call it for slices, `q[:, :, a:b]` with `k[:, :, :b]`.
     Raises ValueError or TypeError for inputs that break a rule, KernelUnavailableError where a kernel is asked for and missing.
     """
-    dispatch.check_tensor("q", q, (None, None, None, None), FLOATS)
+    check_tensor("q", q, (None, None, None, None), FLOATS)
     B, Hq, Tq, D = q.shape
-    dispatch.check_tensor("k", k, (B, None, None, D), (q.dtype,), q.device)
+    check_tensor("k", k, (B, None, None, D), (q.dtype,), q.device)
     check_heads(Hq, k.shape[1])
     check_lengths(Tq, k.shape[2])
     if reduce_block < 1:
@@ -63,18 +62,3 @@ def attention_mass(
         raise ValueError(f"reduce must be one of {', '.join(MASS_REDUCTIONS)}, got {reduce!r}")
     check_valid(valid, B, k.shape[2], q.device)
     return dispatch.call("attention_mass", impl, q.device.type, q, k, float(scale), reduce_block, reduce, per_kv, valid)
-
-
-def check_heads(Hq: int, Hkv: int) -> None:
-    if Hkv < 1 or Hq % Hkv:
-        raise ValueError(f"query heads must be a multiple of KV heads, got {Hq} and {Hkv}")
-
-
-def check_lengths(Tq: int, Tk: int) -> None:
-    if Tq < 1 or Tk < Tq:
-        raise ValueError(f"queries must be the last Tq of Tk keys with 1 <= Tq <= Tk, got Tq = {Tq}, Tk = {Tk}")
-
-
-def check_valid(valid: Tensor | None, B: int, Tk: int, device) -> None:
-    if valid is not None:
-        dispatch.check_tensor("valid", valid, (B, Tk), (torch.bool,), device)

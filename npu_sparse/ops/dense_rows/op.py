@@ -4,12 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..attention_mass.op import check_heads, check_valid
+from ..checks import FLOATS, check_heads, check_tensor, check_valid
 from ..sparse_attention.op import fake_gradients
 from .reference import dense_rows as reference
 from .reference import dense_rows_backward
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake(q, k, v, positions, scale, valid):
@@ -73,13 +71,13 @@ def dense_rows(
         valid: bool `[B, Tk]`, False for padding; None = all valid.
         impl: "auto", "reference" or "kernel"; kernels exist for cuda only.
     """
-    dispatch.check_tensor("q", q, (None, None, None, None), FLOATS)
+    check_tensor("q", q, (None, None, None, None), FLOATS)
     B, Hq, R, D = q.shape
-    dispatch.check_tensor("k", k, (B, None, None, D), (q.dtype,), q.device)
+    check_tensor("k", k, (B, None, None, D), (q.dtype,), q.device)
     Hkv, Tk = k.shape[1], k.shape[2]
-    dispatch.check_tensor("v", v, (B, Hkv, Tk, None), (q.dtype,), q.device)
+    check_tensor("v", v, (B, Hkv, Tk, None), (q.dtype,), q.device)
     check_heads(Hq, Hkv)
-    dispatch.check_tensor("positions", positions, (B, R), (torch.int32,), q.device)
+    check_tensor("positions", positions, (B, R), (torch.int32,), q.device)
     check_valid(valid, B, Tk, q.device)
     if R < 1 or Tk < 1:
         raise ValueError(f"q and k must hold at least one row each, got {R} and {Tk}")

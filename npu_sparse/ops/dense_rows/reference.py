@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .. import workspace
+from ..slices import slices
 from ..sparse_attention.backward import through_softmax
 
 
@@ -18,9 +18,7 @@ def dense_rows(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
     # what no row sees may hold anything: it must not reach one as 0 * NaN
     k, v = (x.masked_fill(~used[:, None, :, None], 0.0) for x in (k, v))
     out = q.new_zeros((B, R, Hq, v.shape[-1])).transpose(1, 2)
-    step = max(1, workspace.elements() // (B * Hq * Tk))
-    for start in range(0, R, step):
-        rows = slice(start, start + step)
+    for rows in (slice(*ends) for ends in slices(R, B * Hq * Tk)):
         sees = (place <= positions[:, rows, None]) & used[:, None]  # [B, rows, Tk]
         blind = ~sees.any(-1, keepdim=True)
         tile = scaled_dot_product_attention(
@@ -43,9 +41,7 @@ def dense_rows_backward(
         used = used & valid
     keys, values = (x.to(wide).masked_fill(~used[:, None, :, None], 0.0)[:, :, None] for x in (k, v))  # [B, Hkv, 1, Tk, D]
     dq, dk, dv = (torch.zeros(x.shape, dtype=wide, device=x.device) for x in (q, k, v))
-    step = max(1, workspace.elements() // (B * Hq * Tk))
-    for start in range(0, R, step):
-        rows = slice(start, start + step)
+    for rows in (slice(*ends) for ends in slices(R, B * Hq * Tk)):
         sees = ((place <= positions[:, rows, None]) & used[:, None])[:, None, None]  # [B, 1, 1, rows, Tk]
         queries, above = (x[:, :, rows].to(wide).unflatten(1, (Hkv, -1)) for x in (q, grad))  # [B, Hkv, G, rows, D]
         scores = (queries @ keys.mT * scale).masked_fill(~sees, float("-inf"))

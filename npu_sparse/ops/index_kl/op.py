@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..attention_mass.op import check_heads
+from ..checks import FLOATS, check_heads, check_tensor
 from . import reference
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INPUTS = "Tensor q, Tensor k, Tensor qi, Tensor ki, Tensor? w, int[] starts, int[] stops, float scale"
 DEVICES = ("cuda",)
 
@@ -94,15 +93,15 @@ def index_kl(
     There is no padding: contexts are cut to one length. Raises ValueError or TypeError for inputs that break a rule,
     KernelUnavailableError where a kernel is asked for and missing.
     """
-    dispatch.check_tensor("q", q, (None, None, None, None), FLOATS)
+    check_tensor("q", q, (None, None, None, None), FLOATS)
     B, Hq, T, D = q.shape
-    dispatch.check_tensor("k", k, (B, None, T, D), (q.dtype,), q.device)
+    check_tensor("k", k, (B, None, T, D), (q.dtype,), q.device)
     check_heads(Hq, k.shape[1])
-    dispatch.check_tensor("qi", qi, (B, None, T, None), FLOATS, q.device)
+    check_tensor("qi", qi, (B, None, T, None), FLOATS, q.device)
     Hi, Di = qi.shape[1], qi.shape[3]
-    dispatch.check_tensor("ki", ki, (B, T, Di), (qi.dtype,), q.device)
+    check_tensor("ki", ki, (B, T, Di), (qi.dtype,), q.device)
     if w is not None:
-        dispatch.check_tensor("w", w, (B, T, Hi), (qi.dtype,), q.device)
+        check_tensor("w", w, (B, T, Hi), (qi.dtype,), q.device)
     _check_segments(segments, T)
     device_type = q.device.type
     if impl == "auto" and not dispatch.has_kernels_for("index_kl", device_type):

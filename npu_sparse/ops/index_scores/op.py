@@ -6,11 +6,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from ...budget import REDUCTIONS
 from ...support import Support, concatenate
-from .. import dispatch, workspace
-from ..attention_mass.op import FLOATS, check_lengths, check_valid
-from ..select_tokens.op import check_counts, select_tokens
+from .. import dispatch
+from ..checks import check_counts, check_scoring
+from ..select_tokens.op import select_tokens
+from ..slices import slices
 from . import reference
 
 
@@ -144,10 +144,8 @@ def select_by_slices(
 ) -> Support:
     B, _, Tq, _ = qi.shape
     Tk = ki.shape[1]
-    rows = max(1, workspace.elements() // (B * Tk)) * block
     parts = []
-    for start in range(0, Tq, rows):
-        stop = min(start + rows, Tq)
+    for start, stop in slices(Tq, B * Tk, block):
         end = Tk - Tq + stop
         seen = None if valid is None else valid[:, :end]
         weights, own = (None if x is None else x[:, start:stop] for x in (w, partition))
@@ -160,22 +158,3 @@ def select_by_slices(
                 scores, k=k, sink=sink, recent=recent, block=block, queries=stop - start, valid=seen, impl=impl
             ))  # fmt: skip
     return concatenate(parts)
-
-
-def check_scoring(qi, ki, w, block, reduce, valid, partition):
-    """Raises TypeError or ValueError where inputs that index scores are made of break a rule."""
-    dispatch.check_tensor("qi", qi, (None, None, None, None), FLOATS)
-    B, Hi, Tq, Di = qi.shape
-    dispatch.check_tensor("ki", ki, (B, None, Di), (qi.dtype,), qi.device)
-    check_lengths(Tq, ki.shape[1])
-    if w is not None:
-        dispatch.check_tensor("w", w, (B, Tq, Hi), (qi.dtype,), qi.device)
-    if block < 1:
-        raise ValueError(f"block must be >= 1, got {block}")
-    if reduce not in REDUCTIONS:
-        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-    check_valid(valid, B, ki.shape[1], qi.device)
-    if partition is not None:
-        if reduce != "softmax_max":
-            raise ValueError(f"partition must be None unless reduce is softmax_max, got a tensor for {reduce}")
-        dispatch.check_tensor("partition", partition, (B, Tq), (torch.float32,), qi.device)

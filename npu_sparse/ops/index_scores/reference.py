@@ -19,7 +19,7 @@ def index_scores(
     relu_last = Hi == 1 and w is None and reduce == "max"  # there it commutes with the maximum, over fewer elements
     for b, start, stop, z in _tiles(qi, ki, w, block, valid, partition, relu=not relu_last):
         if reduce == "mean":
-            reduced = _mean_of_weights(padded_to_blocks(z.float(), block, float("-inf")))
+            reduced = mean_of_weights(padded_to_blocks(z.float(), block, float("-inf")))
         else:
             reduced = _max_over_rows(padded_to_blocks(z, block, float("-inf")))
         if relu_last:
@@ -77,7 +77,7 @@ def _max_over_rows(z: Tensor) -> Tensor:
     return z.amax(-2)
 
 
-def _mean_of_weights(z: Tensor) -> Tensor:
+def mean_of_weights(z: Tensor) -> Tensor:
     """The mean over a block's queries of softmax(z), -inf where no query of the block sees the key."""
     live = z.amax(-1, keepdim=True) != float("-inf")
     weights = torch.softmax(z, -1).masked_fill(z == float("-inf"), 0.0)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ...support import Support
 from .. import dispatch
+from ..checks import check_counts, check_tensor
 from .reference import select_tokens as reference
 
 
@@ -52,7 +53,7 @@ def select_tokens(
         raise ValueError(f"scores must have shape (B, Nq, Tk) or (B, Hs, Nq, Tk), got {shape}")
     if scores.ndim == 3:
         scores = scores[:, None]
-    dispatch.check_tensor("scores", scores, (None, None, None, None), (torch.float32,))
+    check_tensor("scores", scores, (None, None, None, None), (torch.float32,))
     B, _, Nq, Tk = scores.shape
     check_counts(k, sink, recent, block, Tk)
     if queries is None:
@@ -60,20 +61,8 @@ def select_tokens(
     if Nq != -(-queries // block) or queries > Tk:
         raise ValueError(f"queries must fill {Nq} blocks of {block} and not exceed Tk = {Tk}, got {queries}")
     if valid is not None:
-        dispatch.check_tensor("valid", valid, (B, Tk), (torch.bool,), scores.device)
+        check_tensor("valid", valid, (B, Tk), (torch.bool,), scores.device)
     indices, count = dispatch.call(
         "select_tokens", impl, scores.device.type, scores, k, sink, recent, block, queries, valid
     )
     return Support(indices, count, block)
-
-
-def check_counts(k: int, sink: int, recent: int, block: int, Tk: int) -> None:
-    for name, value, least in (("k", k, 1), ("sink", sink, 0), ("recent", recent, 0), ("block", block, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
-    kept = sink + (recent + block - 1 if recent else 0)
-    if k < min(kept, Tk):
-        raise ValueError(
-            f"k must hold the keys that are always kept (sink {sink} + recent {recent} of every query of a block of {block} = "
-            f"{kept}), got {k}"
-        )

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from torch import Tensor
 
 from ...support import Support, concatenate
-from .. import workspace
 from ..select_tokens.op import select_tokens
+from ..slices import slices
 from .blocks import blocks_scored, group_size, sink_blocks
 
 
@@ -21,10 +21,8 @@ def two_levels(
     group = group_size(block)
     Nc, W = -(-Tk // key_block), blocks_scored(Tk, candidates, key_block, block, sink, recent)
     bounds, sinks = block_bounds(ki, key_block, valid), sink_blocks(B, Tk, key_block, sink, valid, ki.device)
-    step = max(1, workspace.elements() // (B * max(Nc, group // block * W * key_block))) * group
     parts = []
-    for start in range(0, Tq, step):
-        stop = min(start + step, Tq)
+    for start, stop in slices(Tq, B * max(Nc, group // block * W * key_block), group):
         position = Tk - Tq + start
         queries, (weights, own) = qi[:, :, start:stop], (None if x is None else x[:, start:stop] for x in (w, partition))
         scores = block_scores(queries, bounds, weights, sinks, position, key_block, group, recent, valid, own)  # [B, Ng, Nc]

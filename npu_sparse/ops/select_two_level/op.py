@@ -9,8 +9,8 @@ from torch import Tensor
 from ...budget import BLOCKS, KEY_BLOCKS
 from ...support import Support
 from .. import dispatch
-from ..index_scores.op import check_scoring, select_by_index
-from ..select_tokens.op import check_counts
+from ..checks import check_counts, check_scoring
+from ..index_scores.op import select_by_index
 from .blocks import blocks_scored
 from .reference import select_two_level as reference
 

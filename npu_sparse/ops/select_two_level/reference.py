@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..index_scores.reference import _mean_of_weights
+from ..index_scores.reference import mean_of_weights
 from .blocks import block_bounds
 from .levels import two_levels
 
@@ -92,7 +92,7 @@ def candidate_scores(
             sees = inside[b, n, None] & live[b, n, :, None] & (key[b, n, None] <= query[n, :, None])
             z = z.masked_fill(~sees, float("-inf"))
             if reduce == "mean":
-                z = _mean_of_weights(z.float().unflatten(1, (-1, block)))
+                z = mean_of_weights(z.float().unflatten(1, (-1, block)))
             else:
                 z = z.unflatten(1, (-1, block)).amax(2)
             kept = torch.zeros_like(z, dtype=torch.bool)  # [n, group / block, W * key_block]

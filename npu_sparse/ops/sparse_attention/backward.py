@@ -7,7 +7,7 @@ supports are constants: what is selected has no gradient."""
 import torch
 from torch import Tensor
 
-from .. import workspace
+from ..slices import slices
 from .reference import Tail
 
 
@@ -24,9 +24,7 @@ def gradients(
     results = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in inputs]
     dq, dk, dv = results[:3]
     slots = torch.where(torch.arange(indices.shape[-1], device=q.device) < count[..., None], indices, Tk).long()
-    rows_at_once = max(1, workspace.elements() // (B * Hq * Tk * block)) * block  # whole blocks
-    for start in range(0, Tq, rows_at_once):
-        stop = min(start + rows_at_once, Tq)
+    for start, stop in slices(Tq, B * Hq * Tk * block, block):
         blocks = slots[:, :, start // block : -(-stop // block)]
         member = torch.zeros(*blocks.shape[:3], Tk + 1, dtype=torch.bool, device=q.device).scatter_(-1, blocks, True)
         union = member[..., :Tk].flatten(0, 2).any(0).nonzero()[:, 0]  # [U]

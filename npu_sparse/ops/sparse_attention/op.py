@@ -5,11 +5,9 @@ from torch import Tensor
 
 from ...support import Support
 from .. import dispatch
-from ..attention_mass.op import check_heads, check_lengths
+from ..checks import check_attention
 from .backward import sparse_attention_backward
 from .reference import sparse_attention as reference
-
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _fake(q, k, v, indices, count, block, scale):
@@ -80,23 +78,7 @@ def sparse_attention(
         scale: the model's score scale, usually `D ** -0.5`.
         impl: "auto", "reference" or "kernel".
     """
-    check_inputs(q, k, v, support)
+    check_attention(q, k, v, support)
     return dispatch.call(
         "sparse_attention", impl, q.device.type, q, k, v, support.indices, support.count, support.block, float(scale)
     )
-
-
-def check_inputs(q: Tensor, k: Tensor, v: Tensor, support: Support) -> None:
-    dispatch.check_tensor("q", q, (None, None, None, None), FLOATS)
-    B, Hq, Tq, D = q.shape
-    dispatch.check_tensor("k", k, (B, None, None, D), (q.dtype,), q.device)
-    Hkv, Tk = k.shape[1], k.shape[2]
-    dispatch.check_tensor("v", v, (B, Hkv, Tk, None), (q.dtype,), q.device)
-    check_heads(Hq, Hkv)
-    check_lengths(Tq, Tk)
-    if not isinstance(support, Support):
-        raise TypeError(f"support must be a Support, got {type(support).__name__}")
-    Nq = -(-Tq // support.block)
-    dispatch.check_tensor("support.indices", support.indices, (B, None, Nq, None), (torch.int32,), q.device)
-    if support.indices.shape[1] not in (1, Hkv):
-        raise ValueError(f"support must have 1 or Hkv = {Hkv} heads, got {support.indices.shape[1]}")

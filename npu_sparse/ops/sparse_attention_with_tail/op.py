@@ -4,8 +4,8 @@ from torch import Tensor
 
 from ...support import Support
 from .. import dispatch
-from ..attention_mass.op import check_valid
-from ..sparse_attention.op import check_inputs, fake_gradients
+from ..checks import check_attention, check_valid
+from ..sparse_attention.op import fake_gradients
 from .reference import sparse_attention_with_tail as reference
 from .reference import sparse_attention_with_tail_backward
 
@@ -80,7 +80,7 @@ def sparse_attention_with_tail(
         valid: bool `[B, Tk]`, False for padding; None = all valid.
         impl: "auto", "reference" or "kernel"; kernels exist for cuda only.
     """
-    check_inputs(q, k, v, support)
+    check_attention(q, k, v, support)
     check_valid(valid, q.shape[0], k.shape[2], q.device)
     return dispatch.call(
         "sparse_attention_with_tail", impl, q.device.type, q, k, v, support.indices, support.count, support.block,

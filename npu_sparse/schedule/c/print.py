@@ -139,7 +139,7 @@ def _print(scop: Scop, ast, hints, names: Names, note: str, outline: bool) -> tu
     """`(macros and functions that come first, text for the place of the SCoP)`."""
     printer = _Printer(scop, hints, names, outline)
     local = [f"  {a.ctype} {a.name}{''.join(f'[{extent}]' for extent in a.shape)};" for a in scop.arrays.values() if a.local]
-    body = local + printer.outlined(printer.node(ast, 1), 1)
+    body = local + printer.outlined(printer.node(ast, 1), 1) + [f"  {line}" for line in scop.tail]
     macros = {
         names.minimum: (f"{names.minimum}(a, b)", "((a) < (b) ? (a) : (b))"),
         names.maximum: (f"{names.maximum}(a, b)", "((a) > (b) ? (a) : (b))"),

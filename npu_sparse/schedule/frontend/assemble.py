@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import islpy as isl
 from pycparser import c_ast
 
-from npu_sparse.schedule.frontend.expressions import NotAffine, Scope, Touch
+from npu_sparse.schedule.frontend.expressions import Scope, Touch
+from npu_sparse.schedule.frontend.forms import NotAffine
 from npu_sparse.schedule.frontend.syntax import show
 from npu_sparse.schedule.frontend.text import extent_text
 from npu_sparse.schedule.frontend.types import LONGEST
@@ -30,7 +31,7 @@ class Record:
 
 
 def assemble(scope: Scope, records: list[Record], region: tuple[int, int], function: c_ast.FuncDef, start: int,
-             live_out: Callable[[str, bool], bool], clause: list[str] | None) -> Scop:
+             live_out: Callable[[str, bool], bool], clause: list[str] | None, tail: tuple[str, ...]) -> Scop:
     """The SCoP; `live_out(key, written)` says whether an array's final contents matter."""
     known = _extents(scope)  # may use further parameters
     parameters = tuple(name for name in scope.known if name in scope.used)
@@ -75,7 +76,7 @@ def assemble(scope: Scope, records: list[Record], region: tuple[int, int], funct
     return Scop(name, parameters, context, arrays, tuple(statements), scope.source, name, tuple(array(key) for key in arguments),
                 region if scope.source != "<python>" else (0, 0), start,
                 {key: scope.known[key].kind.text for key in parameters},
-                {key: name for key, name in others.items() if key != name})
+                {key: name for key, name in others.items() if key != name}, tail)
 
 
 def _extents(scope: Scope) -> list[str]:

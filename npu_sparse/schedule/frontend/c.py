@@ -15,11 +15,12 @@ from pycparser import c_ast, c_parser
 from npu_sparse.schedule.frontend import types
 from npu_sparse.schedule.frontend.assemble import Record, assemble
 from npu_sparse.schedule.frontend.declarations import Declarations
-from npu_sparse.schedule.frontend.expressions import Loop, NotAffine, Scope, Symbol, Touch, add, isl_text
+from npu_sparse.schedule.frontend.expressions import Loop, Scope, Symbol, Touch
+from npu_sparse.schedule.frontend.forms import NotAffine, add, isl_text
 from npu_sparse.schedule.frontend.preprocess import run_cpp
 from npu_sparse.schedule.frontend.regions import Region, find_region
 from npu_sparse.schedule.frontend.surroundings import Surroundings
-from npu_sparse.schedule.frontend.syntax import assigned, loop_steps, reduction_of, show
+from npu_sparse.schedule.frontend.syntax import assigned, loop_steps, reduction_of, show, subscripted
 from npu_sparse.schedule.frontend.text import statement_text
 from npu_sparse.schedule.scop import Scop, ScopError
 
@@ -54,7 +55,14 @@ def parse_text(text: str, source: str, function: str | None = None, opaques: dic
     """The SCoP of C text; `opaques` gives the footprints of calls that are statements (see builder.py)."""
     try:
         region = find_region(text, source, function)
-        return Walk(source, region, opaques or {}, context, frozenset(pure)).scop()
+        layouts = None
+        while True:  # again where an array turned out to have rows
+            walk = Walk(source, region, opaques or {}, context, frozenset(pure))
+            walk.scope.layouts = dict(layouts or {})
+            scop = walk.scop()
+            if walk.scope.layouts == (layouts or {}):
+                return scop
+            layouts = walk.scope.layouts
     except RecursionError as error:
         raise ScopError(f"{source}: code must be nested less deeply, got too many levels") from error
 
@@ -64,12 +72,15 @@ class Walk:
 
     def __init__(self, source: str, region: Region, opaques: dict, context: str, pure: frozenset[str]):
         self.start, self.function, self.opaques = region.start, region.function, opaques
+        subscripted(self.function.body)
         self.scope = Scope(source, context, {}, pure | region.pure)
         self.position: list[int | str] = [0]
         self.records: list[dict] = []
         self.region = (0, 0)
         self.clause: list[str] | None = None
         self.block: set[str] = set()  # names that the open block declares
+        self.last: dict[str, str] = {}  # of iterators of the function: their last loop without its body, "" where it is nested
+        self.tail: list[str] = []  # loops that leave an iterator's last value behind
         self.declarations = Declarations(self.scope, self.function)
         for node in region.tree.ext:
             self.declarations.visible(node, outer=True)
@@ -86,7 +97,8 @@ class Walk:
             raise ScopError(f"{self.scope.source}: #pragma scop must stand between statements, got it elsewhere")
         if not self.records:
             raise ScopError(f"{self.scope.source}:{self.region[0]}: scop must hold a statement, got none")
-        return assemble(self.scope, self.records, self.region, self.function, self.start, self.live_out, self.clause)
+        return assemble(self.scope, self.records, self.region, self.function, self.start, self.live_out, self.clause,
+                        tuple(self.tail))
 
     def enter(self, node: c_ast.Node) -> bool:
         """Declares what is visible before the pragma, walks the region, and says whether it was below this node."""
@@ -141,13 +153,15 @@ class Walk:
         for name in sorted(self.block & self.around.after):
             if id(scope.symbols[name].node) in self.around.inside and not scope.symbols[name].iterator:
                 scope.refuse(scope.symbols[name].node, f"declaration in the scop must not be used after it, got {name}")
-        iterators = {name for record in self.records for name in record.iterators}
-        for name, symbol in sorted(self.outside.items()):  # generated code does not leave their last values behind
-            if symbol.key in iterators:
-                if symbol.key in scope.used | scope.touched:
-                    scope.refuse(pragma, f"loop iterator must not be read outside of its loop, got {name}")
-                if symbol.persistent or self.around.read_after(name):
-                    scope.refuse(pragma, f"loop iterator must not be read after the scop, got {name}")
+        for name, empty in sorted(self.last.items()):
+            symbol = self.outside[name]
+            if symbol.key in scope.used | scope.touched:
+                scope.refuse(pragma, f"loop iterator must not be read outside of its loop, got {name}")
+            if symbol.persistent or name in self.around.escaped or self.around.read_after(name):
+                if not empty:
+                    scope.refuse(pragma, f"loop iterator that is read after the scop must have its last loop outside of others, "
+                                         f"got {name}")
+                self.tail.append(empty)
         self.check_extents(pragma)
         self.check_pointers(pragma)
 
@@ -298,6 +312,8 @@ class Walk:
             if known.shape or not known.integer or known.value is not None or known.volatile:
                 scope.refuse(node, f"loop iterator must be an integer variable, got {name}")
             key, kind = known.key, known.kind
+            head = "; ".join(statement_text(scope, part) for part in (node.init, node.cond, node.next) if part is not None)
+            self.last[name] = f"for ({head});" if not scope.loops and not scope.conditions else ""
         step = self.loop_step(node, name)
         if node.cond is None:
             scope.refuse(node, f"loop condition must bound {name}, got none")

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 import islpy as isl
 from pycparser import c_ast
 
-from npu_sparse.schedule.frontend import types
+from npu_sparse.schedule.frontend import strides, types
 from npu_sparse.schedule.frontend.calls import MAXIMA, MINIMA, is_pure
+from npu_sparse.schedule.frontend.forms import Linear, NotAffine, add, isl_text
 from npu_sparse.schedule.frontend.syntax import show
 from npu_sparse.schedule.frontend.types import Integer
 from npu_sparse.schedule.scop import ScopError
@@ -22,7 +23,6 @@ from npu_sparse.schedule.scop import ScopError
 CONSTANTS = set("INFINITY NAN HUGE_VAL M_PI M_E M_SQRT2 FLT_MAX FLT_MIN FLT_EPSILON DBL_MAX DBL_MIN DBL_EPSILON INT_MAX INT_MIN "
                 "true false".split())
 COMPARISONS = {"<": "<", "<=": "<=", ">": ">", ">=": ">=", "==": "=", "!=": "!="}
-Linear = dict[str, int]  # coefficients by name; "" is the constant, "floor((i)/2)" and "((i) mod 2)" are names too
 
 
 @dataclass(frozen=True)
@@ -83,22 +83,6 @@ class Loop:
     kind: Integer = types.INT
 
 
-class NotAffine(Exception):
-    pass
-
-
-def add(left: Linear, right: Linear, factor: int) -> Linear:
-    total = dict(left)
-    for name, value in right.items():
-        total[name] = total.get(name, 0) + factor * value
-    return {name: value for name, value in total.items() if value}
-
-
-def isl_text(form: Linear) -> str:
-    terms = [f"{value}" if not name else name if value == 1 else f"{value}*{name}" for name, value in form.items()]
-    return " + ".join(terms).replace("+ -", "- ") or "0"
-
-
 class Scope:
     """The names that are visible, the open loops and the conditions around the current place of a walk over a region."""
 
@@ -113,6 +97,7 @@ class Scope:
         self.used: set[str] = set()  # integers in affine expressions: the parameters
         self.touched: set[str] = set()
         self.written: set[str] = set()  # C's names that the region changes
+        self.layouts: dict[str, tuple] = {}  # of arrays of one dimension in C and several in the region (see strides.py)
         self.wrapping = True  # whether an unsigned value that may wrap around is spelled out, not refused
 
     # What expressions read
@@ -133,7 +118,11 @@ class Scope:
                 self.refuse(node, f"array must have extents, got pointers to pointers in {show(node)}")
             if len(symbol.shape) != len(subscripts):
                 self.refuse(node, f"{base.name} must have {len(symbol.shape)} subscripts, got {show(node)}")
-            reads.append(self.touch(node, symbol, [self.affine(s, "subscript", self.linear) for s in subscripts], guards))
+            if len(subscripts) == 1:
+                forms = strides.element(self, node, symbol)
+            else:
+                forms = [self.affine(subscript, "subscript", self.linear) for subscript in subscripts]
+            reads.append(self.touch(node, symbol, forms, guards))
         elif isinstance(node, c_ast.BinaryOp):
             self.expression(node.left, reads, guards)
             self.expression(node.right, reads, guards)

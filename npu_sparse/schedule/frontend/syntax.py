@@ -46,6 +46,33 @@ def assigned(node: c_ast.Node) -> Iterator[tuple[str, c_ast.Node]]:
             yield target.name, item
 
 
+def subscripted(node: c_ast.Node) -> c_ast.Node:
+    """The expression or statement with every *(a + i) written as a[i], which C defines to be the same."""
+    for name, child in node.children():
+        new = subscripted(child)
+        if new is not child:
+            field, _, index = name.partition("[")
+            if index:
+                getattr(node, field)[int(index[:-1])] = new
+            else:
+                setattr(node, field, new)
+    if isinstance(node, c_ast.UnaryOp) and node.op == "*":
+        base, indices = node.expr, []
+        while isinstance(base, c_ast.BinaryOp) and base.op == "+":
+            base, indices = base.left, [base.right, *indices]
+        if isinstance(base, (c_ast.ID, c_ast.ArrayRef)):
+            index = indices[0] if indices else c_ast.Constant("int", "0", node.coord)
+            for other in indices[1:]:  # a pointer moves by each of them in turn, and not by a sum in their own types
+                index = c_ast.BinaryOp("+", _long(index), _long(other), node.coord)
+            return c_ast.ArrayRef(base, index, node.coord)
+    return node
+
+
+def _long(node: c_ast.Node) -> c_ast.Node:
+    kind = c_ast.TypeDecl(None, [], None, c_ast.IdentifierType(["long"]))
+    return c_ast.Cast(c_ast.Typename(None, [], None, kind), node, node.coord)
+
+
 def declarations(body: c_ast.Node) -> dict[int, int]:
     """The id of the declaration that each name (by the id of its node) refers to, where that is one in the function's body."""
     found: dict[int, int] = {}

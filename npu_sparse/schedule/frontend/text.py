@@ -69,13 +69,14 @@ def _typed_uses(scope: Scope, node: c_ast.Node, any_type: bool) -> Iterator[c_as
 def _exact(scope: Scope, subscript: c_ast.Node) -> bool:
     """Whether computing a subscript in long gives what C computes in its own types."""
     operators = [part.op for part in nodes(subscript, (c_ast.BinaryOp, c_ast.UnaryOp))]
-    others = nodes(subscript, (c_ast.Cast, c_ast.TernaryOp, c_ast.FuncCall))
-    if next(others, None) is None and all(op in EXACT for op in operators):
+    others = list(nodes(subscript, (c_ast.Cast, c_ast.TernaryOp, c_ast.FuncCall)))
+    if not others and all(op in EXACT for op in operators):
         return True
     constants = [types.literal(part.value) for part in nodes(subscript, c_ast.Constant)]
     symbols = [scope.symbols.get(part.name) for part in nodes(subscript, c_ast.ID)]
     signed = all(c and c[1].signed for c in constants) and all(s is None or s.kind and s.kind.signed for s in symbols)
-    return signed and next(nodes(subscript, c_ast.Cast), None) is None
+    kinds = [types.integer(part.to_type, scope.typedefs) for part in others if isinstance(part, c_ast.Cast)]
+    return signed and all(kind and kind.signed and kind.bits == 64 for kind in kinds)
 
 
 def _floats(scope: Scope, node: c_ast.Node) -> bool:

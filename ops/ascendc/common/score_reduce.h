@@ -13,7 +13,8 @@ namespace npu_sparse_ascendc {
 template <typename T, typename Sink>
 class ScoreReducer {
 public:
-    __aicore__ inline void Init(TPipe* pipe, const ScoreTiling& tiling, GM_ADDR w, GM_ADDR valid, GM_ADDR workspace, Sink* taker)
+    __aicore__ inline void Init(TPipe* pipe, const ScoreTiling& tiling, GM_ADDR w, GM_ADDR valid, GM_ADDR partition, GM_ADDR workspace,
+                                Sink* taker)
     {
         t = tiling;
         sink = taker;
@@ -38,6 +39,12 @@ public:
             validGm.SetGlobalBuffer(valid);
             mask.Init(pipe, valid, t.keys, t.keysPerStep);
             pipe->InitBuffer(queryValidUb, 128);
+        }
+        if (t.hasPartition) {
+            partitionGm.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(partition));
+            shiftsPerLoad = Aligned(t.queriesPerLoad, BLOCK_FLOATS);
+            pipe->InitBuffer(shiftsUb, Loads() * shiftsPerLoad * sizeof(float));
+            pipe->InitBuffer(shiftBlocksUb, shiftsPerLoad * BLOCK_BYTES);
         }
         if (t.mean) {
             pipe->InitBuffer(largestUb, Loads() * LANES * sizeof(float));
@@ -80,6 +87,9 @@ private:
         PipeBarrier<PIPE_ALL>();  // the scalar unit and the vector unit are done with the last item's queries
         if (queries > 0 && t.hasWeights) {
             LoadWeights();
+        }
+        if (queries > 0 && t.hasPartition) {
+            LoadShifts();
         }
         if (queries > 0 && t.hasValid) {
             LocalTensor<uint8_t> flags = queryValidUb.Get<uint8_t>();
@@ -125,6 +135,29 @@ private:
         PipeBarrier<PIPE_V>();
     }
 
+    // The queries' log-partitions in the unit of scores before their maximum; every load's start on a block.
+    __aicore__ inline void LoadShifts()
+    {
+        LocalTensor<float> shifts = shiftsUb.Get<float>();
+        const uint64_t from = static_cast<uint64_t>(item.sequence) * t.queries + firstQuery;
+        const uint32_t whole = queries / t.queriesPerLoad;
+        const uint32_t rest = queries % t.queriesPerLoad;
+        const uint32_t count = (whole + (rest > 0)) * shiftsPerLoad;
+        Duplicate(shifts, 0.0f, count);
+        Order<HardEvent::V_MTE2>();
+        if (whole > 0) {
+            LoadRagged(shifts, partitionGm[from], t.queriesPerLoad, whole);
+        }
+        if (rest > 0) {
+            LoadRagged(shifts[whole * shiftsPerLoad], partitionGm[from + whole * t.queriesPerLoad], rest);
+        }
+        Order<HardEvent::MTE2_V>();
+        if (!combined) {
+            Muls(shifts, shifts, 1.0f / t.scale, count);
+            PipeBarrier<PIPE_V>();
+        }
+    }
+
     __aicore__ inline bool IsValid(uint32_t query)
     {
         return allValid || queryValidUb.Get<uint8_t>().GetValue(query) != 0;
@@ -165,6 +198,9 @@ private:
                 scores = scoresUb.Get<float>();
                 AddHead(scores, products, query, count, head, Aligned(keys, FRACTAL));
                 productsUb.FreeTensor(products);
+            }
+            if (t.hasPartition) {
+                TakeShifts(scores, load / t.heads, count, Aligned(keys, FRACTAL));
             }
             if (t.mean) {
                 MaskRows(scores, bits, query, count, first, keys);
@@ -234,6 +270,18 @@ private:
                 MulAddDst(scores[at], products[at], weight, lanes, count, rows);
             }
         }
+    }
+
+    // Every query's scores less its log-partition. The cube has taken ReLU before.
+    __aicore__ inline void TakeShifts(const LocalTensor<float>& scores, uint32_t load, uint32_t count, uint32_t columns)
+    {
+        LocalTensor<float> blocks = shiftBlocksUb.Get<float>();
+        Brcb(blocks, shiftsUb.Get<float>()[load * shiftsPerLoad], shiftsPerLoad / 8, {1, 8});
+        PipeBarrier<PIPE_V>();
+        for (uint32_t at = 0; at < columns; at += REPEAT_FLOATS) {
+            Sub(scores[at], scores[at], blocks, Least(REPEAT_FLOATS, columns - at), count, PerRow());
+        }
+        PipeBarrier<PIPE_V>();
     }
 
     // The rows of a load that end here are given to the sink; the row that goes on is returned.
@@ -444,6 +492,7 @@ private:
     uint32_t core;
     uint32_t sub;
     uint32_t weightsPerLoad;
+    uint32_t shiftsPerLoad;
     bool combined;  // heads are summed in UB, with 1 / sqrt(Di) in their weights
     ScoreItem item;
     uint32_t firstQuery;  // of this AIV's sub-tile
@@ -454,12 +503,15 @@ private:
     GlobalTensor<float> slotsGm;
     GlobalTensor<T> wGm;
     GlobalTensor<uint8_t> validGm;
+    GlobalTensor<float> partitionGm;
     TQue<TPosition::VECIN, PRODUCT_BUFFERS> productsUb;
     TBuf<TPosition::VECCALC> scoresUb;
     TBuf<TPosition::VECCALC> rawWeightsUb;
     TBuf<TPosition::VECCALC> weightsUb;
     TBuf<TPosition::VECCALC> weightBlocksUb;
     TBuf<TPosition::VECCALC> queryValidUb;
+    TBuf<TPosition::VECCALC> shiftsUb;
+    TBuf<TPosition::VECCALC> shiftBlocksUb;
     TBuf<TPosition::VECCALC> largestUb;
     TBuf<TPosition::VECCALC> sumUb;
     TBuf<TPosition::VECCALC> foldedUb;

@@ -20,6 +20,7 @@ struct ScoreProblem {
     bool mean = false;
     bool hasWeights = false;
     bool hasValid = false;
+    bool hasPartition = false;  // not with mean
     DataType dtype = FLOAT16;
 };
 
@@ -62,6 +63,10 @@ inline uint32_t ScoreUbBytes(const ScoreTiling& t)
     if (t.hasValid) {
         bytes += ValidMaskUbBytes(t.keysPerStep) + CUBE_ROWS;
     }
+    if (t.hasPartition) {
+        const uint32_t perLoad = RoundUp(t.queriesPerLoad, 8);
+        bytes += CeilDiv(t.queriesPerSub, t.queriesPerLoad) * perLoad * 4 + perLoad * 32;
+    }
     if (t.mean) {
         const uint32_t lanes = 16;
         bytes += 2 * CeilDiv(t.queriesPerSub, t.queriesPerLoad) * lanes * 4;  // largest score and sum of every query
@@ -85,6 +90,7 @@ inline ScoreTiling MakeScoreTiling(const ScoreProblem& p, const Hardware& hardwa
     t.mean = p.mean;
     t.hasWeights = p.hasWeights;
     t.hasValid = p.hasValid;
+    t.hasPartition = p.hasPartition;
     t.bfloat16 = p.dtype == BFLOAT16;
     t.scale = static_cast<float>(1.0 / std::sqrt(static_cast<double>(p.dim)));
 

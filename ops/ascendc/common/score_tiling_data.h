@@ -19,6 +19,7 @@ struct ScoreTiling {
     uint32_t mean;           // 1: mean of softmax, 0: max
     uint32_t hasWeights;
     uint32_t hasValid;
+    uint32_t hasPartition;   // 1: every query's scores are less its log-partition before the maximum
     uint32_t bfloat16;
     uint32_t cores;          // AIC cores, and blocks of the launch
     uint32_t rowsPerSub;     // rows of a tile that one AIV owns

@@ -66,8 +66,8 @@ private:
 };
 
 template <typename T>
-__aicore__ inline void IndexScores(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid, GM_ADDR scores, GM_ADDR workspace,
-                                   const IndexScoresTiling& tiling)
+__aicore__ inline void IndexScores(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid, GM_ADDR partition, GM_ADDR scores,
+                                   GM_ADDR workspace, const IndexScoresTiling& tiling)
 {
     TPipe pipe;
     if ASCEND_IS_AIC {
@@ -79,23 +79,25 @@ __aicore__ inline void IndexScores(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR va
         ScoreWriter writer;
         writer.Init(&pipe, tiling.score, scores);
         ScoreReducer<T, ScoreWriter> reducer;
-        reducer.Init(&pipe, tiling.score, w, valid, workspace, &writer);
+        reducer.Init(&pipe, tiling.score, w, valid, partition, workspace, &writer);
         reducer.Process();
     }
 }
 
 }  // namespace npu_sparse_ascendc
 
-// qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi] or null, valid uint8 [B, Tk] or null; scores fp32 [B, Nq, Tk].
-extern "C" __global__ __aicore__ void npu_sparse_index_scores(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid, GM_ADDR scores,
-                                                              GM_ADDR workspace, GM_ADDR tiling)
+// qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi] or null, valid uint8 [B, Tk] or null, partition fp32 [B, Tq] or null; scores
+// fp32 [B, Nq, Tk].
+extern "C" __global__ __aicore__ void npu_sparse_index_scores(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid,
+                                                              GM_ADDR partition, GM_ADDR scores, GM_ADDR workspace,
+                                                              GM_ADDR tiling)
 {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
     npu_sparse_ascendc::IndexScoresTiling data;
     npu_sparse_ascendc::ReadTiling(data, tiling);
     if (data.score.bfloat16) {
-        npu_sparse_ascendc::IndexScores<bfloat16_t>(qi, ki, w, valid, scores, workspace, data);
+        npu_sparse_ascendc::IndexScores<bfloat16_t>(qi, ki, w, valid, partition, scores, workspace, data);
     } else {
-        npu_sparse_ascendc::IndexScores<half>(qi, ki, w, valid, scores, workspace, data);
+        npu_sparse_ascendc::IndexScores<half>(qi, ki, w, valid, partition, scores, workspace, data);
     }
 }

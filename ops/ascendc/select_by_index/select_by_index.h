@@ -91,8 +91,8 @@ private:
 };
 
 template <typename T>
-__aicore__ inline void SelectByIndex(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid, GM_ADDR indices, GM_ADDR count,
-                                     GM_ADDR workspace, const SelectByIndexTiling& tiling)
+__aicore__ inline void SelectByIndex(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid, GM_ADDR partition, GM_ADDR indices,
+                                     GM_ADDR count, GM_ADDR workspace, const SelectByIndexTiling& tiling)
 {
     TPipe pipe;
     if ASCEND_IS_AIC {
@@ -104,7 +104,7 @@ __aicore__ inline void SelectByIndex(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR 
         Selector selector;
         selector.Init(&pipe, tiling, valid, indices, count, workspace);
         ScoreReducer<T, Selector> reducer;
-        reducer.Init(&pipe, tiling.score, w, valid, workspace, &selector);
+        reducer.Init(&pipe, tiling.score, w, valid, partition, workspace, &selector);
         reducer.Process();
         if (tiling.score.splits > 1) {
             PipeBarrier<PIPE_ALL>();
@@ -116,18 +116,18 @@ __aicore__ inline void SelectByIndex(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR 
 
 }  // namespace npu_sparse_ascendc
 
-// qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi] or null, valid uint8 [B, Tk] or null; indices int32 [B, 1, Nq, min(k, Tk)],
-// count int32 [B, 1, Nq].
+// qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi] or null, valid uint8 [B, Tk] or null, partition fp32 [B, Tq] or null;
+// indices int32 [B, 1, Nq, min(k, Tk)], count int32 [B, 1, Nq].
 extern "C" __global__ __aicore__ void npu_sparse_select_by_index(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid,
-                                                                 GM_ADDR indices, GM_ADDR count, GM_ADDR workspace,
-                                                                 GM_ADDR tiling)
+                                                                 GM_ADDR partition, GM_ADDR indices, GM_ADDR count,
+                                                                 GM_ADDR workspace, GM_ADDR tiling)
 {
     KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
     npu_sparse_ascendc::SelectByIndexTiling data;
     npu_sparse_ascendc::ReadTiling(data, tiling);
     if (data.score.bfloat16) {
-        npu_sparse_ascendc::SelectByIndex<bfloat16_t>(qi, ki, w, valid, indices, count, workspace, data);
+        npu_sparse_ascendc::SelectByIndex<bfloat16_t>(qi, ki, w, valid, partition, indices, count, workspace, data);
     } else {
-        npu_sparse_ascendc::SelectByIndex<half>(qi, ki, w, valid, indices, count, workspace, data);
+        npu_sparse_ascendc::SelectByIndex<half>(qi, ki, w, valid, partition, indices, count, workspace, data);
     }
 }

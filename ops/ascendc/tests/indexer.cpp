@@ -27,6 +27,7 @@ enum class Values { NORMAL, INTEGERS, FEW };  // integers make every score exact
 struct Case {
     uint32_t B = 1, Hi = 1, Tq = 37, Tk = 37, Di = 64, block = 1;
     bool mean = false, weighted = false, bfloat16 = false;
+    bool normal = false;  // scores are less each query's own log-partition, which is far from the exact one
     Side side = Side::NONE;
     uint32_t k = 8, sink = 0, recent = 0;
     Values values = Values::NORMAL;
@@ -37,9 +38,9 @@ struct Case {
     {
         char text[256];
         std::snprintf(text, sizeof text,
-                      "B=%u Hi=%u Tq=%u Tk=%u Di=%u block=%u mean=%d weighted=%d bf16=%d side=%d k=%u sink=%u recent=%u "
+                      "B=%u Hi=%u Tq=%u Tk=%u Di=%u block=%u mean=%d normal=%d weighted=%d bf16=%d side=%d k=%u sink=%u recent=%u "
                       "values=%d cores=%u seed=%llu",
-                      B, Hi, Tq, Tk, Di, block, mean, weighted, bfloat16, static_cast<int>(side), k, sink, recent,
+                      B, Hi, Tq, Tk, Di, block, mean, normal, weighted, bfloat16, static_cast<int>(side), k, sink, recent,
                       static_cast<int>(values), cores, static_cast<unsigned long long>(seed));
         return text;
     }
@@ -82,6 +83,7 @@ double Value(uint16_t bits, bool bfloat16)
 struct Inputs {
     std::vector<uint16_t> qi, ki, w;
     std::vector<uint8_t> valid;
+    std::vector<float> partition;
 
     explicit Inputs(const Case& c)
     {
@@ -102,6 +104,12 @@ struct Inputs {
             w.resize(static_cast<size_t>(c.B) * c.Tq * c.Hi);
             for (uint16_t& element : w) {
                 element = Bits(c.values == Values::NORMAL ? normal(random) : static_cast<float>(weight(random)), c.bfloat16);
+            }
+        }
+        if (c.normal) {
+            partition.resize(static_cast<size_t>(c.B) * c.Tq);
+            for (float& own : partition) {  // quarters are exact
+                own = c.values == Values::NORMAL ? 3 * normal(random) : static_cast<float>(integer(random)) / 4;
             }
         }
         if (c.side != Side::NONE) {
@@ -168,6 +176,9 @@ std::vector<double> NaiveScores(const Case& c, const Inputs& in)
                                    k[(static_cast<size_t>(b) * c.Tk + s) * c.Di + d];
                         }
                         z[s] += in.Weight(c, b, t, h) * std::max(0.0, dot / std::sqrt(static_cast<double>(c.Di)));
+                    }
+                    if (c.normal) {
+                        z[s] -= in.partition[static_cast<size_t>(b) * c.Tq + t];
                     }
                     if (!c.mean) {
                         out[s] = std::max(out[s], z[s]);
@@ -238,6 +249,7 @@ ScoreProblem Score(const Case& c)
     p.mean = c.mean;
     p.hasWeights = c.weighted;
     p.hasValid = c.side != Side::NONE;
+    p.hasPartition = c.normal;
     p.dtype = c.bfloat16 ? BFLOAT16 : FLOAT16;
     return p;
 }
@@ -286,8 +298,8 @@ std::vector<float> RunScores(const Case& c, const Inputs& in, uint64_t seed = 0)
     options.blocks = IndexScoresBlocks(tiling);
     options.seed = seed;
     emulation::Launch(options, npu_sparse_index_scores, Read(in.qi, "qi"), Read(in.ki, "ki"), Read(in.w, "w"),
-                      Read(in.valid, "valid"), Write(scores, "scores"), Workspace(IndexScoresWorkspace(tiling)),
-                      Read(data, "tiling"));
+                      Read(in.valid, "valid"), Read(in.partition, "partition"), Write(scores, "scores"),
+                      Workspace(IndexScoresWorkspace(tiling)), Read(data, "tiling"));
     return scores;
 }
 
@@ -314,8 +326,8 @@ Selection RunFused(const Case& c, const Inputs& in, uint64_t seed = 0)
     options.blocks = SelectByIndexBlocks(tiling);
     options.seed = seed;
     emulation::Launch(options, npu_sparse_select_by_index, Read(in.qi, "qi"), Read(in.ki, "ki"), Read(in.w, "w"),
-                      Read(in.valid, "valid"), Write(selection.indices, "indices"), Write(selection.count, "count"),
-                      Workspace(SelectByIndexWorkspace(tiling)), Read(data, "tiling"));
+                      Read(in.valid, "valid"), Read(in.partition, "partition"), Write(selection.indices, "indices"),
+                      Write(selection.count, "count"), Workspace(SelectByIndexWorkspace(tiling)), Read(data, "tiling"));
     return selection;
 }
 
@@ -526,6 +538,11 @@ void FullBuffersFit()
         });
         RunFused(c, Inputs(c));
         CheckScoresOf(With([&](Case& scores) { scores = c, scores.Tk = 260, scores.values = Values::NORMAL; }));
+        if (!mean) {
+            const Case less = Exact([&](Case& less) { less = c, less.normal = true; });
+            RunFused(less, Inputs(less));
+            CheckScoresOf(With([&](Case& scores) { scores = less, scores.Tk = 260, scores.values = Values::NORMAL; }));
+        }
     };
     check(1, 1, 1024, false, Side::NONE);
     check(1, 4, 700, true, Side::LEFT);
@@ -576,7 +593,33 @@ void FusedMeanSelectsByItsScores()
     }
 }
 
-// NaN in padding keys, and in the queries and weights at their positions, must not change anything.
+void ScoresAreLessTheirPartitions()
+{
+    std::mt19937_64 random(6);
+    for (uint32_t i = 0; i < (repeats ? repeats : 40); i++) {
+        Case c = RandomCase(random, false);
+        c.normal = true;
+        CheckScoresOf(c);
+    }
+    CheckScoresOf(With([](Case& c) { c.Tq = 300, c.Tk = 1500, c.Di = 128, c.block = 128, c.cores = 3, c.normal = true; }));
+    CheckScoresOf(With([](Case& c) { c.Tq = 64, c.Tk = 700, c.Hi = 40, c.block = 64, c.weighted = true, c.normal = true; }));
+}
+
+void FusedSelectsLessItsPartitions()
+{
+    std::mt19937_64 random(7);
+    for (uint32_t i = 0; i < (repeats ? repeats : 60); i++) {
+        Case c = RandomCase(random, true);
+        c.Di = c.Di <= 48 ? 16 : c.Di <= 128 ? 64 : 256;  // times its root, quarters are exact
+        c.normal = true;
+        c.values = i % 2 ? Values::INTEGERS : Values::FEW;
+        CheckFusedOf(c);
+    }
+    CheckFusedOf(Exact([](Case& c) { c.Tq = 130, c.Tk = 4000, c.block = 64, c.k = 1024, c.recent = 7, c.normal = true; }));
+    CheckFusedOf(Exact([](Case& c) { c.Tq = 3, c.Tk = 9001, c.k = 2048, c.block = 3, c.cores = 4, c.normal = true; }));  // splits
+}
+
+// NaN in padding keys, and in the queries, weights and partitions at their positions, must not change anything.
 void CheckHostile(const Case& c)
 {
     const Inputs clean(c);
@@ -593,6 +636,9 @@ void CheckHostile(const Case& c)
             if (s >= c.Tk - c.Tq) {
                 const uint32_t t = s - (c.Tk - c.Tq);
                 poison(hostile.w, (static_cast<size_t>(b) * c.Tq + t) * c.Hi, c.Hi);
+                if (c.normal) {
+                    hostile.partition[static_cast<size_t>(b) * c.Tq + t] = std::numeric_limits<float>::quiet_NaN();
+                }
                 for (uint32_t h = 0; h < c.Hi; h++) {
                     poison(hostile.qi, ((static_cast<size_t>(b) * c.Hi + h) * c.Tq + t) * c.Di, c.Di);
                 }
@@ -613,6 +659,10 @@ void NanInInvisibleKeysDoesNotLeak()
                 c.B = 2, c.Hi = 2, c.Tq = 70, c.Tk = keys, c.block = 8, c.weighted = true, c.mean = mean, c.side = side;
                 c.seed = 8, c.sink = 2, c.recent = 3, c.k = 16;
                 CheckHostile(c);
+                if (!mean) {
+                    c.normal = true;
+                    CheckHostile(c);
+                }
             }
         }
     }
@@ -644,7 +694,9 @@ void HundredSeedsAreIdentical()
     Case split;
     split.Tq = 3, split.Tk = 8200, split.Di = 16, split.k = 100, split.cores = 3;
     const auto same = [](const Selection& a, const Selection& b) { return a.indices == b.indices && a.count == b.count; };
-    for (const Case& c : {weighted, mean, split}) {
+    Case normal = weighted;
+    normal.normal = true;
+    for (const Case& c : {weighted, mean, split, normal}) {
         const Inputs in(c);
         const std::vector<float> scores = RunScores(c, in);
         const Selection selection = RunFused(c, in);
@@ -692,6 +744,8 @@ const std::map<std::string, void (*)()> TESTS = {
     {"rows_in_ub_are_those_of_the_readme", RowsInUbAreThoseOfTheReadme},
     {"ties_go_to_the_smaller_position", TiesGoToTheSmallerPosition},
     {"fused_mean_selects_by_its_scores", FusedMeanSelectsByItsScores},
+    {"scores_are_less_their_partitions", ScoresAreLessTheirPartitions},
+    {"fused_selects_less_its_partitions", FusedSelectsLessItsPartitions},
     {"nan_in_invisible_keys_does_not_leak", NanInInvisibleKeysDoesNotLeak},
     {"nan_in_future_keys_stays_in_the_future", NanInFutureKeysStaysInTheFuture},
     {"hundred_seeds_are_identical", HundredSeedsAreIdentical},

@@ -135,7 +135,7 @@ try {
     const auto tiling = MakeSelectByIndexTiling(p, hardware);
     const auto none = Gm(nullptr, 0, "absent", GmUse::Read);
     Record("select_by_index", argv[1], npu_sparse_select_by_index, SelectByIndexBlocks(tiling), tiling,
-           SelectByIndexWorkspace(tiling), Read("qi", qi), Read("ki", ki), none, none,
+           SelectByIndexWorkspace(tiling), Read("qi", qi), Read("ki", ki), none, none, none,
            Gm(indices.data(), indices.size() * 4, "indices", GmUse::Write), Gm(count.data(), count.size() * 4, "count", GmUse::Write));
 #endif
     return 0;

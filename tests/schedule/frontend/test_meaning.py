@@ -3,6 +3,7 @@
 import subprocess
 from dataclasses import dataclass
 
+import islpy as isl
 import pytest
 
 from npu_sparse.schedule import config, legality
@@ -217,10 +218,59 @@ def test_two_names_of_one_place_are_refused():
 
 
 @pytest.mark.parametrize("after, before", [("if (n > 40) i = 0;\nb[1] = i;", "int i;"), ("}\nb[1] = i;", "int i;\n{"),
-                                           ("}", "int i = 0;\nfor (int r = 0; r < 2; r++) {\nb[r] = i;")])
-def test_an_iterator_that_lives_on_is_refused(after, before):
-    with pytest.raises(ScopError, match="loop iterator must not be read after the scop, got i"):
-        parse_c(function("for (i = 0; i < n; i++) a[i] = 0;", before=before, after=after))
+                                           ("}", "int i = 0;\nfor (int r = 0; r < 2; r++) {\nb[r] = i;"),
+                                           ("b[1] = *p;", "int i, *p = &i;"), ("b[1] += ++i;", "static int i;\nb[0] += i;")])
+@pytest.mark.parametrize("loop", ["for (i = 0; i < n; i++)", "for (i = 0; i < n - 1 && i < 5; i += 3)",
+                                  "for (i = n; i > 2; i -= 2)", "for (i = n + 3; i < n; i++)"])
+def test_an_iterator_that_lives_on_has_its_last_value(loop, after, before, tmp_path):
+    agree(function(f"{loop} a[i] = 0;\nb[0] += 1;", before=before, after=after), tmp_path, TWICE)
+
+
+@pytest.mark.parametrize("body", ["for (int r = 0; r < n; r++) for (i = 0; i < r; i++) a[i] = 0;",
+                                  "if (n > 3) for (i = 0; i < n; i++) a[i] = 0;"])
+def test_an_iterator_that_lives_on_from_inside_is_refused(body):
+    sentence = "<text>:8: loop iterator that is read after the scop must have its last loop outside of others, got i"
+    with pytest.raises(ScopError, match=sentence):
+        parse_c(function(body, before="int i = 0;", after="b[1] = i;"))
+    assert parse_c(function(body, before="int i = 0;", after="i = 2; b[1] = i;"))
+
+
+ROWS = {
+    "rows of an argument": "for (int i = 0; i < 3; i++) for (int j = 0; j < n / 3; j++) b[i * (n / 3) + j] = a[j];",
+    "rows of a parameter":
+        "for (int i = 1; i < 3; i++) for (int j = 0; j < m; j++)\n b[i * m + j] = b[(i - 1) * m + j] + b[i * m + j - m];",
+    "pointers":
+        "for (int i = 1; i < 3; i++) for (int j = 0; j < m; j++) *(b + i * m + j) = *(b + (i - 1) * m + j) + b[j] + *a;",
+    "planes":
+        "for (int i = 0; i < 2; i++) for (int j = 0; j < k2; j++) for (int k = 0; k < m; k++)\n"
+        "b[(i * k2 + j) * m + k] = a[k] + i - j;",
+    "last column": "if (m > 0) for (int i = 0; i < 3; i++) { b[i * m + m - 1] = 7; b[i * m] = b[i * m + m - 1] + 1; }",
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_an_array_without_them(name, tmp_path):
+    before = "int m = n / 4, k2 = n / 6;"
+    text = function(ROWS[name], before=before)
+    if name == "rows of an argument":
+        text = text.replace("(n / 3)", "m").replace("n / 3", "m")
+    dimensions = {access.relation.dim(isl.dim_type.out) for s in parse_c(text).statements for access in s.writes}
+    assert dimensions == {3 if name == "planes" else 2}
+    agree(text, tmp_path, strategies=("cpu-vector", "pluto"))
+
+
+@pytest.mark.parametrize("body, sentence", [
+    ("for (int i = 0; i < n; i++) for (int j = 0; j <= m; j++) b[i * m + j] = 1;",
+     "part j of the subscript must be known to lie between 0 and m - 1, got b[(i * m) + j]"),
+    ("for (int i = 0; i < n; i++) for (int j = 0; j < m; j++) { b[i * m + j] = 1; b[i * n] = 1; }",
+     "b must have the same strides in all of its subscripts, got b[i * n]"),
+    ("for (unsigned i = 0; i < 9; i++) b[i * w] = 1;", "subscript must be affine in loop iterators and parameters, got i * w"),
+    ("for (int i = 0; i < n; i++) b[i * i] = 1;", "subscript must be affine in loop iterators and parameters, got i * i"),
+])
+def test_rows_that_may_overlap_are_refused(body, sentence):
+    with pytest.raises(ScopError) as caught:
+        parse_c(function(body, head="void f(int n, int m, unsigned w, double *b)"))
+    assert str(caught.value) == f"<text>:9: {sentence}"
 
 
 @pytest.mark.parametrize("call", ["rand()", "next(a[i])", "erand48(s)", "printf(0)", "time(0)"])

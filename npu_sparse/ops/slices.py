@@ -1,0 +1,12 @@
+"""Long work in slices: as many rows at a time as fit the workspace."""
+
+from . import workspace
+
+
+def slices(rows: int, elements: int, step: int = 1) -> list[tuple[int, int]]:
+    """`(start, stop)` of consecutive slices of `rows`, each a multiple of `step` but for the last.
+
+    elements: 4-byte numbers that are made for `step` rows.
+    """
+    at_once = max(1, workspace.elements() // elements) * step
+    return [(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
