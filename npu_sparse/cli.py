@@ -175,9 +175,9 @@ def _schedule(
 def _build(
     target: Annotated[str, typer.Argument(help="emulated: g++, for this machine's CPU; npu: CANN's bisheng, for Ascend 910B/C.")],
 ) -> None:
-    from npu_sparse import native
+    from npu_sparse import ascendc
 
-    native.build(target, report=typer.echo)
+    ascendc.build(target, report=typer.echo)
 
 
 def _stage(name: str, command: Command):

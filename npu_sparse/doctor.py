@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from npu_sparse import __version__, checkpoints, native
+from npu_sparse import __version__, ascendc, checkpoints
 
 # The oldest that pyproject.toml accepts; None for what is optional.
 PACKAGES = {
@@ -212,8 +212,8 @@ def _npu(packages: dict[str, str | None], smi: str | None) -> dict[str, Any]:
 
 def _emulation(packages: dict[str, str | None]) -> dict[str, Any]:
     """Whether the AscendC kernels run on this CPU: their library is built, or what keeps it from being built."""
-    reason = _lacking("torch", packages) or native.missing_for("emulated")
-    library = native.library("emulated")
+    reason = _lacking("torch", packages) or ascendc.missing_for("emulated")
+    library = ascendc.library("emulated")
     built = reason is None and library.exists()
     if reason is None and not built:
         reason = "its library is not built"

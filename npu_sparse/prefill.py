@@ -18,7 +18,7 @@ from torch import Tensor
 from . import ops
 from .budget import Budget
 from .exact_end import exact_end
-from .indexer import Indexer as IndexerModule
+from .indexer import Indexer
 from .models import crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
 from .models.attention import LAYER, PREFIX, register_sparse
@@ -27,7 +27,7 @@ from .models.index_cache import IndexKeyCache
 from .ops import workspace
 from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
 from .ops.masks import keys_seen
-from .selectors import Indexer, LayerInputs, Selector, learns_partition
+from .selectors import ByIndexer, LayerInputs, Selector, learns_partition
 from .support import Support
 
 
@@ -50,7 +50,7 @@ class SparsePrefill:
         self.architecture = describe(model.config)
         self.impl, self.stage, self.observe, self.workspace_mib = impl, stage, observe, workspace.check(workspace_mib)
         self.native = text_config(model)._attn_implementation
-        self.indexer: IndexerModule | None = None  # the selector's, as a copy with the model's dtype and device
+        self.indexer: Indexer | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
         layers = self.architecture.layers
         self._selects = {layer: layers[n - n % budget.share_layers] for n, layer in enumerate(layers)}
@@ -59,7 +59,7 @@ class SparsePrefill:
     def attach(
         cls,
         model,
-        selector: Selector | IndexerModule,
+        selector: Selector | Indexer,
         budget: Budget | None = None,
         *,
         impl: str = "auto",
@@ -84,8 +84,8 @@ class SparsePrefill:
         Raises UnsupportedArchitectureError, AdapterError, KernelUnavailableError or ValueError.
         """
         model = unwrapped(model)
-        if isinstance(selector, IndexerModule):
-            selector = Indexer(selector)
+        if isinstance(selector, Indexer):
+            selector = ByIndexer(selector)
         if budget is None:
             recommended = selector.indexer.budget if selector.indexer is not None else None
             budget = Budget.from_dict(recommended) if recommended else Budget()

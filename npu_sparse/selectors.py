@@ -11,7 +11,7 @@ from torch import Tensor
 from . import ops
 from .budget import Budget
 from .indexer import AdapterError
-from .indexer import Indexer as IndexerModule
+from .indexer import Indexer as _Indexer
 from .ops.masks import visible_to_block
 from .ops.slices import slices
 from .support import Support, concatenate
@@ -51,7 +51,7 @@ class Selector(Protocol):
 
     name: str
     evidence: str  # "oracle", "distilled", "untrained", "training-free" or "control": never mixed in a table without saying which
-    indexer: IndexerModule | None  # hidden states are projected with it and handed over as LayerInputs.index
+    indexer: _Indexer | None  # hidden states are projected with it and handed over as LayerInputs.index
 
     def select(self, inputs: LayerInputs, budget: Budget) -> Support: ...
 
@@ -82,10 +82,10 @@ class Oracle:
         return select_by_scores(inputs, budget, mass, heads=inputs.k.shape[1] if self.per_kv else 1)
 
 
-class Indexer:
+class ByIndexer:
     """Top-k of an indexer's scores (evidence: distilled or untrained, as the adapter says), in one level or two."""
 
-    def __init__(self, indexer: IndexerModule):
+    def __init__(self, indexer: _Indexer):
         self.indexer = indexer
         self.evidence = indexer.evidence
         self.name = "indexer"
@@ -101,7 +101,10 @@ class Indexer:
         return ops.select_by_index(qi, ki, w, **options)
 
 
-def learns_partition(budget: Budget, indexer: IndexerModule | None) -> bool:
+Indexer = ByIndexer  # its first name, which is also that of what it selects by
+
+
+def learns_partition(budget: Budget, indexer: _Indexer | None) -> bool:
     """Whether this budget reads log-partitions that this indexer's partition heads predict.
 
     Not where every query selects for itself: there a log-partition changes no order; only candidates are a group's all the same.

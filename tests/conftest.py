@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from npu_sparse import native
+from npu_sparse import ascendc
+from npu_sparse.ops import dispatch
 from npu_sparse.testing import BACKENDS, Backend, open_backend
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -57,9 +58,9 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def emulated_library():
     """The AscendC kernels, built for the host emulation; compiled once, whoever asks."""
-    if reason := native.missing_for("emulated"):
+    if reason := ascendc.missing_for("emulated"):
         pytest.skip(reason)
-    native.build("emulated", report=lambda line: None)
+    ascendc.build("emulated", report=lambda line: None)
 
 
 @pytest.fixture(scope="session")
@@ -69,7 +70,8 @@ def stub_device(emulated_library):
         pytest.skip("the runtime stub of torch_npu is not set up: run `make test-npu`")
     torch.empty(1, device="npu")  # torch_npu registers its kernels before they are replaced
     torch.ops.load_library(os.path.join(RUNTIME_STUB, "libnpu_cpu_fallback.so"))
-    native.load("emulated", "npu")
+    for op, kernel in ascendc.load("emulated").items():
+        dispatch.register_kernel(op, "npu", kernel)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -17,7 +17,7 @@ SPARSE = Budget(k=16, block=8, sink=2, recent=4)
 T = 75
 KINDS = {
     "oracle": lambda model, seed=0: selectors.Oracle(),
-    "indexer": lambda model, seed=0: selectors.Indexer(Indexer.for_model(model, dim=64, heads=2, seed=seed)),
+    "indexer": lambda model, seed=0: selectors.ByIndexer(Indexer.for_model(model, dim=64, heads=2, seed=seed)),
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_model = pytest.mark.parametrize("name", ["llama", "qwen3_5", "qwen3_5_wrapper", "gemma3"])

@@ -167,7 +167,7 @@ def test_commands_parse_and_their_configs_hold(place, arguments, monkeypatch, tm
         module, name = {
             "doctor": ("doctor", "main"),
             "demo": ("demo", "run_demo"),
-            "build": ("native", "build"),
+            "build": ("ascendc", "build"),
             "schedule": ("schedule.command", "schedule_file"),
         }[arguments[0]]
         owner = importlib.import_module(f"npu_sparse.{module}")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import npu_sparse
-from npu_sparse import checkpoints, doctor, native
+from npu_sparse import ascendc, checkpoints, doctor
 
 ROOT = Path(npu_sparse.__file__).parent.parent
 HEAVY = ("torch", "torch_npu", "transformers", "numpy", "triton", "islpy", "rich", "typer", "safetensors", "gguf")
@@ -211,7 +211,7 @@ def test_emulation_that_is_not_built_is_told_how_to_be(machine, packages, monkey
     report = doctor.report()
     assert not report["emulation"]["runs"] and report["emulation"]["reason"] == "its library is not built"
     assert commands(report)["emulation"] == f"{sys.executable} -m npu_sparse build emulated"
-    library = native.library("emulated")
+    library = ascendc.library("emulated")
     library.parent.mkdir(parents=True)
     library.touch()
     report = doctor.report()

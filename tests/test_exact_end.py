@@ -48,7 +48,7 @@ def tokens(B=2, length=T, seed=0):
 
 def choose(kind, model):
     if kind in ("indexer", "learned"):
-        return selectors.Indexer(Indexer.for_model(model, dim=64, heads=2, partition=kind == "learned"))
+        return selectors.ByIndexer(Indexer.for_model(model, dim=64, heads=2, partition=kind == "learned"))
     return {"oracle": selectors.Oracle(), "per_kv": selectors.Oracle(per_kv=True)}[kind]
 
 

@@ -55,7 +55,7 @@ def test_chunked_prefill_with_an_indexer_gives_the_supports_of_one_prompt(model,
     from transformers import DynamicCache
 
     indexer, budget = Indexer.for_model(model, heads=1, dim=64, seed=0), Budget(k=8, block=4, share_layers=2)
-    whole, logits = supports(model, selectors.Indexer(indexer), budget, ids)
+    whole, logits = supports(model, selectors.ByIndexer(indexer), budget, ids)
     read, cache = [], DynamicCache(config=model.config)
     observe = lambda inputs, support, out: read.append((inputs.layer, support))  # noqa: E731
     with SparsePrefill.attach(model, indexer, budget, observe=observe), torch.inference_mode():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
-from npu_sparse import Budget, Indexer, SparsePrefill, native, ops, selectors
+from npu_sparse import Budget, Indexer, SparsePrefill, ascendc, ops, selectors
 from npu_sparse.indexer import AdapterError
 from npu_sparse.models.architectures import UnsupportedArchitectureError, attention_modules
 from npu_sparse.ops import KernelUnavailableError, dispatch
@@ -49,7 +49,7 @@ def models():
 
 def selector(kind, model):
     if kind == "indexer":
-        return selectors.Indexer(Indexer.for_model(model, dim=64, heads=2))
+        return selectors.ByIndexer(Indexer.for_model(model, dim=64, heads=2))
     return {"dense": selectors.Dense(), "oracle": selectors.Oracle(), "per_kv": selectors.Oracle(per_kv=True)}[kind]
 
 
@@ -745,7 +745,7 @@ def test_an_unknown_architecture_is_refused_with_the_reason():
 
 
 def test_a_tail_is_refused_where_no_kernel_reads_it(monkeypatch):
-    monkeypatch.setattr(dispatch, "_KERNELS", {(op, "cpu"): print for op in native.OPERATORS})
+    monkeypatch.setattr(dispatch, "_KERNELS", {(op, "cpu"): print for op in ascendc.OPERATORS})
     message = r"sparse_attention_with_tail has no kernel on 'cpu': it has kernels for cuda only: .*, or Budget\(tail=False\)"
     with pytest.raises(KernelUnavailableError, match=message):
         SparsePrefill.attach(
@@ -764,7 +764,7 @@ def test_a_tail_is_refused_where_no_kernel_reads_it(monkeypatch):
 )
 def test_what_cannot_run_is_refused_when_attaching_and_changes_nothing(budget, impl, error, message, monkeypatch):
     monkeypatch.setattr(dispatch, "_KERNELS", {})
-    monkeypatch.setattr(native, "load_if_built", lambda device_type: None)
+    monkeypatch.setattr(ascendc, "load_if_built", lambda device_type: {})
     model, ids = tiny_model("gemma3"), tokens()
     before = model(ids).logits
     with pytest.raises(error, match=message):

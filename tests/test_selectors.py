@@ -8,7 +8,7 @@ from npu_sparse.testing import attention_inputs, index_inputs, naive_index_score
 
 EVERY = [
     selectors.Oracle(), selectors.Oracle(per_kv=True), selectors.Local(sink=2), selectors.Random(), selectors.Dense(),
-    selectors.Indexer(type("Distilled", (), {"evidence": "distilled"})()),
+    selectors.ByIndexer(type("Distilled", (), {"evidence": "distilled"})()),
 ]  # fmt: skip
 every_selector = pytest.mark.parametrize("selector", EVERY, ids=lambda s: s.name)
 
@@ -137,3 +137,7 @@ def test_stages_are_reported(selector):
 def test_a_local_control_that_cannot_hold_its_sinks_is_refused():
     with pytest.raises(ValueError, match="k must hold the keys that are always kept"):
         selectors.Local(sink=4).select(layer_inputs(), Budget(k=3, block=1))
+
+
+def test_the_first_name_of_the_indexers_selector_keeps_working():
+    assert selectors.Indexer is selectors.ByIndexer

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from npu_sparse import Budget, Indexer, SparsePrefill, native, ops, selectors
+from npu_sparse import Budget, Indexer, SparsePrefill, ascendc, ops, selectors
 from npu_sparse.indexer import AdapterError, IndexerConfig, PartitionHead
 from npu_sparse.models.architectures import attention_modules
 from npu_sparse.ops import KernelUnavailableError, dispatch
@@ -274,8 +274,8 @@ def test_nobody_learns_without_an_indexer_or_a_need(models):
 
 
 def test_a_device_without_a_kernel_for_it_is_refused_when_attaching(models, monkeypatch):
-    monkeypatch.setattr(dispatch, "_KERNELS", {(op, "cpu"): print for op in native.OPERATORS})
-    monkeypatch.setattr(native, "load_if_built", lambda device_type: None)
+    monkeypatch.setattr(dispatch, "_KERNELS", {(op, "cpu"): print for op in ascendc.OPERATORS})
+    monkeypatch.setattr(ascendc, "load_if_built", lambda device_type: {})
     model = tiny_model("llama", dtype=torch.bfloat16)
     indexer = Indexer.for_model(model, dim=64, partition=True)
     with pytest.raises(KernelUnavailableError, match="index_partition has no kernel on 'cpu'.*, or learn the partition"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from npu_sparse import Budget, Indexer, SparsePrefill, native, ops, selectors
+from npu_sparse import Budget, Indexer, SparsePrefill, ascendc, ops, selectors
 from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.testing import tiny_model
 
@@ -105,9 +105,9 @@ def test_selectors_without_an_indexer_have_no_candidates(models):
 
 
 def test_a_device_without_a_kernel_for_it_is_refused_when_attaching(models, monkeypatch):
-    kernels = {(op, "cpu"): print for op in native.OPERATORS}
+    kernels = {(op, "cpu"): print for op in ascendc.OPERATORS}
     monkeypatch.setattr(dispatch, "_KERNELS", kernels)
-    monkeypatch.setattr(native, "load_if_built", lambda device_type: None)
+    monkeypatch.setattr(ascendc, "load_if_built", lambda device_type: {})
     model = tiny_model("llama", dtype=torch.bfloat16)
     with pytest.raises(KernelUnavailableError, match="select_two_level has no kernel on 'cpu': it has kernels for cuda only"):
         SparsePrefill.attach(model, Indexer.for_model(model, dim=64), BUDGET, impl="kernel")

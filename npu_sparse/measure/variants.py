@@ -209,7 +209,7 @@ def selector_of(name: str, indexer=None, seed: int = 0):
 
     chooser = variant_named(name).chooser
     if chooser == "indexer":
-        return selectors.Indexer(indexer)
+        return selectors.ByIndexer(indexer)
     if chooser == "local":
         return selectors.Local(LOCAL_SINK)
     return {

@@ -1,5 +1,7 @@
 """The operators of sparse prefill and of distillation, their references and the dispatcher seam."""
 
+from .. import ascendc
+from . import dispatch
 from .attention_mass import attention_mass
 from .dense_rows import dense_rows
 from .dispatch import KernelUnavailableError
@@ -9,6 +11,9 @@ from .select_tokens import select_tokens
 from .select_two_level import select_two_level
 from .sparse_attention import sparse_attention
 from .sparse_attention_with_tail import sparse_attention_with_tail
+
+for _device_type in ascendc.TARGETS.values():
+    dispatch.register_loader(_device_type, lambda device_type=_device_type: ascendc.load_if_built(device_type))
 
 __all__ = [
     "KernelUnavailableError",

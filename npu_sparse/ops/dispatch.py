@@ -11,14 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .. import native
-
 OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is in
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has kernels
 _DIFFERENTIABLE: set[str] = set()  # operators with gradients
+_LOADERS: dict[str, Callable[[], dict[str, Callable]]] = {}  # what gives a device's kernels, by operator
 _HOW = {
     "cuda": "its kernels need triton: run `pip install triton`, or pass impl='reference'",
     "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
@@ -159,13 +158,19 @@ def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **
             raise ValueError(f"{name} must be at most {most} for the kernels on {device_type!r}, got {value}")
 
 
+def register_loader(device_type: str, load: Callable[[], dict[str, Callable]]) -> None:
+    """Tells where the kernels of a device come from: `load()` gives those there are, by operator, and may be asked again."""
+    _LOADERS[device_type] = load
+
+
 def _kernel(op: str, device_type: str) -> Callable | None:
     """The registered kernel; the first question loads what this device's kernels are in."""
     if (op, device_type) not in _KERNELS:
         if device_type == "cuda":
             register_triton(device_type)
-        else:
-            native.load_if_built(device_type)
+        elif device_type in _LOADERS:
+            for name, kernel in _LOADERS[device_type]().items():
+                register_kernel(name, device_type, kernel)
     return _KERNELS.get((op, device_type))
 
 

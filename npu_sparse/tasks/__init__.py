@@ -12,8 +12,8 @@ Six tasks need nothing, five need a haystack of ordinary text and are labelled "
 figures use another text, two need the user's own question file: see `TASKS` and `task_names`. Templates, needle counts,
 frequencies and new tokens are RULER's; key words come from a list of our own, and sentences are split by a simple rule.
 
-`MORE` has tasks that are not needles, after other benchmarks and with words of our own: graph walks and aggregation. Each is
-scored by its published rule (`rules`).
+`MORE` has tasks that are not needles, after other benchmarks and with words of our own: graph walks, facts in text, co-reference,
+code retrieval and aggregation. Each is scored by its published rule (`rules`).
 
 Any length works from a minimum on, which depends on the tokenizer and the new tokens and which the ValueError for a
 shorter one states. With a vocabulary of 49K, 1024 is enough for every task (cwe needs 820, the others 220 to 420).

@@ -7,10 +7,13 @@ from functools import partial
 from typing import Any
 
 from npu_sparse.tasks.aggregation import common_words, frequent_words, numbered
+from npu_sparse.tasks.code import body, holder
 from npu_sparse.tasks.draft import Draft, Request, first, listed
+from npu_sparse.tasks.facts import tracked
 from npu_sparse.tasks.graphs import parents, search
 from npu_sparse.tasks.retrieval import Needles, in_needles, in_noise, in_text
-from npu_sparse.tasks.rules import all_found, any_found, first_word, nearness, set_f1
+from npu_sparse.tasks.rounds import repeated
+from npu_sparse.tasks.rules import all_found, any_found, copied, first_word, nearness, one_place, set_f1, similar
 from npu_sparse.tasks.tally import tally
 from npu_sparse.tasks.tracing import variable_tracking
 
@@ -22,8 +25,9 @@ class Task:
     """`needs` is None, "haystack" (text from the user) or "qa_file" (a question file from the user).
 
     `draft` makes one prompt from a Request and the text; question answering drafts from its file instead. `write` makes one text
-    of the answers; those of a task that is not `ordered` are written in the order in which they first occur in the prompt. `rule`
-    scores an output. `after` names the benchmark that a task follows with words of our own, where it is not RULER.
+    of the answers, which follows the prompt after `lead`; answers of a task that is not `ordered` are written in the order of
+    their first occurrence in the prompt. `rule` scores an output. `after` names the benchmark that a task follows with words of
+    our own, where it is not RULER.
     """
 
     name: str
@@ -33,6 +37,7 @@ class Task:
     needs: str | None = None
     write: Callable[[Sequence[str]], str] = listed
     ordered: bool = True
+    lead: str = " "
     rule: Callable[[Sequence[str], str], float] = all_found
     after: str = ""
 
@@ -85,6 +90,19 @@ MORE: dict[str, Task] = {
     for task in (
         _after("GraphWalks", "graph_search", "the nodes two steps away", 64, partial(search, 2), set_f1, **_IDS),
         _after("GraphWalks", "graph_parents", "the four parents of a node", 64, parents, set_f1, **_IDS),
+        *(
+            _after(
+                "BABILong", f"facts_{facts}", f"a place that takes {facts} fact{'s' * (facts > 1)} in text", 16,
+                partial(tracked, facts), one_place, write=first, needs="haystack",
+            )
+            for facts in (1, 2, 3)
+        ),
+        *(
+            _after("MRCR", f"rounds_{n}", f"one of {n} answers to one request", 96, partial(repeated, n), copied, write=first)
+            for n in (2, 4, 8)
+        ),
+        _after("code search", "code_holder", "the function that holds a line", 24, holder, first_word, write=first),
+        _after("code completion", "code_body", "the body of a function from before", 128, body, similar, write=first, lead="\n"),
         _after("OOLONG", "tally_count", "how many notes have a subject", 8, partial(tally, "count"), nearness, write=first),
         _after("OOLONG", "tally_most", "the subject of most notes", 8, partial(tally, "most"), first_word, write=first),
         _after("OOLONG", "tally_user", "the subject of most notes of one", 8, partial(tally, "user"), first_word, write=first),

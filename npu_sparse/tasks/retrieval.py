@@ -67,10 +67,10 @@ def in_needles(needles: Needles, request: Request, source: None = None) -> Draft
 
 def in_text(needles: Needles, request: Request, texts: list[str]) -> Draft:
     """Needles between the sentences of a passage that starts at a random place of `texts`; one unit is one word."""
-    passage = _Passage(texts, request.random("passage"))
+    passage = Passage(texts, request.random("passage"))
     window = " ".join(passage.first(request.room))
     hidden, depths, finish = _hide(needles, request, lambda value: value in window)
-    return finish(lambda n: " ".join(insert_at(_sentences(passage.first(n)), hidden, depths)))
+    return finish(lambda n: " ".join(insert_at(sentences(passage.first(n)), hidden, depths)))
 
 
 def _hide(
@@ -118,7 +118,7 @@ def _draw(rng: Random, kind: str, refused: Callable[[str], bool]) -> str:
             return drawn
 
 
-class _Passage:
+class Passage:
     """The words of `texts` from a random sentence start on, read only as far as asked, starting over at the end."""
 
     def __init__(self, texts: list[str], rng: Random):
@@ -145,7 +145,7 @@ class _Passage:
         return self._words[:n]
 
 
-def _sentences(words: Iterable[str]) -> list[str]:
+def sentences(words: Iterable[str]) -> list[str]:
     sentences: list[str] = []
     current: list[str] = []
     for word in words:

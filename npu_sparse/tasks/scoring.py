@@ -37,7 +37,7 @@ class Reference:
 
 
 def reference_answer(example: "Example") -> Reference:
-    """All answers as the task's template writes them, after a space.
+    """All answers as the task's template writes them, after a space (code: a line end).
 
     Several values are "a, b, and c"; chains of variables "A B C" and common words "1. a 2. b", as in the solved example that the
     prompt begins with; of a question's accepted answers, the first. Answers that have no order of their own (the values of one
@@ -45,7 +45,7 @@ def reference_answer(example: "Example") -> Reference:
     """
     task = task_named(example.task)
     answers = example.answers if task.ordered else sorted(example.answers, key=lambda answer: _place(answer, example.prompt))
-    text = " " + task.write(answers)
+    text = task.lead + task.write(answers)
     spans, end = [], 0
     for answer in answers:
         start = text.find(answer, end)

@@ -17,7 +17,7 @@ BUDGET = Budget(k=8, block=4, sink=1, recent=1)
 SELECTORS = {
     "oracle": lambda model: selectors.Oracle(),
     "per_kv": lambda model: selectors.Oracle(per_kv=True),
-    "indexer": lambda model: selectors.Indexer(Indexer.for_model(model, dim=64, heads=2)),
+    "indexer": lambda model: selectors.ByIndexer(Indexer.for_model(model, dim=64, heads=2)),
     "local": lambda model: selectors.Local(),
     "random": lambda model: selectors.Random(),
     "dense": lambda model: selectors.Dense(),

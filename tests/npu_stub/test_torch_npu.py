@@ -129,7 +129,7 @@ def prefill(name: str, kind: str, device: str):
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
     model, seen = tiny_model(name, dtype=torch.bfloat16).to(device), []
-    selector = selectors.Oracle() if kind == "oracle" else selectors.Indexer(Indexer.for_model(model, dim=64, heads=2))
+    selector = selectors.Oracle() if kind == "oracle" else selectors.ByIndexer(Indexer.for_model(model, dim=64, heads=2))
 
     def observe(inputs, support, out):
         assert inputs.q.device.type == support.indices.device.type == out.device.type == device

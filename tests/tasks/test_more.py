@@ -97,6 +97,65 @@ def test_an_answer_grows_with_the_number_of_notes(make):
     assert long > 2 * short
 
 
+def test_facts_lead_to_the_place_that_is_asked_for(make):
+    """Replays the facts of the prompt, which stand in their order."""
+    for facts in (1, 2, 3):
+        for example in make(f"facts_{facts}", count=6):
+            at, held, been = {}, {}, {}
+            pattern = r"(Alma|Boris|Clara|Edgar) (walked to|picked up|put down) the (\w+)\."
+            events = re.findall(pattern, example.prompt)
+            assert len(events) == 12
+            for person, verb, what in events:
+                if verb == "walked to":
+                    at[person] = what
+                    for thing in (thing for thing, holder in held.items() if holder == person):
+                        been[thing].append(what)
+                elif verb == "picked up":
+                    assert what not in held and been.get(what, [at[person]])[-1] == at[person]
+                    held[what] = person
+                    been.setdefault(what, [at[person]])
+                else:
+                    assert held.pop(what) == person
+            question = example.prompt.rpartition("Question: ")[2]
+            if facts == 1:
+                expected = at[re.match(r"Where is (\w+)\?", question)[1]]
+            elif facts == 2:
+                expected = been[re.match(r"Where is the (\w+)\?", question)[1]][-1]
+            else:
+                thing, place = re.match(r"Where was the (\w+) before it came to the (\w+)\?", question).groups()
+                assert been[thing].count(place) == 1 and been[thing][-1] == place
+                expected = been[thing][-2]
+            assert example.answers[0] == expected and len(set(example.answers)) == 6
+
+
+def test_the_answer_of_a_round_is_the_ith_to_that_request(make):
+    for needles in (2, 4, 8):
+        for example in make(f"rounds_{needles}"):
+            question = re.search(r"the (\w+) (\w+) about the (\S+), word .* code (\w+) and", example.prompt)
+            ordinal, form, topic, code = question.groups()
+            given = re.findall(rf"User: Write a {form} about the {topic}\.\nAssistant: (.*)", example.prompt)
+            which = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth").index(ordinal)
+            assert len(given) == needles == len(set(given)) and example.answers == (f"{code} {given[which]}",)
+            assert example.prompt.count("User: ") > 2 * needles
+            assert tasks.score(example, " " + code + " " + given[which - 1]) < 0.95
+
+
+def test_only_one_function_of_the_prompt_holds_the_line(make):
+    for example in make("code_holder", count=4):
+        context, line = re.match(r"(?s).*?\n\n(.*)\n\nQuestion: .*?only\.\n(.*)\n Answer:", example.prompt).groups()
+        functions = re.split(r"\n\n(?=(?:async )?def |@)", context)
+        holding = [text for text in functions if line in [part.strip() for part in text.split("\n")]]
+        assert len(holding) == 1 and re.match(r"def (\w+)", holding[0])[1] == example.answers[0]
+        assert len(functions) > 3
+
+
+def test_the_body_stands_in_the_prompt_behind_its_signature(make):
+    for example in make("code_body", count=4):
+        signature = example.prompt.rpartition("\n")[2]
+        assert signature.startswith("def ") and example.prompt.count(f"{signature}\n{example.answers[0]}") == 1
+        assert tasks.reference_answer(example).text == "\n" + example.answers[0]
+
+
 @pytest.mark.parametrize(
     "rule, answers, output, expected",
     [

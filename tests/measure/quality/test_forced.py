@@ -66,7 +66,7 @@ def test_each_cell_is_what_score_forced_says_of_its_prompts(finished, model, tok
     dense = teacher_forced.read_states(directory / "forced" / "vt.safetensors")
     from npu_sparse import SparsePrefill, selectors
 
-    attach = lambda: SparsePrefill.attach(model, selectors.Indexer(indexer), CONFIG.budget, impl="reference")  # noqa: E731
+    attach = lambda: SparsePrefill.attach(model, selectors.ByIndexer(indexer), CONFIG.budget, impl="reference")  # noqa: E731
     expected, _ = teacher_forced.score_forced(model, prompts.asked, attach, dense)
     found = record(directory, "vt", "indexer-shared")["samples"]
     assert [{name: sample[name] for name in ("right", "tokens", "kl")} for sample in found] == expected

@@ -1,4 +1,4 @@
-"""Building and loading the native libraries; the compiler is a script wherever what it makes does not matter."""
+"""Building and loading the AscendC libraries; the compiler is a script wherever what it makes does not matter."""
 
 import os
 import shutil
@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from npu_sparse import cli, native
+from npu_sparse import ascendc, cli
 from npu_sparse.ops.dispatch import ASCENDC
 
-ROOT = Path(native.__file__).resolve().parent.parent
+ROOT = Path(ascendc.__file__).resolve().parent.parent
 RECORD = """#!/bin/sh
 echo "$@" >> "$RECORD"
 sleep 0.2
@@ -45,11 +45,11 @@ def calls(record: Path) -> list[str]:
 
 def test_a_library_is_built_once(compiler):
     record, said = compiler(), []
-    path = native.build("emulated", report=said.append)
-    assert path == native.library("emulated") and path.read_text() == "made\n"
-    assert len(calls(record)) == len(native.OPERATORS) + 2  # the binding and the link
-    assert native.build("emulated", report=said.append) == path
-    assert len(calls(record)) == len(native.OPERATORS) + 2
+    path = ascendc.build("emulated", report=said.append)
+    assert path == ascendc.library("emulated") and path.read_text() == "made\n"
+    assert len(calls(record)) == len(ascendc.OPERATORS) + 2  # the binding and the link
+    assert ascendc.build("emulated", report=said.append) == path
+    assert len(calls(record)) == len(ascendc.OPERATORS) + 2
     assert said == [
         "compiling the AscendC kernels for emulated (6 files, up to a few minutes)", f"built {path}", f"{path} is up to date"
     ]  # fmt: skip
@@ -57,22 +57,22 @@ def test_a_library_is_built_once(compiler):
 
 def test_two_processes_build_it_once(compiler):
     record = compiler()
-    program = "from npu_sparse import native; native.build('emulated', report=lambda line: None)"
+    program = "from npu_sparse import ascendc; ascendc.build('emulated', report=lambda line: None)"
     both = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT) for _ in range(2)]
     assert [process.wait(timeout=60) for process in both] == [0, 0]
-    assert len(calls(record)) == len(native.OPERATORS) + 2
+    assert len(calls(record)) == len(ascendc.OPERATORS) + 2
 
 
 def test_other_sources_make_another_library(compiler, monkeypatch, tmp_path):
     compiler()
-    first = native.build("emulated", report=lambda line: None)
+    first = ascendc.build("emulated", report=lambda line: None)
     copied = tmp_path / "ops"
-    shutil.copytree(native.SOURCES, copied)
-    monkeypatch.setattr(native, "SOURCES", copied)
-    assert native.library("emulated") == first
+    shutil.copytree(ascendc.SOURCES, copied)
+    monkeypatch.setattr(ascendc, "SOURCES", copied)
+    assert ascendc.library("emulated") == first
     with (copied / "ascendc/common/hardware.h").open("a") as file:
         file.write("// changed\n")
-    assert native.library("emulated") != first
+    assert ascendc.library("emulated") != first
     assert first.exists()
 
 
@@ -84,9 +84,9 @@ for word in "$@"; do
 done
 exit 0
 """)
-    with pytest.raises(native.BuildError, match=r"kernel.h:12: error: no such thing\nfailed with status 3"):
-        native.build("emulated", report=lambda line: None)
-    assert not native.library("emulated").exists()
+    with pytest.raises(ascendc.BuildError, match=r"kernel.h:12: error: no such thing\nfailed with status 3"):
+        ascendc.build("emulated", report=lambda line: None)
+    assert not ascendc.library("emulated").exists()
 
 
 def test_a_missing_compiler_is_named_with_where_it_was_looked_for(compiler, monkeypatch, tmp_path, capsys):
@@ -114,12 +114,12 @@ def test_the_npu_library_is_made_of_every_kernel_by_bisheng(compiler, monkeypatc
     bisheng.parent.mkdir()
     shutil.copy(tmp_path / "bin/g++", bisheng)
     monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "cann"))
-    monkeypatch.setattr(native, "_package", lambda name: tmp_path / name)  # torch_npu need not be there
-    assert native.build("npu", report=lambda line: None).read_text() == "made\n"
+    monkeypatch.setattr(ascendc, "_package", lambda name: tmp_path / name)  # torch_npu need not be there
+    assert ascendc.build("npu", report=lambda line: None).read_text() == "made\n"
     kernels = next(call for call in calls(record) if "launch_npu.cpp" in call)
     assert "-x asc --npu-arch=dav-2201" in kernels and "-shared -fPIC" in kernels
-    source = (native.SOURCES / "torch/launch_npu.cpp").read_text()
-    assert all(f"LAUNCH({op}, " in source and f'#include "{op}/{op}.h"' in source for op in native.OPERATORS)
+    source = (ascendc.SOURCES / "torch/launch_npu.cpp").read_text()
+    assert all(f"LAUNCH({op}, " in source and f'#include "{op}/{op}.h"' in source for op in ascendc.OPERATORS)
 
 
 def test_an_unknown_target_is_a_mistake(capsys):
@@ -129,8 +129,8 @@ def test_an_unknown_target_is_a_mistake(capsys):
 
 def test_a_library_that_is_not_built_says_how_to_build_it(compiler):
     compiler()
-    with pytest.raises(native.BuildError, match="not built: run `npu-sparse build emulated`"):
-        native.load("emulated")
+    with pytest.raises(ascendc.BuildError, match="not built: run `npu-sparse build emulated`"):
+        ascendc.load("emulated")
 
 
 # The emulated library itself
@@ -138,7 +138,7 @@ def test_a_library_that_is_not_built_says_how_to_build_it(compiler):
 
 @pytest.fixture
 def emulated(emulated_library):
-    native.load("emulated")
+    ascendc.load("emulated")
     return torch.ops.npu_sparse_emulated
 
 
@@ -178,11 +178,11 @@ def test_what_a_kernel_does_not_serve_is_refused_before_the_launch(emulated):
 def test_limits_of_the_other_operators_are_refused_with_the_nearest_value(emulated):
     qi, ki, scores = torch.zeros(1, 1, 4, 40).half(), torch.zeros(1, 4, 40).half(), torch.zeros(1, 1, 1, 5000)
     with pytest.raises(ValueError, match=r"d_idx must be a multiple of 16 from 16 to 256, got 40 \(nearest: (32|48)\)"):
-        emulated.index_scores(qi, ki, None, 1, "max", None)
+        emulated.index_scores(qi, ki, None, 1, "max", None, None)
     with pytest.raises(ValueError, match=r"d_idx must be .*, got 40"):
-        emulated.select_by_index(qi, ki, None, 2, 1, "max", 0, 0, None)
+        emulated.select_by_index(qi, ki, None, 2, 1, "max", 0, 0, None, None)
     with pytest.raises(ValueError, match="reduce must be one of max, mean, got 'sum'"):
-        emulated.index_scores(qi, ki, None, 1, "sum", None)
+        emulated.index_scores(qi, ki, None, 1, "sum", None, None)
     with pytest.raises(ValueError, match=r"k must be from 1 to 4032, got 4500 \(nearest: 4032\)"):
         emulated.select_tokens(scores, 4500, 0, 0, 1, 1, None)
     with pytest.raises(ValueError, match=r"D must be .*, got 40"):

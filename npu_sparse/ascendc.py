@@ -1,0 +1,215 @@
+"""The AscendC kernels as a shared library: built once for the host emulation or for the card, and loaded.
+
+The sources are one directory, `ops/` of a checkout. A library is kept in the cache under a name that says what it was made
+of - sources, torch, compiler - so that another version is another file, and an old one is never loaded by mistake. Nothing
+heavy is imported before a library is loaded: the doctor asks here too.
+"""
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+
+from .checkpoints import cache_dir
+
+TARGETS = {"emulated": "cpu", "npu": "npu"}  # target -> the device type that its library serves
+OPERATORS = ("index_scores", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
+SOURCES = Path(__file__).resolve().parent / "ascendc_sources"
+ARCHITECTURE = "dav-2201"  # Ascend 910B and 910C: Atlas A2 and A3
+_SOURCE_SUFFIXES = (".h", ".cpp")
+_BISHENG_FOLDERS = ("bin", "compiler/ccec_compiler/bin", "tools/bisheng_compiler/bin")
+# torch's headers want C++20; a kernel is C++17, like everything that CANN's compiler reads
+_BINDING = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+_EMULATION = ["-std=c++17", "-O2", "-fPIC", "-pthread"]
+_KERNELS = ["-x", "asc", f"--npu-arch={ARCHITECTURE}", "-std=c++17", "-O3", "-shared", "-fPIC"]
+
+
+class BuildError(RuntimeError):
+    """A library that cannot be built; the message says what is missing and where it was looked for."""
+
+
+def library(target: str) -> Path:
+    """Where the library of these sources, this torch and this compiler is kept, built or not."""
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    made_of = hashlib.sha256()
+    for part in (target, _version("torch"), _version("torch-npu") if target == "npu" else "", platform.machine()):
+        made_of.update(f"{part}\n".encode())
+    for flags in (_BINDING, _EMULATION, _KERNELS):
+        made_of.update(" ".join(flags).encode())
+    for path in _source_files():
+        made_of.update(f"{path.relative_to(SOURCES)}\n".encode() + path.read_bytes())
+    return cache_dir() / "native" / f"{target}-{made_of.hexdigest()[:16]}" / f"libnpu_sparse_{target}.so"
+
+
+def build(target: str, report: Callable[[str], object] = print) -> Path:
+    """The built library of a target, compiled if need be; two processes that ask at once compile it once.
+
+    `report` is told what happens. Raises BuildError where a compiler, a header or a library is missing, or a compiler fails.
+    """
+    path = library(target)
+    if path.exists():
+        report(f"{path} is up to date")
+        return path
+    commands, link = _COMMANDS[target](path.parent)
+    with _locked(path.parent):
+        if not path.exists():
+            report(f"compiling the AscendC kernels for {target} ({len(commands)} files, up to a few minutes)")
+            _run_all(commands)
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            _run_all([[*link, "-o", str(unfinished)]])
+            unfinished.replace(path)
+            for made in path.parent.glob("*.o"):
+                made.unlink()
+    report(f"built {path}")
+    return path
+
+
+def load(target: str) -> dict[str, Callable]:
+    """Loads the built library of a target: its kernel of every operator. Raises BuildError where it is not built."""
+    import torch
+
+    path = library(target)
+    if not path.exists():
+        raise BuildError(f"the {target} library is not built: run `npu-sparse build {target}` (it is kept at {path})")
+    torch.ops.load_library(path)
+    namespace = getattr(torch.ops, f"npu_sparse_{target}")
+    return {op: getattr(namespace, op).default for op in OPERATORS}
+
+
+def load_if_built(device_type: str) -> dict[str, Callable]:
+    """The kernels of the library that serves this device type; none where it is not built."""
+    built = [target for target, served in TARGETS.items() if served == device_type and library(target).exists()]
+    return load(built[0]) if built else {}
+
+
+def missing_for(target: str) -> str | None:
+    """Why this machine cannot build a target, in one sentence; None where it can."""
+    try:
+        _COMMANDS[target](Path())
+    except BuildError as error:
+        return str(error)
+    return None
+
+
+def _emulated_commands(out: Path) -> tuple[list[list[str]], list[str]]:
+    gxx, torch = _gxx(), _package("torch")
+    headers = [f"-I{SOURCES / folder}" for folder in ("emulation", "ascendc", "torch")]
+    commands = [_binding_command(gxx, torch, out, "emulated")]
+    for op in OPERATORS:  # the same source for every kernel, whose header comes in front of it
+        kernel = [f"-DNPU_SPARSE_OPERATOR={op}", "-include", f"{op}/{op}.h"]
+        source = str(SOURCES / "torch/launch_emulated.cpp")
+        commands.append([gxx, *_EMULATION, *headers, *kernel, "-c", source, "-o", str(out / f"{op}.o")])
+    objects = [str(out / f"{name}.o") for name in ("binding", *OPERATORS)]
+    return commands, [gxx, "-shared", "-pthread", *objects, *_torch_libraries(torch)]
+
+
+def _npu_commands(out: Path) -> tuple[list[list[str]], list[str]]:
+    gxx, torch, (bisheng, cann) = _gxx(), _package("torch"), _cann()
+    torch_npu = _package("torch_npu")
+    headers = [f"-I{folder}" for folder in (torch_npu / "include", torch_npu / "include/third_party/acl/inc", cann / "include")]
+    kernels = out / "libnpu_sparse_kernels.so"
+    commands = [
+        [*_binding_command(gxx, torch, out, "npu"), "-DNPU_SPARSE_ON_CARD", *headers],
+        [bisheng, *_KERNELS, f"-I{SOURCES / 'ascendc'}", f"-I{cann / 'include'}", str(SOURCES / "torch/launch_npu.cpp"),
+         f"-L{cann / 'lib64'}", "-lascendcl", "-o", str(kernels)],
+    ]  # fmt: skip
+    libraries = [str(kernels), f"-L{torch_npu / 'lib'}", "-ltorch_npu", f"-L{cann / 'lib64'}", "-lascendcl"]
+    return commands, [gxx, "-shared", str(out / "binding.o"), *_torch_libraries(torch), *libraries]
+
+
+_COMMANDS = {"emulated": _emulated_commands, "npu": _npu_commands}  # what compiles a target's objects, and what links them
+
+
+def _binding_command(gxx: str, torch: Path, out: Path, target: str) -> list[str]:
+    headers = [f"-I{torch / 'include'}", f"-I{SOURCES / 'ascendc'}"]
+    source, namespace = SOURCES / "torch" / "binding.cpp", f"-DNPU_SPARSE_NAMESPACE=npu_sparse_{target}"
+    return [gxx, *_BINDING, namespace, *headers, "-c", str(source), "-o", str(out / "binding.o")]
+
+
+def _torch_libraries(torch: Path) -> list[str]:
+    return [f"-L{torch / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{torch / 'lib'}"]
+
+
+def _gxx() -> str:
+    name = os.environ.get("CXX", "g++")
+    found = shutil.which(name)
+    if found is None:
+        raise BuildError(f"no C++ compiler: {name} is not in PATH ({os.environ.get('PATH', '')}); install g++ or set CXX")
+    return found
+
+
+def _cann() -> tuple[str, Path]:
+    """bisheng and the root of the CANN toolkit."""
+    home = os.environ.get("ASCEND_HOME_PATH")
+    looked = [Path(home)] if home else [Path("/usr/local/Ascend/ascend-toolkit/latest"), Path("/usr/local/Ascend/cann")]
+    for root in looked:
+        for folder in _BISHENG_FOLDERS:
+            if (root / folder / "bisheng").is_file() and (root / "include").is_dir():
+                return str(root / folder / "bisheng"), root
+    said = "which ASCEND_HOME_PATH names" if home else "as ASCEND_HOME_PATH is not set"
+    raise BuildError(
+        f"no CANN toolkit: looked for include/ and bisheng (in {', '.join(_BISHENG_FOLDERS)}) in {', '.join(map(str, looked))}, "
+        f"{said}; install CANN and run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
+    )
+
+
+def _package(name: str) -> Path:
+    """The directory of an installed package, without importing it."""
+    found = importlib.util.find_spec(name)
+    if found is None or not found.submodule_search_locations:
+        raise BuildError(f"{name} is not installed: its headers and libraries are needed to build")
+    return Path(found.submodule_search_locations[0])
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _source_files() -> list[Path]:
+    """Every file that a library is compiled from, in a fixed order."""
+    folders = ("ascendc", "emulation/emulation", "emulation", "torch")
+    found = {
+        path for folder in folders for path in (SOURCES / folder).glob("*" if folder == "emulation" else "**/*")
+        if path.suffix in _SOURCE_SUFFIXES and "tests" not in path.relative_to(SOURCES).parts
+    }  # fmt: skip
+    return sorted(found)
+
+
+def _run_all(commands: list[list[str]]) -> None:
+    """Runs the commands side by side; raises BuildError with the first one's output that fails."""
+    pending, running = list(commands), []
+    cores = len(os.sched_getaffinity(0))
+    try:
+        while pending or running:
+            while pending and len(running) < cores:
+                command = pending.pop(0)
+                running.append((command, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)))
+            command, process = running.pop(0)
+            output, _ = process.communicate()
+            if process.returncode:
+                raise BuildError(f"{' '.join(command)}\n{output}failed with status {process.returncode}")
+    finally:
+        for _, process in running:
+            process.kill()
+            process.communicate()
+
+
+@contextmanager
+def _locked(directory: Path):
+    """One process at a time per directory; a process that dies lets go."""
+    import fcntl
+
+    directory.mkdir(parents=True, exist_ok=True)
+    with open(directory / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
