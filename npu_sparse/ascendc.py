@@ -17,6 +17,7 @@ from importlib import metadata
 from pathlib import Path
 
 from .checkpoints import cache_dir
+from .errors import ActionableError
 
 TARGETS = {"emulated": "cpu", "npu": "npu"}  # target -> the device type that its library serves
 OPERATORS = ("index_scores", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
@@ -30,7 +31,7 @@ _EMULATION = ["-std=c++17", "-O2", "-fPIC", "-pthread"]
 _KERNELS = ["-x", "asc", f"--npu-arch={ARCHITECTURE}", "-std=c++17", "-O3", "-shared", "-fPIC"]
 
 
-class BuildError(RuntimeError):
+class BuildError(ActionableError, RuntimeError):
     """A library that cannot be built; the message says what is missing and where it was looked for."""
 
 

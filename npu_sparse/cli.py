@@ -16,7 +16,8 @@ from typing import Annotated
 
 import typer
 
-USER_ERROR, FAILURE = 2, 1
+from .errors import FAILURE, USER_ERROR, ActionableError
+
 FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # now --budget
 INTERRUPTED = 130  # typer's exit status of a command that Ctrl-C ended
 
@@ -324,18 +325,12 @@ def _show(output: Path) -> None:
 
 def _status(error: Exception) -> int | None:
     """The exit status of an error that a user can act on, None for a bug."""
-    from npu_sparse.checkpoints import CheckpointError
-    from npu_sparse.runs.store import RunError
-
-    if isinstance(error, CheckpointError):
-        return FAILURE
-    if isinstance(error, RunError) and isinstance(error.__cause__, OSError):
-        return FAILURE
-    if isinstance(error, (ValueError, TypeError)):
+    if isinstance(error, ActionableError):
+        return error.exit_status
+    if isinstance(error, (ValueError, TypeError, FileNotFoundError, NotADirectoryError)):
         return USER_ERROR
-    if isinstance(error, OSError):
-        return USER_ERROR if isinstance(error, (FileNotFoundError, NotADirectoryError)) else FAILURE
-    if type(error).__name__ in ("KernelUnavailableError", "FloatingPointError", "OutOfMemoryError", "RuntimeError", "BuildError"):
+    full = getattr(sys.modules.get("torch"), "OutOfMemoryError", OSError)  # not loaded: not raised
+    if isinstance(error, (OSError, FloatingPointError, full)) or type(error) is RuntimeError:
         return FAILURE
     return None
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .boundary import read_json, reading, reason
 from .budget import Budget
+from .errors import USER_ERROR, ActionableError
 from .runs.store import replace_files
 
 FORMAT = 1
@@ -21,8 +22,10 @@ MOST_HIDDEN, MOST_LAYERS = 1 << 17, 1 << 12  # several times what any model has:
 DTYPES = ("F64", "F32", "F16", "BF16")  # that an adapter may be stored in, as safetensors calls them
 
 
-class AdapterError(ValueError):
+class AdapterError(ActionableError, ValueError):
     """An adapter that cannot be used: damaged, of another format, or of another base checkpoint."""
+
+    exit_status = USER_ERROR
 
 
 @dataclass(frozen=True)

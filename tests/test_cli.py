@@ -9,13 +9,21 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import npu_sparse
 from npu_sparse import Budget, cli
+from npu_sparse.ascendc import BuildError
+from npu_sparse.checkpoints import CheckpointError
+from npu_sparse.indexer import AdapterError
+from npu_sparse.models.architectures import UnsupportedArchitectureError
+from npu_sparse.ops import KernelUnavailableError
 from npu_sparse.runs.store import RunError
+from npu_sparse.schedule.scop import ScopError
+from npu_sparse.schedule.solve.ilp import SolverTimeoutError
 from npu_sparse.testing import tiny_model
 
 STAGES = [name for name, command in cli.COMMANDS.items() if command.config]
@@ -291,6 +299,38 @@ def test_the_status_tells_mistakes_from_failures(error, status, monkeypatch, cap
     shown = capsys.readouterr().err
     assert shown.startswith("error: ") and len(shown.splitlines()) == 1
     assert (str(error) or "interrupted") in shown
+
+
+@pytest.mark.parametrize(
+    "error, status",
+    [
+        (CheckpointError("x could not be fetched"), 1),
+        (KernelUnavailableError("op has no kernel on 'cpu'"), 1),
+        (BuildError("g++ must be installed"), 1),
+        (SolverTimeoutError("no schedule within 5 s"), 1),
+        (AdapterError("adapter x must have format 1"), 2),
+        (UnsupportedArchitectureError("model type 'gpt2' is not supported"), 2),
+        (ScopError("a.c:3: no loop"), 2),
+        (torch.OutOfMemoryError("attach with workspace_mib=64"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_errors_own_their_status(error, status, monkeypatch, capsys):
+    assert cli.main(failing(monkeypatch, error)) == status
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_an_error_is_not_known_by_its_name(monkeypatch):
+    for name in ("KernelUnavailableError", "OutOfMemoryError", "RuntimeError", "BuildError"):
+        with pytest.raises(Exception, match="a bug") as raised:
+            cli.main(failing(monkeypatch, type(name, (Exception,), {})("a bug")))
+        assert type(raised.value).__name__ == name
+
+
+@pytest.mark.parametrize("error", [RecursionError("a bug"), NotImplementedError("a bug"), KeyError("a bug")], ids=repr)
+def test_a_bug_of_a_builtin_kind_keeps_its_traceback(error, monkeypatch):
+    with pytest.raises(type(error), match="a bug"):
+        cli.main(failing(monkeypatch, error))
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -17,12 +17,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..errors import ActionableError
+
 CHUNK_BYTES = 1 << 20
 MARKER = "npu_sparse.json"
 MARKER_FORMAT = 1
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(ActionableError, RuntimeError):
     """A checkpoint could not be made available; the message says why and what to do about it."""
 
 

@@ -2,6 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
+from ..errors import USER_ERROR, ActionableError
+
 SUPPORTED = {
     "qwen3_5": "Qwen3.5 (conditional-generation wrapper)",
     "qwen3_5_text": "Qwen3.5 (text)",
@@ -26,8 +28,10 @@ _REASONS = {
 }
 
 
-class UnsupportedArchitectureError(ValueError):
+class UnsupportedArchitectureError(ActionableError, ValueError):
     """A model that this package does not serve; the message gives the reason."""
+
+    exit_status = USER_ERROR
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import ActionableError
+
 OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is in
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
@@ -48,7 +50,7 @@ ASCENDC = Limits((torch.float16, torch.bfloat16), dim_multiple=16, most_dim=256,
 LIMITS = {"npu": ASCENDC, "cpu": ASCENDC}  # the emulation runs the same sources
 
 
-class KernelUnavailableError(RuntimeError):
+class KernelUnavailableError(ActionableError, RuntimeError):
     """A kernel was asked for and this machine has none; the message says what to do."""
 
 

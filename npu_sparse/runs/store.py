@@ -19,13 +19,20 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..errors import FAILURE, USER_ERROR, ActionableError
+
 DEEPEST = 50  # lists and objects within each other
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
 
-class RunError(ValueError):
+class RunError(ActionableError, ValueError):
     """An output directory that cannot be used: unwritable, damaged, or already holding something else."""
+
+    @property
+    def exit_status(self) -> int:
+        """That of a failure where the system refused, of a mistake where the directory is the wrong one."""
+        return FAILURE if isinstance(self.__cause__, OSError) else USER_ERROR
 
 
 # Directories

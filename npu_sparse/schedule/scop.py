@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 
 import islpy as isl
 
+from ..errors import USER_ERROR, ActionableError
 
-class ScopError(ValueError):
+
+class ScopError(ActionableError, ValueError):
     """A program or description outside of what the scheduler handles; one sentence, with file and line where there is one."""
+
+    exit_status = USER_ERROR
 
 
 @dataclass(frozen=True)

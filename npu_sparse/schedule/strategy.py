@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import ClassVar
 
+from ..errors import USER_ERROR, ActionableError
+
 COST_FUNCTIONS = ("proximity", "feautrier", "contiguity", "contiguous_last", "big_loops_first")
 DIRECTIVES = ("vectorize", "parallel", "sequential")
 HEURISTICS = ("max", "dimensionality", "parallelism", "none")
@@ -13,8 +15,10 @@ COEFFICIENT = re.compile(r"S(\d+|i)_(it|par)_(\d+|i)|S(\d+|i)_cst(_0)?")
 _TERM = re.compile(r"\s*([+-])?\s*(?:(\d+)\s*\*?\s*)?([A-Za-z_]\w*)?\s*")
 
 
-class ConfigError(ValueError):
+class ConfigError(ActionableError, ValueError):
     """A strategy that is malformed, contradictory, or impossible for the program at hand; one sentence."""
+
+    exit_status = USER_ERROR
 
 
 @dataclass(frozen=True)

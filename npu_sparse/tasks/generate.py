@@ -10,6 +10,8 @@ from npu_sparse.tasks.answering import question_drafts, read_questions
 from npu_sparse.tasks.catalogue import task_named
 from npu_sparse.tasks.draft import Draft, Request
 
+from ..errors import USER_ERROR, ActionableError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -38,8 +40,10 @@ class Example:
     chat: bool = False
 
 
-class PromptTooLongError(ValueError):
+class PromptTooLongError(ActionableError, ValueError):
     """Even the smallest haystack leaves the prompt longer than its room."""
+
+    exit_status = USER_ERROR
 
 
 def generate(

@@ -8,12 +8,16 @@ import islpy as isl
 from npu_sparse.schedule.loop_analysis import Dependences
 from npu_sparse.schedule.scop import Scop
 
+from ...errors import USER_ERROR, ActionableError
+
 NODE = isl.schedule_node_type
 MARK = re.compile(r"(?:(parallel|vector)|unroll(?:\((\d+)\))?)$")
 
 
-class CodegenError(ValueError):
+class CodegenError(ActionableError, ValueError):
     """A tree that cannot become a correct program: a mark that a dependence contradicts, or one that is not known."""
+
+    exit_status = USER_ERROR
 
 
 @dataclass(frozen=True)

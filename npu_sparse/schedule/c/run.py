@@ -17,13 +17,17 @@ from npu_sparse.schedule.c.print import identifiers
 from npu_sparse.schedule.c.process import interrupted_by_termination, wait_for
 from npu_sparse.schedule.scop import Scop
 
+from ...errors import USER_ERROR, ActionableError
+
 MERGE = ("-Wl,--allow-multiple-definition",)  # the variants are copies of one file: its other functions are the same
 COMPILE_S = 120  # of one source, at most
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-std=gnu11")
 
 
-class RunError(ValueError):
+class RunError(ActionableError, ValueError):
     """A program that could not be compiled or did not end well; the compiler's or the program's own words are in it."""
+
+    exit_status = USER_ERROR
 
 
 @dataclass(frozen=True)

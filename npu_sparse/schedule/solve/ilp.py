@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 import highspy
 import numpy as np
 
+from ...errors import ActionableError
+
 Terms = dict[int, int]  # column -> coefficient
 
 
-class SolverTimeoutError(RuntimeError):
+class SolverTimeoutError(ActionableError, RuntimeError):
     """The time limit passed before a solution was found."""
 
 
