@@ -29,7 +29,7 @@ KEYWORDS = {c_ast.While: "while", c_ast.DoWhile: "do", c_ast.Switch: "switch", c
 
 
 def parse_c(source: str | Path, function: str | None = None, cpp: tuple[str, ...] | None = None,
-            pure: Collection[str] = ()) -> Scop:
+            pure: Collection[str] = (), number: int | None = None, text: str | None = None) -> Scop:
     """The SCoP of a C file, or of C text (a str of more than one line).
 
     Args:
@@ -38,23 +38,32 @@ def parse_c(source: str | Path, function: str | None = None, cpp: tuple[str, ...
             the macros of the file itself.
         pure: functions that the region may call beside those of the C library and those with the attribute const: each must
             depend on its arguments only and change nothing.
+        number: which region of the function, from 1; needed where it has several.
+        text: what is taken for the contents of the file.
     """
     if isinstance(source, str) and "\n" in source:
-        return parse_text(source, "<text>", function, pure=pure)
+        return parse_text(source, "<text>", function, pure=pure, number=number)
     path = Path(source)
-    try:
-        text = path.read_text() if cpp is None else run_cpp(path, tuple(cpp))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScopError(f"{path}: source must be a readable text file, got {error}") from error
-    scop = parse_text(text, str(path), function, pure=pure)
+    text = read_c(path) if text is None else text
+    if cpp is not None:
+        text = run_cpp(path, tuple(cpp), text)
+    scop = parse_text(text, str(path), function, pure=pure, number=number)
     return replace(scop, name=path.stem)
 
 
+def read_c(path: Path) -> str:
+    """The text of a C file."""
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScopError(f"{path}: source must be a readable text file, got {error}") from error
+
+
 def parse_text(text: str, source: str, function: str | None = None, opaques: dict | None = None, context: str = "",
-               pure: Collection[str] = ()) -> Scop:
+               pure: Collection[str] = (), number: int | None = None) -> Scop:
     """The SCoP of C text; `opaques` gives the footprints of calls that are statements (see builder.py)."""
     try:
-        region = find_region(text, source, function)
+        region = find_region(text, source, function, number)
         layouts = None
         while True:  # again where an array turned out to have rows
             walk = Walk(source, region, opaques or {}, context, frozenset(pure))

@@ -116,6 +116,13 @@ def test_types_keep_their_meaning(name, tmp_path):
     agree(function(case.body, case.head, case.before, case.after, case.file), tmp_path, case.main, strategies)
 
 
+@pytest.mark.parametrize("cast, element", [("(uint8_t)i", "0"), ("(int8_t)i + 128", "128"), ("(unsigned short)(i + 65280)", "0")])
+def test_a_narrow_subscript_comes_back_to_its_element(cast, element):
+    scop = parse_c(function(f"for (int i = 0; i < 600; i++) ring[{cast}] = a[i];", before="static double ring[65536];"))
+    turn = scop.statements[0].writes[0].relation.intersect_domain(isl.Set("{ S0[256] }")).range()
+    assert turn.is_equal(isl.Set(f"{{ ring[{element}] }}"))
+
+
 REFUSED = {
     "for (unsigned i = 0; i < m; i++) p[i] = i;": "unsigned value must be known to lie between 0 and 4294967295, got m",
     "for (size_t i = 0; i < m; i++) p[i] = i;": "unsigned value must be known to lie between 0 and 18446744073709551615, got m",
