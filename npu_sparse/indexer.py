@@ -91,7 +91,8 @@ class PartitionHead(nn.Module):
     def forward(self, hidden: Tensor, seen: Tensor) -> Tensor:
         """float32 `[B, T]` of hidden states `[B, T, hidden_size]`; seen: the number of visible keys, `[B or 1, T]`."""
         bias, growth = self.line.float()
-        return (hidden @ self.direction).float() + bias + growth * seen.clamp(min=1).log()
+        of_length = torch.addcmul(bias, growth, seen.clamp(min=1).log())
+        return hidden @ self.direction + of_length  # fp32 from here on
 
 
 class IndexHead(nn.Module):
