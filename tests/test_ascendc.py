@@ -55,6 +55,37 @@ def test_a_library_is_built_once(compiler):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"mad"), r"its sha256 differs"),
+        (lambda path: path.chmod(0o777), r"may be written by others \(mode 777\)"),
+        (lambda path: path.with_name(f"{path.name}.sha256").unlink(), "has no digest beside it"),
+        (lambda path: path.with_name("libmore.so").write_bytes(b"planted"), "has no digest beside it"),
+    ],
+)
+def test_a_library_that_does_not_fit_is_not_loaded_and_is_built_again(compiler, damage, why):
+    compiler()
+    path = ascendc.build("emulated", report=lambda line: None)
+    damage(path)
+    with pytest.raises(ascendc.BuildError, match=rf"must not be loaded, because it .*{why}.*: run `npu-sparse build emulated`"):
+        ascendc.load("emulated")
+    assert ascendc.load_if_built("cpu") == {}  # as if it were not there
+    said = []
+    assert ascendc.build("emulated", report=said.append) == path
+    assert said[0].startswith(f"{path} ") and said[0].endswith(": it is built again")
+    assert path.read_text() == "made\n" and ascendc.state("emulated") is None
+
+
+def test_a_cache_that_everybody_may_write_to_is_refused(compiler, tmp_path):
+    compiler()
+    (tmp_path / "cache").mkdir(mode=0o777)
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(ascendc.BuildError, match="cache must not be writable by everybody: .* NPU_SPARSE_CACHE"):
+        ascendc.build("emulated", report=lambda line: None)
+
+
 def test_two_processes_build_it_once(compiler):
     record = compiler()
     program = "from npu_sparse import ascendc; ascendc.build('emulated', report=lambda line: None)"
