@@ -1,9 +1,10 @@
 """Sparse prefill: one patching interface for every supported model and device.
 
-Through transformers' own seams only. `AttentionMaskInterface` decides per forward whether this prefill is sparse and then hands
-a 2-D padding mask (or None) down, never S x S; a forward pre-hook on each full-attention layer turns its hidden states into
-index queries and keys; `AttentionInterface` selects a Support and attends to it. Everything else - sliding-window layers,
-decode steps, contexts below `dense_below` - goes to the model's original implementation with the mask it would have had.
+Through transformers' own seams only (models/attention.py). A hook in front of the decoder makes one ForwardContext a
+forward; the mask function hands a 2-D padding mask (or None) down, never S x S; a hook on each full-attention layer turns
+its hidden states into index queries and keys; the attention function selects a Support and attends to it. Everything else -
+sliding-window layers, decode steps, contexts below `dense_below` - goes to the model's original implementation with the
+mask it would have had.
 """
 
 import inspect
@@ -156,17 +157,11 @@ class SparsePrefill:
                 require_kernel("dense_rows", self.model.device.type, "or Budget(exact_last=0)")
             if self.budget.candidates:
                 require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
-            if self._takes_exact_partitions():
-                require_kernel("index_partition", self.model.device.type, "or learn the partition, or Budget(reduce='max')")
             self._check_limits()
         indexer = self.selector.indexer
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)
-
-    def _takes_exact_partitions(self) -> bool:
-        shared = self.budget.reduce == "softmax_max" and self.budget.block > 1
-        return shared and self.selector.indexer is not None and not self._learns
 
     def _check_limits(self) -> None:
         tiers = self.budget.k if isinstance(self.budget.k, Mapping) else (0,)
