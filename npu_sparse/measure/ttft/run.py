@@ -123,12 +123,14 @@ def time_to_first_token(model, ids, chunk: int = 0) -> tuple[float, int]:
     import torch
     from transformers import DynamicCache
 
+    from ...models.forward import cached
+
     with torch.inference_mode():
         synchronize(model.device)
         started = time.perf_counter()
         prompt, cache = ids.to(model.device), DynamicCache(config=model.config)
         for part in prompt.split(chunk or ids.shape[1], 1):
-            logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=part, **cached(model, cache), use_cache=True, logits_to_keep=1).logits
         token = int(logits[0, -1].argmax())  # waits for the device
         return time.perf_counter() - started, token
 
