@@ -286,6 +286,13 @@ class _Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
+        if torch.compiler.is_compiling():
+            workspace.use(self.attached.workspace_mib)
+            return self._attend(q, k, v, mask, scale)
+        with workspace.sized(self.attached.workspace_mib << 20):
+            return self._attend(q, k, v, mask, scale)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         attached = self.attached
         valid = None if mask is None else mask[:, : k.shape[2]]
         partition = None
@@ -296,7 +303,6 @@ class _Layer:
         note = partial(self.forward.note, self.layer)
         q, k, v = _of_one_dtype(q, k, v)
         inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition, note)
-        workspace.use(attached.workspace_mib)
         try:
             end = exact_end(inputs, self.forward, attached.budget)
             chosen = inputs if end is None else end.left(inputs, attached.budget)

@@ -7,7 +7,6 @@ checkpointing repeats a layer in autograd's own thread, with the keywords that i
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from inspect import signature
 
 import torch
 from torch import Tensor
@@ -91,11 +90,6 @@ def cache_of(arguments: Mapping):
     """The cache among a forward's keywords: its name is `past_key_values` until transformers 5.24."""
     cache = arguments.get("cache")
     return arguments.get("past_key_values") if cache is None else cache
-
-
-def cached(model, cache) -> dict:
-    """The keyword that hands a model's forward its cache, without the warning that transformers 5.24 has for the former one."""
-    return {"cache" if "cache" in signature(model.forward).parameters else "past_key_values": cache}
 
 
 def prompt_length_of(arguments: Mapping, cache, length: int) -> int | None:
