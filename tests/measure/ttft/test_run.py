@@ -158,8 +158,9 @@ def test_setting_of_the_measurement_is_reported(finished):
     assert all(row["peak_bytes"] is None or row["peak_bytes"] > 1 << 20 for row in result["rows"])
 
 
-def test_measured_lengths_are_not_measured_again(model, indexer, finished, monkeypatch):
-    directory, result = finished
+def test_measured_lengths_are_not_measured_again(model, indexer, finished, tmp_path, monkeypatch):
+    directory, result = tmp_path / "run", finished[1]
+    shutil.copytree(finished[0], directory)
     measured, measure = [], ttft._measure
     monkeypatch.setattr(ttft, "_measure", lambda *args: measured.append(args[2]) or measure(*args))
     before = record(directory, 96)
