@@ -165,17 +165,11 @@ class SparsePrefill:
                 require_kernel("dense_rows", self.model.device.type, "or Budget(exact_last=0)")
             if self.budget.candidates:
                 require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
-            if self._takes_exact_partitions():
-                require_kernel("index_partition", self.model.device.type, "or learn the partition, or Budget(reduce='max')")
             self._check_limits()
         indexer = self.selector.indexer
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)
-
-    def _takes_exact_partitions(self) -> bool:
-        shared = self.budget.reduce == "softmax_max" and self.budget.block > 1
-        return shared and self.selector.indexer is not None and not self._learns
 
     def _check_limits(self) -> None:
         tiers = self.budget.k if isinstance(self.budget.k, Mapping) else (0,)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pycparser import c_ast, c_parser
 
+from npu_sparse.boundary import reading
 from npu_sparse.schedule.frontend import types
 from npu_sparse.schedule.frontend.assemble import Record, assemble
 from npu_sparse.schedule.frontend.declarations import Declarations
@@ -62,18 +63,19 @@ def read_c(path: Path) -> str:
 def parse_text(text: str, source: str, function: str | None = None, opaques: dict | None = None, context: str = "",
                pure: Collection[str] = (), number: int | None = None) -> Scop:
     """The SCoP of C text; `opaques` gives the footprints of calls that are statements (see builder.py)."""
-    try:
-        region = find_region(text, source, function, number)
-        layouts = None
-        while True:  # again where an array turned out to have rows
-            walk = Walk(source, region, opaques or {}, context, frozenset(pure))
-            walk.scope.layouts = dict(layouts or {})
-            scop = walk.scop()
-            if walk.scope.layouts == (layouts or {}):
-                return scop
-            layouts = walk.scope.layouts
-    except RecursionError as error:
-        raise ScopError(f"{source}: code must be nested less deeply, got too many levels") from error
+    with reading(source, ScopError, "its C"):
+        try:
+            region = find_region(text, source, function, number)
+            layouts: dict = {}
+            while True:  # again where an array turned out to have rows
+                walk = Walk(source, region, opaques or {}, context, frozenset(pure))
+                walk.scope.layouts = dict(layouts)
+                scop = walk.scop()
+                if walk.scope.layouts == layouts:
+                    return scop
+                layouts = walk.scope.layouts
+        except RecursionError as error:
+            raise ScopError(f"{source}: code must be nested less deeply, got too many levels") from error
 
 
 class Walk:
@@ -162,11 +164,13 @@ class Walk:
         for name in sorted(self.block & self.around.after):
             if id(scope.symbols[name].node) in self.around.inside and not scope.symbols[name].iterator:
                 scope.refuse(scope.symbols[name].node, f"declaration in the scop must not be used after it, got {name}")
-        for name, empty in sorted(self.last.items()):
-            symbol = self.outside[name]
+        for key, empty in sorted(self.last.items()):
+            symbol = scope.known[key]
+            name = symbol.name
             if symbol.key in scope.used | scope.touched:
                 scope.refuse(pragma, f"loop iterator must not be read outside of its loop, got {name}")
-            if symbol.persistent or name in self.around.escaped or self.around.read_after(name):
+            left = symbol.persistent or name in self.around.escaped or self.around.read_after(name)
+            if left and not symbol.local:
                 if not empty:
                     scope.refuse(pragma, f"loop iterator that is read after the scop must have its last loop outside of others, "
                                          f"got {name}")
@@ -207,11 +211,13 @@ class Walk:
                     self.scope.refuse(change, f"{extent} not change after its declaration, got {show(change)}")
 
     def check_pointers(self, pragma: c_ast.Pragma) -> None:
+        pointers = {name for name, symbol in self.outside.items() if symbol.pointer}
         for symbol in self.outside.values():
             if symbol.pointer and not symbol.argument and symbol.key in self.scope.touched:
-                for name in sorted(self.around.sources(symbol.name) - {symbol.name}):
+                for name in sorted(self.around.sources(symbol.name, pointers)):
                     known = self.outside.get(name)
-                    if known is not None and known.key in self.scope.touched and (known.shape or name in self.around.escaped):
+                    named = known is not None and known.key in self.scope.touched | self.scope.used
+                    if named and (known.shape or name in self.around.escaped):
                         rule = "pointer must not lead into what the scop uses by name"
                         self.scope.refuse(symbol.node, f"{rule}, got {symbol.name} and {name}")
 
@@ -322,7 +328,7 @@ class Walk:
                 scope.refuse(node, f"loop iterator must be an integer variable, got {name}")
             key, kind = known.key, known.kind
             head = "; ".join(statement_text(scope, part) for part in (node.init, node.cond, node.next) if part is not None)
-            self.last[name] = f"for ({head});" if not scope.loops and not scope.conditions else ""
+            self.last[key] = f"for ({head});" if not scope.loops and not scope.conditions else ""
         step = self.loop_step(node, name)
         if node.cond is None:
             scope.refuse(node, f"loop condition must bound {name}, got none")
