@@ -1,8 +1,9 @@
 """The AscendC kernels as a shared library: built once for the host emulation or for the card, and loaded.
 
 The sources are one directory, `ops/` of a checkout. A library is kept in the cache under a name that says what it was made
-of - sources, torch, compiler - so that another version is another file, and an old one is never loaded by mistake. Nothing
-heavy is imported before a library is loaded: the doctor asks here too.
+of - sources, torch, compiler - so that another version is another file, and an old one is never loaded by mistake; nor is one
+that is not whole, or that another user could have written (`compiled`). Nothing heavy is imported before a library is loaded:
+the doctor asks here too.
 """
 
 import hashlib
@@ -16,11 +17,12 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
+from . import compiled
 from .checkpoints import cache_dir
 from .errors import ActionableError
 
 TARGETS = {"emulated": "cpu", "npu": "npu"}  # target -> the device type that its library serves
-OPERATORS = ("index_scores", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
+OPERATORS = ("index_scores", "index_partition", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
 SOURCES = Path(__file__).resolve().parent / "ascendc_sources"
 ARCHITECTURE = "dav-2201"  # Ascend 910B and 910C: Atlas A2 and A3
 _SOURCE_SUFFIXES = (".h", ".cpp")
@@ -55,17 +57,23 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
     `report` is told what happens. Raises BuildError where a compiler, a header or a library is missing, or a compiler fails.
     """
     path = library(target)
-    if path.exists():
+    if not _misfit(path):
         report(f"{path} is up to date")
         return path
+    if reason := compiled.unsafe(path.parent):
+        raise BuildError(reason)
     commands, link = _COMMANDS[target](path.parent)
     with _locked(path.parent):
-        if not path.exists():
+        if why := _misfit(path):
+            if path.exists():
+                report(f"{path} {why}: it is built again")
             report(f"compiling the AscendC kernels for {target} ({len(commands)} files, up to a few minutes)")
             _run_all(commands)
             unfinished = path.with_suffix(f".{os.getpid()}")
             _run_all([[*link, "-o", str(unfinished)]])
-            unfinished.replace(path)
+            for beside in set(path.parent.glob("*.so")) - {path}:  # what it is linked with
+                compiled.keep(beside, beside)
+            compiled.keep(unfinished, path)
             for made in path.parent.glob("*.o"):
                 made.unlink()
     report(f"built {path}")
@@ -77,8 +85,9 @@ def load(target: str) -> dict[str, Callable]:
     import torch
 
     path = library(target)
-    if not path.exists():
-        raise BuildError(f"the {target} library is not built: run `npu-sparse build {target}` (it is kept at {path})")
+    if why := _misfit(path):
+        wrong = f"must not be loaded, because it {why}" if path.exists() else "is not built"
+        raise BuildError(f"the {target} library {wrong}: run `npu-sparse build {target}` (it is kept at {path})")
     torch.ops.load_library(path)
     namespace = getattr(torch.ops, f"npu_sparse_{target}")
     return {op: getattr(namespace, op).default for op in OPERATORS}
@@ -86,8 +95,20 @@ def load(target: str) -> dict[str, Callable]:
 
 def load_if_built(device_type: str) -> dict[str, Callable]:
     """The kernels of the library that serves this device type; none where it is not built."""
-    built = [target for target, served in TARGETS.items() if served == device_type and library(target).exists()]
+    built = [target for target, served in TARGETS.items() if served == device_type and not _misfit(library(target))]
     return load(built[0]) if built else {}
+
+
+def state(target: str) -> str | None:
+    """Why the library of a target cannot be loaded as it is, in words that follow "its library"; None where it can."""
+    path = library(target)
+    return _misfit(path) if path.exists() else "is not built"
+
+
+def _misfit(path: Path) -> str | None:
+    """Why a library, or one that it is linked with, must not be loaded."""
+    others = sorted(set(path.parent.glob("*.so")) - {path})
+    return next((why for each in (path, *others) if (why := compiled.misfit(each))), None)
 
 
 def missing_for(target: str) -> str | None:

@@ -3,17 +3,16 @@ sharing supports costs, and what prefill gains. Each part is the stage of the sa
 
 from pathlib import Path
 
-import torch
-
 from . import checkpoints
 from .distill import DistillConfig
 from .distill.data import Contexts
 from .distill.validate import validate
 from .indexer import Indexer, shipped
-from .measure.quality import EvalConfig, points, run_eval
+from .measure.quality import MACRO, EvalConfig, points, run_eval
 from .measure.ttft import TtftConfig, run_ttft
 from .oracle import OracleConfig, run_oracle
-from .runs.machine import machine, machine_line
+from .runs.figures import PALETTE, caption, new_figure, write_figure
+from .runs.machine import fast_dtype, machine, machine_line
 from .runs.page import markdown_table, say
 from .runs.store import open_run, write_json, write_text
 
@@ -25,7 +24,7 @@ def run_demo(output, model_name: str = "smollm2-135m") -> dict:
     """Writes `output`/report.md with its parts beside it and returns the summary; running it again resumes."""
     if model_name not in shipped():
         raise ValueError(f"model must be one with a shipped adapter ({', '.join(shipped())}), got {model_name!r}")
-    dtype = _dtype()
+    dtype = fast_dtype()
     output = open_run(output, {"stage": "demo", "model": model_name, "dtype": dtype})
     say(f"1/5 checkpoint: {model_name} in {dtype}")
     model, tokenizer = checkpoints.load(model_name, dtype=dtype)
@@ -43,6 +42,7 @@ def run_demo(output, model_name: str = "smollm2-135m") -> dict:
 
     summary = _summary(oracle, recall, quality, ttft)
     write_json(output / "report.json", {"stage": "demo", "machine": machine(), "summary": summary})
+    write_figure(output / "report.png", _figure(model_name, oracle, quality, ttft))
     text = _markdown(model_name, summary)
     write_text(output / "report.md", text)
     print(markdown_table(summary))
@@ -50,38 +50,33 @@ def run_demo(output, model_name: str = "smollm2-135m") -> dict:
     return {"summary": summary}
 
 
-def _dtype() -> str:
-    """bfloat16, but float32 on a processor without instructions for bfloat16: there it is tens of times slower."""
-    return "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-
-
 def _oracle_config(name: str, dtype: str) -> OracleConfig:
     noise_dtype = "auto" if dtype == "bfloat16" else "none"  # a dense run in bfloat16 would take most of the time
     return OracleConfig(
-        model=name, length=1024, budgets=(64, 128, 256), texts=TEXTS, prompts=3, heads=("all",), blocks=(1, 64),
-        reduces=("max", "mean"), controls=("local",), position_stride=4, dtype=dtype,
-        noise_dtype=noise_dtype,
+        model=name, length=1024, budgets=(64, 256), texts=TEXTS, prompts=2, heads=("all",), blocks=(1, 64), reduces=("max",),
+        controls=("local",), position_stride=8, dtype=dtype, noise_dtype=noise_dtype,
     )  # fmt: skip
 
 
 def _eval_config(name: str, dtype: str) -> EvalConfig:
     return EvalConfig(
-        model=name, adapter=name, tasks=("niah_single_2", "niah_multikey_1"), length=2048, count=4, budget="k=256,block=64",
-        batch=4, max_new_tokens=16, texts=TEXTS, dtype=dtype, instruments=("generated",),
+        model=name, adapter=name, tasks=("niah_single_2",), length=1024, count=6, budget="k=128,block=64", batch=6,
+        variants=("dense", "oracle", "indexer", "indexer-shared", "local"), max_new_tokens=16, texts=TEXTS, dtype=dtype,
+        instruments=("generated",),
     )  # fmt: skip
 
 
 def _ttft_config(name: str, model, dtype: str) -> TtftConfig:
-    longest = min(8192, model.config.get_text_config().max_position_embeddings)
+    longest = min(4096, model.config.get_text_config().max_position_embeddings)
     return TtftConfig(
-        model=name, adapter=name, lengths=(2048, longest), budget="k=512,block=64", variants=("dense", "indexer-shared"), runs=3,
+        model=name, adapter=name, lengths=(1024, longest), budget="k=512,block=64", variants=("dense", "indexer-shared"), runs=3,
         warmup=1, stage_runs=1, texts=TEXTS, dtype=dtype,
     )  # fmt: skip
 
 
 def _recall(model, tokenizer, indexer, name: str, directory: Path) -> dict:
     config = DistillConfig(
-        model=name, texts=TEXTS, tasks=(), task_fraction=0.0, validation_prompts=2, validation_length=2048,
+        model=name, texts=TEXTS, tasks=(), task_fraction=0.0, validation_prompts=1, validation_length=2048,
         budgets=RECALL_BUDGETS,
     )  # fmt: skip
     directory = open_run(directory, {"stage": "recall", **config.to_dict()})
@@ -115,13 +110,50 @@ def _summary(oracle: dict, recall: dict, quality: dict, ttft: dict) -> list[dict
     return rows
 
 
+def _figure(name: str, oracle: dict, quality: dict, ttft: dict):
+    """The story in three panels: what dense attention needs, what selecting and sharing cost, and what prefill gains."""
+    figure, axes = new_figure(columns=3, width=4.4, height=3.4)
+    needs, costs, gains = axes[0]
+    for evidence in ("oracle", "control"):
+        lines: dict[str, list] = {}
+        for row in oracle["end_to_end"]:
+            if row["evidence"] == evidence:
+                lines.setdefault(row["label"], []).append((row["k"], 100 * row["agreement"]))
+        for label, line in lines.items():
+            colour = PALETTE["oracle, per query" if label == "per query" else evidence]
+            needs.plot(*zip(*sorted(line)), "o-", markersize=4, linewidth=1.2, color=colour, label=f"{label} ({evidence})")
+    needs.set(xlabel=f"keys read per query, of {oracle['config']['length']}", ylabel="next token as dense says (%)")
+    needs.set_title("How much dense attention is needed?", fontsize=10, loc="left")
+    shown = [row for row in quality["rows"] if row["task"] == MACRO]
+    for n, row in enumerate(shown):
+        value, low, high = (100 * row["score"][part] for part in ("value", "low", "high"))
+        costs.errorbar(
+            [value], [n], xerr=[[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", markersize=5, capsize=2,
+            color=PALETTE[row["evidence"]],
+        )  # fmt: skip
+    costs.set_yticks(range(len(shown)), [row["label"] for row in shown], fontsize=8)
+    costs.invert_yaxis()
+    costs.set(xlabel=f"score of 100, {quality['config']['length']} tokens, 95% intervals", xlim=(-3, 103))
+    costs.set_title("What do selecting and sharing cost?", fontsize=10, loc="left")
+    for variant in dict.fromkeys(row["variant"] for row in ttft["rows"]):
+        line = [row for row in ttft["rows"] if row["variant"] == variant]
+        points_ = [(row["length"], row["ttft_s"]["median"]) for row in line]
+        gains.plot(*zip(*points_), "o-", markersize=4, color=PALETTE[line[0]["evidence"]], label=line[0]["label"])
+    gains.set(xlabel="prompt (tokens)", ylabel="TTFT (s), median", ylim=(0, None))
+    gains.set_title("What does prefill gain?", fontsize=10, loc="left")
+    for ax in (needs, gains):
+        ax.legend(fontsize=7.5, frameon=False)
+    caption(figure, f"{name}, few prompts and runs; measured: {machine_line(machine())}")
+    return figure
+
+
 def _row(question: str, what: str, evidence: str, found: str) -> dict:
     return {"question": question, "what": what, "evidence": evidence, "found": found}
 
 
 def _markdown(name: str, summary: list[dict]) -> str:
     return (
-        f"# npu-sparse on {name}\n\n{markdown_table(summary)}\n"
+        f"# npu-sparse on {name}\n\n![what it needs, what it costs, what it gains](report.png)\n\n{markdown_table(summary)}\n"
         "Few prompts and runs, so that it takes minutes: read the intervals. The wide runs are in docs/results.\n\n"
         f"All measured on {machine_line(machine())}.\n\n"
         "## How much dense attention is needed?\n\n![quality](oracle/quality.png)\n![retained](oracle/retained.png)\n"

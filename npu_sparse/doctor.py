@@ -214,10 +214,9 @@ def _emulation(packages: dict[str, str | None]) -> dict[str, Any]:
     """Whether the AscendC kernels run on this CPU: their library is built, or what keeps it from being built."""
     reason = _lacking("torch", packages) or ascendc.missing_for("emulated")
     library = ascendc.library("emulated")
-    built = reason is None and library.exists()
-    if reason is None and not built:
-        reason = "its library is not built"
-    return {"runs": built, "reason": reason, "library": str(library) if built else None}
+    if reason is None and (state := ascendc.state("emulated")):
+        reason = f"its library {state}"
+    return {"runs": reason is None, "reason": reason, "library": str(library) if reason is None else None}
 
 
 def _cann(home: Path) -> str:

@@ -156,17 +156,11 @@ class SparsePrefill:
                 require_kernel("dense_rows", self.model.device.type, "or Budget(exact_last=0)")
             if self.budget.candidates:
                 require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
-            if self._takes_exact_partitions():
-                require_kernel("index_partition", self.model.device.type, "or learn the partition, or Budget(reduce='max')")
             self._check_limits()
         indexer = self.selector.indexer
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)
-
-    def _takes_exact_partitions(self) -> bool:
-        shared = self.budget.reduce == "softmax_max" and self.budget.block > 1
-        return shared and self.selector.indexer is not None and not self._learns
 
     def _check_limits(self) -> None:
         tiers = self.budget.k if isinstance(self.budget.k, Mapping) else (0,)
@@ -286,6 +280,13 @@ class _Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
+        if torch.compiler.is_compiling():
+            workspace.use(self.attached.workspace_mib)
+            return self._attend(q, k, v, mask, scale)
+        with workspace.sized(self.attached.workspace_mib << 20):
+            return self._attend(q, k, v, mask, scale)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         attached = self.attached
         valid = None if mask is None else mask[:, : k.shape[2]]
         partition = None
@@ -296,7 +297,6 @@ class _Layer:
         note = partial(self.forward.note, self.layer)
         q, k, v = _of_one_dtype(q, k, v)
         inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition, note)
-        workspace.use(attached.workspace_mib)
         try:
             end = exact_end(inputs, self.forward, attached.budget)
             chosen = inputs if end is None else end.left(inputs, attached.budget)

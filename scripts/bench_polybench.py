@@ -47,6 +47,11 @@ STRATEGIES = ("pluto", "pluto-plus", "feautrier", "isl", "tensor-scheduler", "cp
 TUNED = (("pluto", "32"), ("pluto", "32,32,256/4"), ("cpu-vector", "0"), ("cpu-vector", "32,32,256/4"), (PARALLEL, "0"))
 SCALARS = {"alpha": 1.5, "beta": 1.2, "float_n": 1000.0}
 
+# What kernels take from the utilities of PolyBench; each program is made of copies, of which the linker keeps one.
+ALLOCATE = """void *polybench_alloc_data(unsigned long long int n, int size) { return malloc(n * size); }
+void polybench_free_data(void *data) { free(data); }
+"""
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -152,6 +157,8 @@ def _timed(scop, sources: dict[str, str], values: dict, arguments, repeats: int)
 def shipped(size: str) -> dict[str, Kernel]:
     """The kernels of the package."""
     directory = Path(next(iter(shipped_kernels.__path__)))
+    if size not in ("small", "large"):
+        raise SystemExit(f"error: --size must be small or large without --polybench, got {size}")
     manifest = yaml.safe_load((directory / "manifest.yaml").read_text())
     return {
         name: Kernel(name, (directory / f"{name}.c").read_text(), {**entry[size], **entry.get("scalars", {})})
@@ -160,13 +167,13 @@ def shipped(size: str) -> dict[str, Kernel]:
 
 
 def polybench(directory: Path, size: str) -> dict[str, Kernel]:
-    """The kernels of a PolyBench/C tree, with its sizes ("small" or "large") and its initialisation."""
+    """The kernels of a PolyBench/C tree, with its sizes (such as "small" or "large") and its initialisation."""
     found = {}
     options = (f"-I{directory / 'utilities'}", "-DPOLYBENCH_USE_C99_PROTO", f"-D{size.upper()}_DATASET")
     for path in sorted(directory.rglob("*.c")):
         text = path.read_text(errors="replace")
-        if "#pragma scop" not in text or "init_array" not in text:
-            continue
+        if "#pragma scop" not in text or "init_array" not in text or not path.with_suffix(".h").exists():
+            continue  # the template of new kernels, and the original of nussinov
         cpp = (*options, f"-I{path.parent}")
         whole = run_cpp(path, cpp)
         name = re.sub(r"\W", "_", path.stem)
@@ -176,7 +183,8 @@ def polybench(directory: Path, size: str) -> dict[str, Kernel]:
         call = ", ".join(_argument(p) for p in _split(re.search(r"\((.*?)\)\s*\{", functions[0], re.S)[1]))
         wrapper = f"void init_{name}({parameters})\n{{\n  init_array({call});\n}}\n"
         functions[1] = re.sub(rf"^(static\s+)?void\s+{kernel_name}", f"void kernel_{name}", functions[1])
-        source = "#include <math.h>\n#include <stdlib.h>\n" + functions[0] + wrapper + functions[1]
+        types = "".join(f"{line}\n" for line in re.findall(r"^typedef [^{};]*;", whole, re.M))
+        source = "#include <math.h>\n#include <stdlib.h>\n" + ALLOCATE + types + functions[0] + wrapper + functions[1]
         macros = _macros(path, cpp)
         scalars = [p for p in _split(parameters) if "[" not in p]
         values = {p.split()[-1]: macros.get(p.split()[-1].upper(), SCALARS.get(p.split()[-1], 1.5)) for p in scalars}
@@ -279,7 +287,8 @@ def _arguments():
     add = parser.add_argument
     add("--output", type=Path, default=Path("runs/polybench"), help="directory of the report; finished kernels are kept")
     add("--polybench", type=Path, help="directory of PolyBench/C 4.2 sources; default: the package's kernels")
-    add("--size", choices=("small", "large"), default="large")
+    add("--size", choices=("mini", "small", "medium", "large", "extralarge"), default="large",
+        help="a data set of PolyBench/C; the package's kernels have small and large")
     add("--kernels", type=lambda text: text.split(","), help="default: all")
     add("--strategies", type=lambda text: tuple(text.split(",")), default=STRATEGIES)
     add("--tiles", type=lambda text: tuple(text.split()), default=("0", "32", "32,32,256/4", "64,16,256/2"))

@@ -51,8 +51,39 @@ def test_a_library_is_built_once(compiler):
     assert ascendc.build("emulated", report=said.append) == path
     assert len(calls(record)) == len(ascendc.OPERATORS) + 2
     assert said == [
-        "compiling the AscendC kernels for emulated (6 files, up to a few minutes)", f"built {path}", f"{path} is up to date"
+        "compiling the AscendC kernels for emulated (7 files, up to a few minutes)", f"built {path}", f"{path} is up to date"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (lambda path: path.write_bytes(b""), "is empty"),
+        (lambda path: path.write_bytes(b"mad"), r"its sha256 differs"),
+        (lambda path: path.chmod(0o777), r"may be written by others \(mode 777\)"),
+        (lambda path: path.with_name(f"{path.name}.sha256").unlink(), "has no digest beside it"),
+        (lambda path: path.with_name("libmore.so").write_bytes(b"planted"), "has no digest beside it"),
+    ],
+)
+def test_a_library_that_does_not_fit_is_not_loaded_and_is_built_again(compiler, damage, why):
+    compiler()
+    path = ascendc.build("emulated", report=lambda line: None)
+    damage(path)
+    with pytest.raises(ascendc.BuildError, match=rf"must not be loaded, because it .*{why}.*: run `npu-sparse build emulated`"):
+        ascendc.load("emulated")
+    assert ascendc.load_if_built("cpu") == {}  # as if it were not there
+    said = []
+    assert ascendc.build("emulated", report=said.append) == path
+    assert said[0].startswith(f"{path} ") and said[0].endswith(": it is built again")
+    assert path.read_text() == "made\n" and ascendc.state("emulated") is None
+
+
+def test_a_cache_that_everybody_may_write_to_is_refused(compiler, tmp_path):
+    compiler()
+    (tmp_path / "cache").mkdir(mode=0o777)
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(ascendc.BuildError, match="cache must not be writable by everybody: .* NPU_SPARSE_CACHE"):
+        ascendc.build("emulated", report=lambda line: None)
 
 
 def test_two_processes_build_it_once(compiler):
@@ -181,7 +212,7 @@ def test_limits_of_the_other_operators_are_refused_with_the_nearest_value(emulat
         emulated.index_scores(qi, ki, None, 1, "max", None, None)
     with pytest.raises(ValueError, match=r"d_idx must be .*, got 40"):
         emulated.select_by_index(qi, ki, None, 2, 1, "max", 0, 0, None, None)
-    with pytest.raises(ValueError, match="reduce must be one of max, mean, got 'sum'"):
+    with pytest.raises(ValueError, match="reduce must be one of max, mean, softmax_max, got 'sum'"):
         emulated.index_scores(qi, ki, None, 1, "sum", None, None)
     with pytest.raises(ValueError, match=r"k must be from 1 to 4032, got 4500 \(nearest: 4032\)"):
         emulated.select_tokens(scores, 4500, 0, 0, 1, 1, None)

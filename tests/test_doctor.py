@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import npu_sparse
-from npu_sparse import ascendc, checkpoints, doctor
+from npu_sparse import ascendc, checkpoints, compiled, doctor
 
 ROOT = Path(npu_sparse.__file__).parent.parent
 HEAVY = ("torch", "torch_npu", "transformers", "numpy", "triton", "islpy", "rich", "typer", "safetensors", "gguf")
@@ -212,8 +212,13 @@ def test_emulation_that_is_not_built_is_told_how_to_be(machine, packages, monkey
     assert not report["emulation"]["runs"] and report["emulation"]["reason"] == "its library is not built"
     assert commands(report)["emulation"] == f"{sys.executable} -m npu_sparse build emulated"
     library = ascendc.library("emulated")
-    library.parent.mkdir(parents=True)
-    library.touch()
+    compiled.write(library, b"")
+    report = doctor.report()
+    assert not report["emulation"]["runs"] and report["emulation"]["reason"] == "its library is empty"
+    compiled.write(library, b"made")
+    library.write_bytes(b"changed")
+    assert "its sha256 differs" in doctor.report()["emulation"]["reason"]
+    compiled.write(library, b"made")
     report = doctor.report()
     assert report["emulation"] == {"runs": True, "reason": None, "library": str(library)}
     assert "emulation" not in commands(report)

@@ -1,6 +1,7 @@
 """Out of memory in a long prefill: one sentence that names the workspace to choose, and never another path."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_the_model_is_left_attached_and_as_it_was(model, ids, monkeypatch):
 
 def test_every_model_has_its_own_workspace(model, ids, monkeypatch):
     other, sizes = tiny_model("llama"), []
-    observe = lambda *_: sizes.append(workspace.SIZE >> 20)  # noqa: E731
+    observe = lambda *_: sizes.append(workspace.size() >> 20)  # noqa: E731
     with (
         SparsePrefill.attach(model, selectors.Oracle(), BUDGET, observe=observe, workspace_mib=8),
         SparsePrefill.attach(other, Indexer.for_model(other, dim=64), BUDGET, observe=observe),
@@ -131,6 +132,34 @@ def test_every_model_has_its_own_workspace(model, ids, monkeypatch):
         for runs in (model, other, model):
             runs(ids[:, :40])
     assert sizes == [8] * 3 + [256] * 3 + [8] * 3
+
+
+def test_a_workspace_is_its_threads_own(model, ids):
+    """Two models in two threads: each in slices of its own size, and nobody else's are changed."""
+    other, sizes = tiny_model("llama"), {8: set(), 16: set()}
+    before = workspace.size()
+
+    def attach(runs, mib):
+        note = lambda *_: sizes[mib].add(workspace.size() >> 20)  # noqa: E731
+        return SparsePrefill.attach(runs, selectors.Oracle(), BUDGET, observe=note, workspace_mib=mib)
+
+    @torch.inference_mode()
+    def read(runs):
+        for _ in range(20):
+            runs(ids[:, :40])
+
+    with attach(model, 8), attach(other, 16), ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, (model, other)))
+    assert sizes == {8: {8}, 16: {16}} and workspace.size() == before
+
+
+def test_a_backward_pass_works_in_slices_of_its_forward(monkeypatch):
+    model, sizes, elements = tiny_model("llama"), [], workspace.elements
+    with SparsePrefill.attach(model, selectors.Local(), BUDGET, workspace_mib=8):
+        loss = model(torch.arange(1, 41)[None]).logits.square().sum()
+    monkeypatch.setattr(workspace, "elements", lambda: sizes.append(workspace.size() >> 20) or elements())
+    loss.backward()
+    assert set(sizes) == {8}
 
 
 @pytest.mark.parametrize(

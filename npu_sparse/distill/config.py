@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from ..indexer import DIMS
 from ..ops.dispatch import IMPLEMENTATIONS
+from ..runs.machine import chosen_dtype
 from ..tasks.catalogue import task_named
 
 LOSSES = ("kl", "sparse", "both")
@@ -41,7 +42,8 @@ class DistillConfig:
         validation_length, validation_prompts: held-out contexts for validation, text and tasks alternating.
         save_every, validate_every: steps between checkpoints, and between validations (the last step always).
         seed: of the indexer's first weights, of batches, rows and the split into training and validation.
-        dtype, device: of the model; under torchrun every process takes the device of its local rank.
+        dtype, device: of the model; dtype "auto" = bfloat16, or float32 on a processor that is not faster in bfloat16. Under
+            torchrun every process takes the device of its local rank.
         impl: of the operator behind loss "kl": "auto" (the kernel on cuda), "reference" or "kernel". The others are eager.
     """
 
@@ -72,11 +74,12 @@ class DistillConfig:
     save_every: int = 25
     validate_every: int = 100
     seed: int = 0
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "cpu"
     impl: str = "auto"
 
     def __post_init__(self):
+        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
         for name in ("texts", "tasks", "lengths", "budgets"):
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):

@@ -1,6 +1,6 @@
 """The one decoder of measurements: greedy, in left-padded batches."""
 
-
+from inspect import signature
 
 from ..tasks import never_falls, score
 
@@ -37,6 +37,11 @@ def generate_texts(model, tokenizer, examples, ids, batch: int) -> list[str]:
             )  # fmt: skip
         outputs.update(zip(rows, reading.texts))
     return [outputs[n] for n in range(len(ids))]
+
+
+def cache_argument(model) -> str:
+    """The name under which a model's forward takes its cache: it changed in transformers 5.24."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
 
 
 def _reading(tokenizer, examples, prompt_tokens: int, ends: list[int]):

@@ -95,10 +95,11 @@ def answer_states(
 
     prompt, answer = (torch.tensor([ids], device=model.device) for ids in (asked.prompt, asked.answer))
     with _last_hidden(model) as last:
-        cache = {}
-        with attach():
+        cache, length = {}, {} if chunk is None else {"prompt_length": prompt.shape[1]}
+        with attach() as attached:
+            told = {} if attached is None else length  # a model that is not attached does not ask
             for part in prompt.split(chunk or prompt.shape[1], 1):
-                out = model(input_ids=part, use_cache=True, logits_to_keep=1, **cache)
+                out = model(input_ids=part, use_cache=True, logits_to_keep=1, **cache, **told)
                 cache = _cache(model, out)
         rows = [last[0][0, -1:]]
         _require_plain(model, out.logits[0, -1], rows[0][0])

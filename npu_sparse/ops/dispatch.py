@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from ..errors import ActionableError
+from . import workspace
 
 OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is in
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
@@ -72,6 +73,8 @@ def call(op: str, impl: str, device_type: str, *args):
 
 
 def _autocasts(device_type: str) -> bool:
+    if torch.compiler.is_compiling():  # torch 2.11 cannot trace the question whether a device has autocast; those compiled for do
+        return torch.is_autocast_enabled(device_type)
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
@@ -96,9 +99,21 @@ def define(
 
 def differentiate(op: str, remember: Callable, backward: Callable) -> None:
     """Gives both entries of an operator gradients: torch.library.register_autograd's `setup_context` and `backward`, the latter
-    made by `backward(suffix)` for the entry's suffix."""
+    made by `backward(suffix)` for the entry's suffix. A backward pass works in slices of its forward's size."""
+
+    def setup_context(ctx, inputs, output):
+        ctx.workspace = workspace.size()
+        remember(ctx, inputs, output)
+
+    def sized(run: Callable) -> Callable:
+        def in_slices(ctx, *gradients):
+            with workspace.sized(ctx.workspace):
+                return run(ctx, *gradients)
+
+        return in_slices
+
     for suffix in ("", "_reference"):
-        torch.library.register_autograd(f"npu_sparse::{op}{suffix}", backward(suffix), setup_context=remember)
+        torch.library.register_autograd(f"npu_sparse::{op}{suffix}", sized(backward(suffix)), setup_context=setup_context)
     _DIFFERENTIABLE.add(op)
 
 

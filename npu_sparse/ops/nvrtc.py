@@ -6,9 +6,10 @@ import functools
 import hashlib
 import os
 import sys
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
+from .. import compiled as compiled_code
 from ..checkpoints import cache_dir
 from .dispatch import KernelUnavailableError
 
@@ -30,13 +31,11 @@ def compiled(source: str, macros: dict[str, int], architecture: str) -> bytes:
     for name in (source, *HEADERS):
         made_of.update((_FOLDER / name).read_bytes())
     path = cache_dir() / "cuda" / f"{Path(source).stem}-{made_of.hexdigest()[:24]}.cubin"
-    if path.exists():
-        return path.read_bytes()
+    if kept := compiled_code.read(path):
+        return kept
     cubin, _ = compile_source(source, macros, architecture)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_bytes(cubin)
-    unfinished.replace(path)
+    with suppress(OSError):  # a cache that is full, or that others may write, costs a compilation a process
+        compiled_code.write(path, cubin)
     return cubin
 
 

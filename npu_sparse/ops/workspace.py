@@ -1,22 +1,46 @@
 """How large the slices are that operators work in where a result would need more memory than a long context leaves.
 
-The setting is the process's, and no result depends on it: `SparsePrefill.attach(workspace_mib=...)` makes it that of a model's
-forwards. It is the size of one slice of scores; with what is made of it, an operator holds up to five times as much.
+`SparsePrefill.attach(workspace_mib=...)` makes it that of a model's forwards, each in its own thread, and of their backward
+passes. No result depends on it. It is the size of one slice of scores; with what is made of it, an operator holds up to five
+times as much.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 DEFAULT_MIB = 256
-SIZE = DEFAULT_MIB << 20  # bytes of a slice
+SIZE = DEFAULT_MIB << 20  # bytes of a slice, where nobody says another
+_SAID: ContextVar[int | None] = ContextVar("npu_sparse_workspace", default=None)
+
+
+@contextmanager
+def sized(size: int) -> Iterator[None]:
+    """Slices are of `size` bytes within this block, and for this thread only."""
+    token = _SAID.set(size)
+    try:
+        yield
+    finally:
+        _SAID.reset(token)
 
 
 def use(mib: int) -> None:
-    """Makes slices this large from now on."""
+    """Makes slices this large where nobody says another: for code that torch.compile traces, which cannot say it by `sized`."""
     global SIZE
     SIZE = mib << 20
 
 
+def size() -> int:
+    """Bytes of a slice."""
+    import torch
+
+    said = None if torch.compiler.is_compiling() else _SAID.get()
+    return SIZE if said is None else said
+
+
 def elements() -> int:
     """4-byte numbers of a slice."""
-    return SIZE // 4
+    return size() // 4
 
 
 def check(mib) -> int:
@@ -45,10 +69,10 @@ def out_of_memory(layer: int, tokens: int, rows: int) -> Exception:
     """
     import torch
 
-    now = SIZE >> 20
+    now = size() >> 20
     smaller = max(1, now // 4)
     advice = f"attach with workspace_mib={smaller} (--workspace-mib {smaller}), or prefill fewer tokens at a time"
-    if smaller >= now or 4 * rows >= SIZE:
+    if smaller >= now or 4 * rows >= size():
         advice = "no smaller workspace would help, prefill fewer tokens at a time"
     return torch.OutOfMemoryError(
         f"out of memory in the sparse attention of layer {layer} at {tokens} tokens with workspace_mib={now}: {advice}"

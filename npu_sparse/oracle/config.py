@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields
 from ..budget import BLOCKS, MASS_REDUCTIONS
 from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
+from ..runs.machine import chosen_dtype
 
 HEADS = ("all", "kv")
 CONTROLS = ("local", "random")
@@ -40,7 +41,7 @@ class OracleConfig:
         position_stride: next-token distributions are compared at every n-th position.
         noise_dtype: dense in this dtype against dense in `dtype` is the noise floor; "auto" = float32, or bfloat16
             beside float32; "none" = no such row.
-        dtype, device: of the model.
+        dtype, device: of the model; dtype "auto" = bfloat16, or float32 on a processor that is not faster in bfloat16.
         impl: which operators run, "reference", "auto" or "kernel".
         workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
         seed: of the choice of texts, of the tasks, of the random control and of the bootstrap.
@@ -73,6 +74,7 @@ class OracleConfig:
     seed: int = 0
 
     def __post_init__(self):
+        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
         for name in ("budgets", "texts", "heads", "blocks", "reduces", "share_layers", "controls", "tasks"):
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):

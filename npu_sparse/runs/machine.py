@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import time
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -39,6 +40,34 @@ def machine(device: str = "cpu") -> dict:
 
         found["card"] = torch.cuda.get_device_name(device)
     return found
+
+
+@cache
+def fast_dtype(device: str = "cpu") -> str:
+    """"bfloat16", or "float32" on a processor that multiplies no faster in bfloat16: there it can be tens of times slower.
+
+    Decided by one small product in each, once a process, because flags of a processor do not say what a library makes of them.
+    """
+    if not device.startswith("cpu"):
+        return "bfloat16"
+    import torch
+
+    took = {}
+    with torch.inference_mode():
+        for dtype in (torch.float32, torch.bfloat16):
+            a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+            samples = []
+            for _ in range(5):
+                started = time.perf_counter()
+                a @ b
+                samples.append(time.perf_counter() - started)
+            took[dtype] = min(samples)
+    return "bfloat16" if took[torch.bfloat16] <= took[torch.float32] else "float32"
+
+
+def chosen_dtype(dtype: str, device: str) -> str:
+    """The dtype of a config: `fast_dtype` of its device where it says "auto"."""
+    return fast_dtype(device) if dtype == "auto" else dtype
 
 
 def machine_line(found: dict) -> str:

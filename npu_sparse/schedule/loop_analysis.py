@@ -6,7 +6,7 @@ from functools import reduce
 
 import islpy as isl
 
-from npu_sparse.schedule.scop import Scop
+from npu_sparse.schedule.scop import Scop, accumulation
 
 
 def union(maps: Iterable[isl.Map]) -> isl.UnionMap:
@@ -71,6 +71,14 @@ class Dependences:
 
         `statements`: the answer where the loop holds no others.
         """
+        obstacle, private, _ = self._loop(band, member, statements, combine=False)
+        return obstacle, private
+
+    def combined(self, band) -> tuple[str, tuple[str, ...], tuple[str, ...]]:
+        """The same of the first member where sums and products of one element may be made in parts, with their statements."""
+        return self._loop(band, 0, None, combine=True)
+
+    def _loop(self, band, member: int, statements: set[str] | None, combine: bool):
         domain = band.get_domain()
         if statements is not None:
             kept = [isl.UnionSet.from_set(s.domain) for s in self.scop.statements if s.name in statements]
@@ -83,7 +91,7 @@ class Dependences:
         beside = outer.apply_range(outer.reverse())  # instances in the same outer iteration
         later = here.lex_lt_union_map(here).intersect(beside)
         same = here.apply_range(here.reverse()).intersect(beside)
-        private = []
+        private, combined = [], []
         for name, (writes, reads, may_be_private) in self.written.items():
             writes = accesses = writes.intersect_domain(domain)
             for read, _ in reads:
@@ -91,17 +99,48 @@ class Dependences:
             conflict = writes.apply_range(accesses.reverse()).union(accesses.apply_range(writes.reverse())).intersect(later)
             if conflict.is_empty():
                 continue
+            names, updates = self._updates(name, domain, outer, beside) if combine else ((), None)
+            if names and conflict.is_subset(updates):
+                combined += names
+                continue
             for read, flow in reads:
                 carried = flow.intersect(later)
                 if not carried.is_empty():
-                    return f"a value of {name} from {_witness(carried)}", ()
+                    return f"a value of {name} from {_witness(carried)}", (), ()
                 inside = flow.intersect(same)
                 own = read.intersect_domain(domain).domain().is_subset(inside.range())
                 may_be_private &= own and flow.intersect_domain(domain).is_subset(inside)
             if not may_be_private:
-                return f"writes to the same element of {name} from {_witness(conflict)}", ()
+                return f"writes to the same element of {name} from {_witness(conflict)}", (), ()
             private.append(name)
-        return "", tuple(private)
+        return "", tuple(private), tuple(combined)
+
+    def _updates(self, name: str, domain, outer, beside) -> tuple[tuple[str, ...], isl.UnionMap]:
+        """Statements that alone use elements of the array in the loop, one element each time that the loop is entered, and the
+        pairs of their instances."""
+        inside = {s.get_tuple_name() for s in _sets(domain)}
+        using = [s for s in self.scop.statements if s.name in inside and name in {a.array for a in (*s.reads, *s.writes)}]
+        found, pairs = [], union([])
+        for s in using:
+            if s.writes[0].array != name or not accumulation(s):
+                continue
+            points = isl.UnionSet.from_set(s.domain).intersect(domain)
+            written = isl.UnionMap.from_map(s.writes[0].relation).intersect_domain(points)
+            others = union(
+                a.relation.intersect_domain(other.domain)
+                for other in using for a in (*other.reads, *other.writes) if a.array == name and other is not s
+            ).intersect_domain(domain)  # fmt: skip
+            alone = written.apply_range(others.reverse()).intersect(beside).is_empty()
+            if alone and outer.intersect_domain(points).reverse().apply_range(written).is_single_valued():
+                found.append(s.name)
+                pairs = pairs.union(isl.UnionMap.from_domain_and_range(points, points))
+        return tuple(found), pairs
+
+
+def _sets(domain: isl.UnionSet) -> list[isl.Set]:
+    found: list[isl.Set] = []
+    domain.foreach_set(found.append)
+    return found
 
 
 def _witness(pairs: isl.UnionMap) -> str:

@@ -17,6 +17,8 @@ class Loop:
         coincident: no dependence that is active where the band starts crosses iterations of this loop.
         free: the same, not counting what outer loops carry; outer includes the loops before it in an untiled band.
         private: parallel when each iteration has its own copy of some temporaries, which code generation provides.
+        relaxed: carries updates of a reduction that may run in any order: in this one, it does not respect them.
+        combines: parallel when sums and products of one element are made in parts, where it is the innermost loop of its band.
         parallel, vector: marked for threads, or for SIMD; transform.py decides.
         tile: tile size, 0 for a loop that is not tiled.
         unroll: unroll-and-jam factor, 0 for none.
@@ -26,10 +28,18 @@ class Loop:
     coincident: bool = False
     free: bool = False
     private: bool = False
+    relaxed: bool = False
+    combines: bool = False
     parallel: bool = False
     vector: bool = False
     tile: int = 0
     unroll: int = 0
+
+    @property
+    def mark(self) -> str:
+        """Of the schedule tree: "parallel", "vector" or "", and whether that needs what is combined."""
+        kind = "parallel" if self.parallel else "vector" if self.vector else ""
+        return f"{kind} reduction" if kind and self.combines and not (self.free or self.coincident or self.private) else kind
 
 
 @dataclass(frozen=True)
@@ -263,7 +273,7 @@ def _pieces(band: Band) -> list[_Piece]:
     for loop in inner:
         exprs.append({name: f"floor(({text})/{loop.unroll})" for name, text in loop.exprs.items()} if loop.unroll else loop.exprs)
         coincident.append(loop.free or loop.coincident)
-        marks.append("parallel" if loop.parallel and not tiles else "vector" if loop.vector else "")
+        marks.append((replace(loop, parallel=False) if tiles else loop).mark)
     pieces += _split(exprs, coincident, marks, band.permutable)
     if unrolled:
         # Unroll-and-jam: the register tile is executed inside of the innermost loop, completely unrolled.
@@ -276,7 +286,7 @@ def _split(exprs: list, coincident: list[bool], marks: list[str], permutable: bo
     """Bands cut so that each marked loop is the first of its band."""
     pieces: list[_Piece] = []
     for text, flag, mark in zip(exprs, coincident, marks):
-        if mark or not pieces or pieces[-1].mark == "vector":
+        if mark or not pieces or pieces[-1].mark.startswith("vector"):
             pieces.append(_Piece([text], [flag], permutable, mark))
         else:
             pieces[-1].exprs.append(text)

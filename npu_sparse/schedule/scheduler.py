@@ -9,20 +9,24 @@ from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
+import islpy as isl
+
 from npu_sparse.schedule import config as configuration
 from npu_sparse.schedule import legality, transform
 from npu_sparse.schedule.config import Config, Dimension
 from npu_sparse.schedule.dependences import dependences as analyse
 from npu_sparse.schedule.isl_baseline import from_isl
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Node, Plan, Sequence, original
-from npu_sparse.schedule.scop import Scop
+from npu_sparse.schedule.scop import Scop, accumulation
 from npu_sparse.schedule.solve import fusion
+from npu_sparse.schedule.solve.costs import step
 from npu_sparse.schedule.solve.farkas import Dependence
 from npu_sparse.schedule.solve.ilp import SolverTimeoutError
 from npu_sparse.schedule.solve.problem import Attempt, Group, InfeasibleError, everything, prepare, restricted
 from npu_sparse.schedule.solve.program import Program
 from npu_sparse.schedule.solve.refusals import check_directives, check_requests, explain
 from npu_sparse.schedule.solve.rows import Row, is_zero, remainder, text
+from npu_sparse.schedule.solve.spans import outside
 
 
 def schedule(scop: Scop, config: Config | str | Path, dependences: list | None = None) -> Plan:
@@ -178,9 +182,26 @@ def _close(group: Group) -> tuple[tuple[Loop, ...], tuple[Dependence, ...]]:
         free = row.parallel or all(is_zero(d, row) for d in remaining)
         private = free or all(is_zero(d, row) or (not d.flow and d.array in temporaries) for d in remaining)
         exprs = {name: text(row[name], problem.statements[name].iterators, problem.scop.parameters) for name in group.names}
-        loops.append(Loop(exprs, row.parallel, free, private))
+        relaxed = any(d.relaxed and not is_zero(d, row) for d in group.active)
+        combines = not free and all(is_zero(d, row) or d.relaxed for d in remaining) and _sums_stay(group, row)
+        loops.append(Loop(exprs, row.parallel, free, private, relaxed, combines))
         remaining = tuple(left for d in remaining if (left := remainder(d, row)) is not None)
     return tuple(loops), remaining
+
+
+def _sums_stay(group: Group, row: Row) -> bool:
+    """Whether each relaxed sum or product that the row carries is of one element, as long as all other rows stay the same."""
+    for name in {d.source for d in group.active if d.relaxed and not is_zero(d, row)}:
+        statement = group.problem.statements[name]
+        around = [other[name].it for other in (*group.outer, *group.band) if other is not row]
+        element = statement.writes[0].relation
+        moves = [
+            tuple(step(element, place, k) for place in range(len(statement.iterators)))
+            for k in range(element.dim(isl.dim_type.out))
+        ]
+        if accumulation(statement) is None or any(outside([*group.problem.fixed[name], *around], move) for move in moves):
+            return False
+    return True
 
 
 def _violation(plan: Plan, relax_reductions: bool = False) -> str | None:

@@ -1,5 +1,6 @@
 """The intermediate representation of a static control part (SCoP): statements, their iterations, what they read and write."""
 
+import re
 from dataclasses import dataclass, field
 
 import islpy as isl
@@ -56,6 +57,28 @@ class Statement:
     position: tuple[int | str, ...]
     reduction: str | None = None
     line: int = 0
+
+
+@dataclass(frozen=True)
+class Accumulation:
+    """A statement `element op= value;` in parts, for code that keeps the sum or product elsewhere for a while."""
+
+    element: str
+    assign: str  # "+=", "-=" or "*="
+    value: str
+
+    @property
+    def operator(self) -> str:
+        return "*" if self.assign == "*=" else "+"
+
+
+def accumulation(statement: Statement) -> Accumulation | None:
+    """The parts of an update of a sum or a product; None for other statements and ways to write it."""
+    found = re.fullmatch(r"([^=]*?)\s*([-+*]=)(?!=)\s*(.*);", statement.body.strip(), re.S)
+    if not found or statement.reduction not in ("+", "*"):
+        return None
+    parts = Accumulation(*found.groups())
+    return parts if parts.operator == statement.reduction else None
 
 
 @dataclass(frozen=True)

@@ -71,25 +71,29 @@ def _vectorise(node: Node, names: tuple[str, ...], scop: Scop, config: Config) -
     directed = [s for s in statements if any(name == s.name for name, _ in asked)]
     if directed:
         last = len(node.loops) - 1
-        return _with_vector(node, last) if node.loops[last].free or node.loops[last].coincident else node
+        loop = node.loops[last]
+        return _with_vector(node, last) if loop.free or loop.coincident or loop.combines else node
     if not config.auto_vectorisation:
         return node
     candidates = range(len(node.loops)) if node.permutable else [len(node.loops) - 1]
     best = max(candidates, key=lambda k: (_gain(node.loops[k], statements), k))
-    return _with_vector(node, best) if _gain(node.loops[best], statements) > 0 else node
+    if _gain(node.loops[best], statements) <= 0:  # a sum, then, along memory
+        best = max(candidates, key=lambda k: (_gain(node.loops[k], statements, combines=True), k))
+        return _with_vector(node, best) if _gain(node.loops[best], statements, combines=True) > 0 else node
+    return _with_vector(node, best)
 
 
 def _with_vector(band: Band, place: int) -> Band:
     """The band with a loop moved innermost. Loops that lose an outer loop may lose what it carried for them."""
     vector = replace(band.loops[place], vector=True)
     rest = [loop for k, loop in enumerate(band.loops) if k != place]
-    rest[place:] = [replace(loop, free=loop.coincident, private=loop.coincident) for loop in rest[place:]]
+    rest[place:] = [replace(loop, free=loop.coincident, private=loop.coincident, combines=False) for loop in rest[place:]]
     return replace(band, loops=(*rest, vector))
 
 
-def _gain(loop: Loop, statements: list[Statement]) -> int:
-    """Positive when the loop is parallel and runs along memory in more accesses than it jumps through."""
-    if not (loop.free or loop.coincident):
+def _gain(loop: Loop, statements: list[Statement], combines: bool = False) -> int:
+    """Positive when the loop is parallel, or else combines, and runs along memory in more accesses than it jumps through."""
+    if not (loop.combines if combines else loop.free or loop.coincident):
         return 0
     gain = 0
     for statement in statements:
@@ -124,7 +128,7 @@ def tile(node: Node, tiling: Tiling) -> Node:
     sizes = [tiling.sizes[min(k, len(tiling.sizes) - 1)] for k in range(len(node.loops))]
     loops = tuple(replace(loop, tile=size if size > 1 else 0) for loop, size in zip(node.loops, sizes))
     tiles = [loop for loop in loops if loop.tile]
-    wavefront = tiling.wavefront and len(tiles) > 1 and not any(loop.coincident for loop in tiles)
+    wavefront = tiling.wavefront and len(tiles) > 1 and not any(loop.coincident or loop.relaxed for loop in tiles)
     return replace(node, loops=loops, wavefront=wavefront)
 
 
@@ -235,6 +239,9 @@ def _parallel_loop(band: Band, names: tuple[str, ...], scop: Scop, config: Confi
         if legal and not _asked(loop, names, scop, config, "sequential"):
             if band.tiled or not loop.vector or len(band.loops) == 1:
                 return place
+    last = band.loops[-1]
+    if len(band.loops) == 1 and not band.tiled and last.combines and not _depth(band.child):
+        return None if _asked(last, names, scop, config, "sequential") else 0
     return None
 
 

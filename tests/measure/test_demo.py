@@ -41,16 +41,17 @@ def test_the_demo_answers_its_four_questions(small, tmp_path, capsys):
     text = (output / "report.md").read_text()
     figures = ("oracle/quality.png", "oracle/retained.png", "eval/report.png", "ttft/report.png")
     assert all((output / figure).exists() and f"({figure})" in text for figure in figures)
+    first = text.splitlines()[2]
+    assert first.endswith("(report.png)") and (output / "report.png").read_bytes().startswith(b"\x89PNG")
     assert str(output / "report.md") in capsys.readouterr().out
     assert json.loads((output / "report.json").read_text())["summary"] == summary
 
 
-@pytest.mark.parametrize("native, dtype", [(True, "bfloat16"), (False, "float32")])
-def test_a_processor_without_bfloat16_gets_float32(monkeypatch, native, dtype):
-    monkeypatch.setattr(demo.torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: native)
-    assert demo._dtype() == dtype
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_stage_takes_the_dtype_that_is_fast_here(dtype):
     configs = (demo._oracle_config("m", dtype), demo._eval_config("m", dtype))
     assert all(config.dtype == dtype for config in configs)
+    assert configs[0].floor_dtype == ("float32" if dtype == "bfloat16" else None)
 
 
 def test_scores_are_points_of_100():

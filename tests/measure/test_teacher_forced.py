@@ -107,6 +107,16 @@ def test_answer_rows_are_a_dense_decode_on_the_cache_of_a_sparse_prefill(name):
     assert not torch.allclose(found, dense, atol=1e-2) and not torch.allclose(found, stressed, atol=1e-2)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+def test_the_exact_end_is_the_prompts_and_the_same_in_chunks(name):
+    model, question = tiny_model(name), asked()
+    budget = FEW.replace(exact_last=6)
+    whole = answer_states(model, question, attaching(model, budget))
+    chunked = answer_states(model, question, attaching(model, budget), 16)
+    torch.testing.assert_close(chunked, whole, atol=1e-3, rtol=1e-3)
+    assert not torch.allclose(whole, answer_states(model, question, attaching(model, FEW)), atol=1e-2)
+
+
 def test_divergence_is_the_mean_over_the_answer_of_kl_from_dense():
     head = nn.Linear(2, 2, bias=True)
     with torch.no_grad():

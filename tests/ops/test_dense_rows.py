@@ -1,4 +1,4 @@
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,7 +8,14 @@ from hypothesis import strategies as st
 from npu_sparse import ops
 from npu_sparse.ops import dispatch, workspace
 from npu_sparse.support import Support
-from npu_sparse.testing import DTYPES, assert_accurate, attention_inputs, naive_sparse_attention, padding
+from npu_sparse.testing import (
+    DTYPES,
+    attention_inputs,
+    naive_sparse_attention,
+    over_seeds,
+    padding,
+    plain_products,
+)
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,40 @@ def impl_of(backend):
     return backend.impl
 
 
+def plainly_added(q, k, v, positions, valid, scale):
+    """The same in fp32, all rows at once, products added as `plain_products` does; a row that sees no key is zero."""
+    B, Hq, R, _ = q.shape
+    k, v = (x.repeat_interleave(Hq // k.shape[1], 1).flatten(0, 1) for x in (k, v))  # [B Hq, Tk, D]
+    sees = torch.arange(k.shape[1], device=q.device) <= positions[:, :, None]
+    sees = (sees if valid is None else sees & valid[:, None]).repeat_interleave(Hq, 0)  # [B Hq, R, Tk]
+    scores = (plain_products(q.flatten(0, 1), k) * scale).masked_fill(~sees, float("-inf"))
+    weights = scores.softmax(-1).nan_to_num(0.0).to(q.dtype)
+    return plain_products(weights, v.mT).unflatten(0, (B, Hq)).to(q.dtype)
+
+
 def check(case, impl="reference", device="cpu", factor=2.0):
+    over_seeds(lambda seed: computed(replace(case, seed=case.seed + seed), impl, device), device, factor)
+
+
+def computed(case, impl, device):
     q, k, v, positions, valid = case.inputs(device)
     scale = case.D**-0.5
     actual = ops.dense_rows(q, k, v, positions, scale=scale, valid=valid, impl=impl)
     exact = naive(q, k, v, positions, valid, scale)
     if impl == "reference":
-        yardstick = naive(q, k, v, positions, valid, scale, case.dtype)
+        yardsticks = [naive(q, k, v, positions, valid, scale, case.dtype)]
     else:
-        yardstick = ops.dense_rows(q, k, v, positions, scale=scale, valid=valid, impl="reference")
+        yardsticks = [ops.dense_rows(q, k, v, positions, scale=scale, valid=valid, impl="reference")]
+    if device == "cuda":
+        yardsticks.append(plainly_added(q, k, v, positions, valid, scale))
     assert actual.dtype == case.dtype
-    assert_accurate(actual, exact, yardstick, factor=factor)
+    return actual, exact, *yardsticks
+
+
+def test_the_plain_yardstick_is_the_same_attention():
+    for case in (Case(), Case(B=2, Hq=6, Hkv=1, R=20, Tk=53, side="right")):
+        inputs = (*case.inputs("cpu"), case.D**-0.5)
+        torch.testing.assert_close(plainly_added(*inputs), naive(*inputs).float())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

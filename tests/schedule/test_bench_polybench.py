@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from npu_sparse.schedule.frontend.c import parse_c
+
 ROOT = Path(__file__).resolve().parents[2]
 SCALE = """
 void init_scale(int n, double x[n]) { for (int i = 0; i < n; i++) x[i] = i + 1; }
@@ -29,6 +31,9 @@ POLYBENCH = {
     "linear-algebra/scale-up/scale-up.h": """
 #ifdef SMALL_DATASET
 # define N 40
+#endif
+#ifdef MEDIUM_DATASET
+# define N 400
 #endif
 #ifdef LARGE_DATASET
 # define N 4000
@@ -102,6 +107,27 @@ def test_report_of_polybench_sources(bench, monkeypatch, tmp_path, capsys):
     assert report["means"]["pluto"]["cpu_geomean"] == pytest.approx(cpu)
     assert "| scale_up |" in capsys.readouterr().out
     assert "| geomean |" in (tmp_path / "runs" / "report.md").read_text()
+
+
+def test_stock_polybench_sources_keep_their_types_and_allocations(bench, tmp_path):
+    kernel = POLYBENCH["linear-algebra/scale-up/scale-up.c"]
+    own = "typedef char base;\n#define match(a) ((a) == 3 ? 2 : 1)\nstatic"
+    kernel = kernel.replace("static", own, 1)
+    work = "base *w = (base *)polybench_alloc_data(n, sizeof(base));\n  w[0] = 1;"
+    kernel = kernel.replace("  int i;\n#pragma", f"  int i;\n  {work}\n#pragma")
+    kernel = kernel.replace("y[i] = alpha * x[i]", "y[i] = x[i] = match(i) * alpha * x[i]")
+    files = {**POLYBENCH, "linear-algebra/scale-up/scale-up.c": kernel, "utilities/template-for-new-benchmark.c": kernel,
+             "linear-algebra/scale-up/scale-up.orig.c": kernel}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for size, n in (("small", 40), ("medium", 400)):
+        [found] = bench.polybench(tmp_path, size).values()
+        assert found.values == {"n": n, "alpha": 1.5}
+        scop = parse_c(found.text)
+        new = bench.candidate(scop, found.text, "cpu-vector", "0")
+        results = bench.run(scop, {"original": found.text, "new": new}, found.values, repeats=1, threads=(2,))
+        assert [result.difference for result in results] == ["", ""]
 
 
 def test_wrong_and_broken_candidates_win_nothing(bench, monkeypatch):

@@ -129,3 +129,35 @@ def test_macros_of_headers_and_of_the_command_line(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert shown.count("bitwise equal") == 6 and "x[(i)] *= 2 * a" in shown and "(n - 3)" in shown.replace("n - 3", "(n - 3)")
     assert "loop condition must be affine" in refusal(capsys, path)
+
+
+SEVERAL = """
+void init_f(int n, double x[n], double y[n]) { for (int i = 0; i < n; i++) x[i] = i, y[i] = 0; }
+void kernel_f(int n, double x[n], double y[n]) {
+  double sum = 1;
+  #pragma scop
+  for (int i = 0; i < n; i++) x[i] = 2 * x[i] + sum;
+  #pragma endscop
+  if (n > 3) {
+#pragma scop
+    for (int i = 1; i < n; i++) { double t = x[i - 1]; sum += t; y[i] = t * t; }
+#pragma endscop
+  }
+#pragma scop
+  for (int i = 0; i < n; i++) for (int j = 0; j < 3; j++) y[i] += sum * j;
+#pragma endscop
+}
+"""
+
+
+@pytest.mark.parametrize("options", [[], ["-D", "UNUSED"]])
+def test_all_regions_of_a_function_are_scheduled(options, kernel, tmp_path, capsys):
+    kernel.write_text(SEVERAL)
+    out = tmp_path / "out.c"
+    assert cli.main(["schedule", str(kernel), *options, "--tree", "--sizes", "n=90", "--output", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("bitwise equal") == 6 and shown.count("statements S0") == 3
+    assert "#pragma scop" not in out.read_text() and out.read_text().count("void kernel_f(") == 1
+    assert "must be of one region, got 3" in refusal(capsys, kernel, "--draw", tmp_path / "x.svg")
+    kernel.write_text(SEVERAL.replace("#pragma endscop\n  if", "  if"))
+    assert re.search(r":5: #pragma scop must end with #pragma endscop in kernel_f, got none", refusal(capsys, kernel))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 from ...budget import Budget
 from ...ops import workspace
+from ...runs.machine import chosen_dtype
 from ..quality import EvalConfig
 from ..quality.config import INSTRUMENTS
 from ..ttft import TtftConfig
@@ -45,12 +46,13 @@ class FrontierConfig:
     warmup: int = 2
     stage_runs: int = 3
     prompt: str = "text"
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "cpu"
     impl: str = "auto"
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
+        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
         for name in ("ks", "blocks"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, int) else tuple(value)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from ...budget import Budget
 from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
+from ...runs.machine import chosen_dtype
 from ...tasks import task_names
 from ...tasks.catalogue import task_named
 from ..variants import as_budget, check_budgets, check_names, former_fields_as_budget, spelled
@@ -47,7 +48,7 @@ class EvalConfig:
             cache of the prefill, beside dense logits: see `measure.teacher_forced`), or both.
         stress: teacher-forced scores of prompt and answer in one sparse forward as well, a prefill more a prompt.
         only_solved: sparse variants skip the tasks that are not in the macro average.
-        dtype: of weights and activations.
+        dtype: of weights and activations; "auto" = bfloat16, or float32 on a processor that is not faster in bfloat16.
         device: "cpu", "cuda", "cuda:1", "npu", ...; its index is not part of the run's identity.
         impl: which operators run: "reference", "kernel" or "auto".
         workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
@@ -70,12 +71,13 @@ class EvalConfig:
     instruments: tuple[str, ...] = INSTRUMENTS
     stress: bool = True
     only_solved: bool = False
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "cpu"
     impl: str = "reference"
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
+        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
         object.__setattr__(self, "budget", as_budget(self.budget))
         for name in ("tasks", "variants", "texts", "instruments"):
             value = getattr(self, name)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from ...budget import Budget
 from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
+from ...runs.machine import chosen_dtype
 from ..variants import as_budget, check_budgets, check_names, former_fields_as_budget, spelled
 
 STAGES = ("projection", "scoring", "top-k", "attention", "exact", "rest")
@@ -31,7 +32,7 @@ class TtftConfig:
         texts: sources of the text, see `tasks.texts.documents`.
         overhead: also times "attached": the indexer attached, but `dense_below` above the length, so that dense runs.
         seed: of prompts, order and bootstrap.
-        dtype: of weights and activations.
+        dtype: of weights and activations; "auto" = bfloat16, or float32 on a processor that is not faster in bfloat16.
         device: "cpu", "cuda", "cuda:1", "npu", ...; its index is not part of the run's identity.
         impl: which operators run: "auto", "reference" or "kernel".
         workspace_mib: MiB of a slice of scores, as in `SparsePrefill.attach`: smaller where memory is short.
@@ -49,12 +50,13 @@ class TtftConfig:
     texts: tuple[str, ...] = ("builtin",)
     overhead: bool = False
     seed: int = 0
-    dtype: str = "bfloat16"
+    dtype: str = "auto"
     device: str = "cpu"
     impl: str = "auto"
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
+        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
         object.__setattr__(self, "budget", as_budget(self.budget))
         for name in ("variants", "texts"):
             value = getattr(self, name)

@@ -30,6 +30,7 @@ from ..clocks import (
     reset_peak_memory,
     synchronize,
 )
+from ..decode import cache_argument
 from ..prompts import prompt_ids
 from ..variants import (
     EVIDENCE,
@@ -123,12 +124,13 @@ def time_to_first_token(model, ids, chunk: int = 0) -> tuple[float, int]:
     import torch
     from transformers import DynamicCache
 
+    name = cache_argument(model)
     with torch.inference_mode():
         synchronize(model.device)
         started = time.perf_counter()
         prompt, cache = ids.to(model.device), DynamicCache(config=model.config)
         for part in prompt.split(chunk or ids.shape[1], 1):
-            logits = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+            logits = model(input_ids=part, use_cache=True, logits_to_keep=1, **{name: cache}).logits
         token = int(logits[0, -1].argmax())  # waits for the device
         return time.perf_counter() - started, token
 

@@ -71,7 +71,7 @@ def select_by_index(
     indices = torch.empty((B, 1, rows, min(k, Tk)), dtype=torch.int32, device=qi.device)
     count = torch.empty((B, 1, rows), dtype=torch.int32, device=qi.device)
     columns = _columns(Hi, Di, w is not None, block)
-    at_once = _pieces(4 * workspace.SIZE, 8 * B * capacity, block, columns)
+    at_once = _pieces(4 * workspace.size(), 8 * B * capacity, block, columns)
     if block == 1:  # every tile of queries is one block of threads: as many as there are processors, all of one length
         at_once = min(at_once, processors(qi.device) * columns)
     for first in range(0, Tq, at_once):
@@ -153,7 +153,7 @@ def _thresholds(queries: Queries, k: int, capacity: int) -> Tensor:
     """int64 `[B, rows]`: the rank that each row's candidates reach, from samples that are made a piece at a time."""
     B, H, _, D = queries.qi.shape
     columns, parts = _columns(H, D, queries.w is not None, queries.block), []
-    at_once = _pieces(workspace.SIZE, 4 * B * queries.samples, queries.block, columns)
+    at_once = _pieces(workspace.size(), 4 * B * queries.samples, queries.block, columns)
     for first in range(queries.first, queries.stop, at_once):
         piece = replace(queries, first=first, stop=min(queries.stop, first + at_once))
         parts.append(threshold := _full(piece))

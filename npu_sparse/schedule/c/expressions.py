@@ -15,6 +15,9 @@ class Names:
     maximum: str
     floor: str
     function: str
+    part: str  # of a sum or product
+    elements: dict[str, str] = field(default_factory=dict)
+    updates: dict[str, str] = field(default_factory=dict)
     macros: dict[str, str] = field(default_factory=dict)
 
 

@@ -11,7 +11,7 @@ from npu_sparse.schedule.scop import Scop
 from ...errors import USER_ERROR, ActionableError
 
 NODE = isl.schedule_node_type
-MARK = re.compile(r"(?:(parallel|vector)|unroll(?:\((\d+)\))?)$")
+MARK = re.compile(r"(?:(parallel|vector)( reduction)?|unroll(?:\((\d+)\))?)$")
 
 
 class CodegenError(ActionableError, ValueError):
@@ -28,6 +28,7 @@ class Hint:
     depth: int  # of the loop in the schedule: isl leaves out loops of one iteration, a mark then stands above another one
     factor: int = 0
     private: tuple[str, ...] = ()
+    combined: tuple[str, ...] = ()  # statements whose sums or products the loop makes in parts
     complete: int = 0  # nested loops to write out where their extent is constant
     order: isl.UnionMap | None = None  # the place of each instance in the loops around a parallel one, and in that
 
@@ -42,20 +43,20 @@ def resolve_marks(scop: Scop, tree: isl.Schedule) -> tuple[isl.Schedule, dict[st
         if node.get_type() != NODE.mark:
             return node
         text = node.mark_get_id().get_name()
-        kind, factor = _parse_mark(text)
+        kind, combine, factor = _parse_mark(text)
         below = below_marks(node)
         if below.get_type() != NODE.band:
             raise CodegenError(f"mark {text!r} must stand above a band, got {below.get_type().name}")
-        private = ()
+        private = combined = ()
         if kind in ("parallel", "vector"):
             check = check or Dependences(scop)
-            obstacle, private = check.loop(below)
+            obstacle, private, combined = check.combined(below) if combine else (*check.loop(below), ())
             if obstacle:
                 raise CodegenError(f"{scop.name}: a {kind} loop must carry nothing from one iteration to another, got {obstacle}")
         name = f"{kind}_{len(loops)}"
         complete = below.band_n_member() if kind == "unroll" and unrolled(below) else 0
         order = _order(below) if kind == "parallel" else None
-        loops[name] = Hint(kind, below.get_schedule_depth(), factor, private, complete, order)
+        loops[name] = Hint(kind, below.get_schedule_depth(), factor, private, combined, complete, order)
         return node.delete().insert_mark(isl.Id(name))
 
     return node_map(tree, resolve), loops
@@ -68,11 +69,11 @@ def _order(band) -> isl.UnionMap:
     return band.get_prefix_schedule_union_map().intersect_domain(band.get_domain()).flat_range_product(first)
 
 
-def _parse_mark(text: str) -> tuple[str, int]:
+def _parse_mark(text: str) -> tuple[str, bool, int]:
     found = MARK.match(text)
     if not found:
         raise CodegenError(f"mark must be one of parallel, vector, unroll and unroll(n), got {text!r}")
-    return found[1] or "unroll", int(found[2] or 0)
+    return found[1] or "unroll", bool(found[2]), int(found[3] or 0)
 
 
 def node_map(tree: isl.Schedule, transform) -> isl.Schedule:

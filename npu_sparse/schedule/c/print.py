@@ -13,12 +13,12 @@ from collections.abc import Iterable
 
 import islpy as isl
 
-from npu_sparse.schedule.c.expressions import Expressions, Names, constant_extent, loops_below, split_constant
+from npu_sparse.schedule.c.expressions import Expressions, Names, constant_extent, loops_below, split_constant, users
 from npu_sparse.schedule.c.isolate import drop_options, isolate_full_tiles, isolate_unrolled
 from npu_sparse.schedule.c.marks import CodegenError, Hint, resolve_marks
 from npu_sparse.schedule.c.work import work_guard
 from npu_sparse.schedule.frontend.preprocess import TOKEN
-from npu_sparse.schedule.scop import Scop
+from npu_sparse.schedule.scop import Scop, accumulation
 
 SEPARATION, UNROLLING, OPERATIONS = 1_000_000, 3_000_000, 30_000_000  # isl operations per attempt: about a second a million
 UNROLLED = 64  # longest loop that is written out
@@ -122,8 +122,10 @@ def _names(scop: Scop, reserved: Iterable[str]) -> Names:
         pattern = re.compile(re.escape(stem) + (r"\d+(m\d*)?$" if numbered else "$"))
         return stem if not any(pattern.match(name) for name in used) else free(stem + "_", numbered)
 
-    names = Names(free("t", True), free("min"), free("max"), free("floord"), free("nest", True))
+    names = Names(free("t", True), free("min"), free("max"), free("floord"), free("nest", True), free("part", True))
     names.macros = {s.name: free(s.name) for s in scop.statements}
+    names.elements = {s.name: free(f"{s.name}_element") for s in scop.statements}
+    names.updates = {s.name: free(f"{s.name}_part") for s in scop.statements}
     return names
 
 
@@ -151,6 +153,12 @@ def _print(scop: Scop, ast, hints, names: Names, note: str, outline: bool) -> tu
         (f"{names.macros[s.name]}({', '.join(s.iterators)})", "do { " + s.body.replace("\n", " ").strip() + " } while (0)")
         for s in scop.statements
     ]
+    for s in scop.statements:
+        if re.search(rf"\b{names.updates[s.name]}\(", text):
+            parts = accumulation(s)
+            needed += [(f"{names.elements[s.name]}({', '.join(s.iterators)})", parts.element)]
+            head = f"{names.updates[s.name]}({', '.join([names.part + '0', *s.iterators])})"
+            needed += [(head, f"do {{ {names.part}0 {parts.assign} {' '.join(parts.value.split())}; }} while (0)")]
     first = [note] if note else []
     needed += [(alias, name) for alias, name in scop.aliases.items()]
     first += [f"#define {head} {definition}" for head, definition in needed]
@@ -165,6 +173,8 @@ class _Printer:
         self.scop, self.hints, self.names, self.outline = scop, hints, names, outline
         self.functions: list[str] = []
         self.iterators: list[str] = []  # of the loops around the current node
+        self.parts: dict[str, str] = {}  # statement -> the variable that has its sum or product so far
+        self.elements: dict[str, set[str]] = {}  # statement -> of what, as it was printed
         self.expressions = Expressions(names)
         # Beside an unsigned parameter, a negative value would become a large one.
         self.expressions.substituted = {name: f"((long){name})" for name, kind in scop.types.items() if "unsigned" in kind}
@@ -188,7 +198,14 @@ class _Printer:
             expr = node.user_get_expr()
             arguments = [self.expressions.text(expr.get_op_arg(n)) for n in range(1, expr.get_op_n_arg())]
             arguments = [a if re.fullmatch(r"\w+", a) else f"({a})" for a in arguments]
-            return [f"{pad}{self.names.macros[expr.get_op_arg(0).get_id().get_name()]}({', '.join(arguments)});"]
+            name = expr.get_op_arg(0).get_id().get_name()
+            if name in self.parts:
+                statement = self.scop.statement(name)
+                kept = identifiers(accumulation(statement).element)
+                used = [a if i in kept else "0" for a, i in zip(arguments, statement.iterators)]
+                self.elements.setdefault(name, set()).add(f"{self.names.elements[name]}({', '.join(used)})")
+                return [f"{pad}{self.names.updates[name]}({', '.join([self.parts[name], *arguments])});"]
+            return [f"{pad}{self.names.macros[name]}({', '.join(arguments)});"]
         return self._for(node, level, loop)
 
     def _for(self, node, level: int, loop: tuple[Hint, ...]) -> list[str]:
@@ -207,13 +224,47 @@ class _Printer:
             below, extent = (written_out,), constant_extent(node)
             if 0 < extent <= UNROLLED:
                 return self._written_out(node, iterator, extent, level, below)
+        if any(hint.combined for hint in loop):
+            return self._in_parts(node, level, loop, below)
+        return self._loop(node, level, loop, below)
+
+    def _in_parts(self, node, level: int, loop: tuple[Hint, ...], below: tuple[Hint, ...]) -> list[str]:
+        """A loop that makes sums or products in parts, which are put together after it; as it is where that cannot be written."""
+        pad, outside = "  " * level, dict(self.parts)
+        present = set(users(node))
+        new = [name for hint in loop for name in hint.combined if name in present and name not in outside]
+        self.parts |= {name: f"{self.names.part}{len(self.parts) + n}" for n, name in enumerate(dict.fromkeys(new))}
+        functions = len(self.functions)
+        lines = self._loop(node, level + bool(new), loop, below)
+        parts, self.parts = self.parts, outside
+        elements = {name: self.elements.pop(name) for name in new}
+        depth = int(node.for_get_iterator().get_id().get_name()[len(self.names.iterator) :])
+        inner = re.compile(rf"\b{self.names.iterator}(\d+)\b")
+        if any(len(found) > 1 or any(int(n) >= depth for n in inner.findall(*found)) for found in elements.values()):
+            del self.functions[functions:]
+            return self._loop(node, level, tuple(hint for hint in loop if not hint.combined), below)
+        if not new:
+            return lines
+        first, last = [], []
+        for name in new:
+            statement, [element] = self.scop.statement(name), elements[name]
+            operator = accumulation(statement).operator
+            array = self.scop.arrays[statement.writes[0].array]
+            first.append(f"{pad}  {array.ctype} {parts[name]} = {int(operator == '*')};")
+            last.append(f"{pad}  {element} {operator}= {parts[name]};")
+        return [pad + "{", *first, *lines, *last, pad + "}"]
+
+    def _loop(self, node, level: int, loop: tuple[Hint, ...], below: tuple[Hint, ...]) -> list[str]:
+        pad = "  " * level
+        iterator = node.for_get_iterator().get_id().get_name()
+        start = self.expressions.text(node.for_get_init())
         before, after = self._pragmas(node, loop, pad)
         step = node.for_get_inc().get_val().to_python()
         increment = f"{iterator}++" if step == 1 else f"{iterator} += {step}"
         self.iterators.append(iterator)
         body = self.node(node.for_get_body(), level + 1, below)
         parallel = next((hint for hint in loop if hint.kind == "parallel"), None)
-        if parallel and loops_below(node) > 1:
+        if parallel and loops_below(node) > 1 and not parallel.combined:
             body = self.outlined(body, level + 1, parallel.private)
         self.iterators.pop()
         head = f"{pad}for (long {iterator} = {start}; {self.expressions.text(node.for_get_cond())}; {increment}) {{"
@@ -233,7 +284,8 @@ class _Printer:
         if not self.outline:
             return lines
         text = "\n".join(lines)
-        statements = [s for s in self.scop.statements if re.search(rf"\b{self.names.macros[s.name]}\(", text)]
+        macros = {s.name: (self.names.macros[s.name], self.names.updates[s.name]) for s in self.scop.statements}
+        statements = [s for s in self.scop.statements if re.search(rf"\b({'|'.join(macros[s.name])})\(", text)]
         written = {a.array for s in statements for a in s.writes if not self.scop.arrays[a.array].shape}
         inside = {name for name in private if not self.scop.arrays[name].shape}  # the function's own
         if any(self.scop.arrays[name].live_out for name in written) or self.iterators and not written <= inside:
@@ -259,6 +311,7 @@ class _Printer:
         vector = next((loop for loop in loops if loop.kind == "vector"), None)
         unroll = next((loop for loop in loops if loop.kind == "unroll"), None)
         before, after = [], []
+        combined = self._combined((hint for hint in (parallel, vector) if hint), node)
         if vector and any(self.scop.arrays[name].shape for name in vector.private):
             vector = None  # a private array in each lane is no gain
         if parallel:
@@ -268,8 +321,8 @@ class _Printer:
             if middles:
                 before += [pad + "{", *(pad + line for line in middles)]
                 after += [pad + "}"]
-            simd = " simd" if vector else ""
-            private = f" private({', '.join(scalars)})" if scalars else ""
+            simd = " simd" if vector or combined and loops_below(node) == 1 else ""
+            private = combined + (f" private({', '.join(scalars)})" if scalars else "")
             if arrays:
                 before += [f"{pad}#pragma omp parallel{guard}", pad + "{", *(pad + _allocate(a) for a in arrays)]
                 before += [f"{pad}#pragma omp for{simd}{private}"]
@@ -277,11 +330,19 @@ class _Printer:
             else:
                 before += [f"{pad}#pragma omp parallel for{simd}{guard}{private}"]
         elif vector:
-            private = f" private({', '.join(vector.private)})" if vector.private else ""
+            private = combined + (f" private({', '.join(vector.private)})" if vector.private else "")
             before += [f"{pad}#pragma omp simd{private}"]
         elif unroll:
             before += [f"{pad}#pragma GCC unroll {unroll.factor or 4}"]
         return before, after
+
+    def _combined(self, hints: Iterable[Hint], node) -> str:
+        """The clauses for the sums and products that a loop makes in parts."""
+        clauses: dict[str, list[str]] = {}
+        present = set(users(node))
+        for name in dict.fromkeys(name for hint in hints for name in hint.combined if name in present):
+            clauses.setdefault(accumulation(self.scop.statement(name)).operator, []).append(self.parts[name])
+        return "".join(f" reduction({operator}:{', '.join(names)})" for operator, names in clauses.items())
 
 
 def _restricted(array) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pycparser import c_ast, c_parser
 
+from npu_sparse.boundary import reading
 from npu_sparse.schedule.frontend import types
 from npu_sparse.schedule.frontend.assemble import Record, assemble
 from npu_sparse.schedule.frontend.declarations import Declarations
@@ -29,7 +30,7 @@ KEYWORDS = {c_ast.While: "while", c_ast.DoWhile: "do", c_ast.Switch: "switch", c
 
 
 def parse_c(source: str | Path, function: str | None = None, cpp: tuple[str, ...] | None = None,
-            pure: Collection[str] = ()) -> Scop:
+            pure: Collection[str] = (), number: int | None = None, text: str | None = None) -> Scop:
     """The SCoP of a C file, or of C text (a str of more than one line).
 
     Args:
@@ -38,33 +39,43 @@ def parse_c(source: str | Path, function: str | None = None, cpp: tuple[str, ...
             the macros of the file itself.
         pure: functions that the region may call beside those of the C library and those with the attribute const: each must
             depend on its arguments only and change nothing.
+        number: which region of the function, from 1; needed where it has several.
+        text: what is taken for the contents of the file.
     """
     if isinstance(source, str) and "\n" in source:
-        return parse_text(source, "<text>", function, pure=pure)
+        return parse_text(source, "<text>", function, pure=pure, number=number)
     path = Path(source)
-    try:
-        text = path.read_text() if cpp is None else run_cpp(path, tuple(cpp))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ScopError(f"{path}: source must be a readable text file, got {error}") from error
-    scop = parse_text(text, str(path), function, pure=pure)
+    text = read_c(path) if text is None else text
+    if cpp is not None:
+        text = run_cpp(path, tuple(cpp), text)
+    scop = parse_text(text, str(path), function, pure=pure, number=number)
     return replace(scop, name=path.stem)
 
 
-def parse_text(text: str, source: str, function: str | None = None, opaques: dict | None = None, context: str = "",
-               pure: Collection[str] = ()) -> Scop:
-    """The SCoP of C text; `opaques` gives the footprints of calls that are statements (see builder.py)."""
+def read_c(path: Path) -> str:
+    """The text of a C file."""
     try:
-        region = find_region(text, source, function)
-        layouts = None
-        while True:  # again where an array turned out to have rows
-            walk = Walk(source, region, opaques or {}, context, frozenset(pure))
-            walk.scope.layouts = dict(layouts or {})
-            scop = walk.scop()
-            if walk.scope.layouts == (layouts or {}):
-                return scop
-            layouts = walk.scope.layouts
-    except RecursionError as error:
-        raise ScopError(f"{source}: code must be nested less deeply, got too many levels") from error
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ScopError(f"{path}: source must be a readable text file, got {error}") from error
+
+
+def parse_text(text: str, source: str, function: str | None = None, opaques: dict | None = None, context: str = "",
+               pure: Collection[str] = (), number: int | None = None) -> Scop:
+    """The SCoP of C text; `opaques` gives the footprints of calls that are statements (see builder.py)."""
+    with reading(source, ScopError, "its C"):
+        try:
+            region = find_region(text, source, function, number)
+            layouts: dict = {}
+            while True:  # again where an array turned out to have rows
+                walk = Walk(source, region, opaques or {}, context, frozenset(pure))
+                walk.scope.layouts = dict(layouts)
+                scop = walk.scop()
+                if walk.scope.layouts == layouts:
+                    return scop
+                layouts = walk.scope.layouts
+        except RecursionError as error:
+            raise ScopError(f"{source}: code must be nested less deeply, got too many levels") from error
 
 
 class Walk:
@@ -153,11 +164,13 @@ class Walk:
         for name in sorted(self.block & self.around.after):
             if id(scope.symbols[name].node) in self.around.inside and not scope.symbols[name].iterator:
                 scope.refuse(scope.symbols[name].node, f"declaration in the scop must not be used after it, got {name}")
-        for name, empty in sorted(self.last.items()):
-            symbol = self.outside[name]
+        for key, empty in sorted(self.last.items()):
+            symbol = scope.known[key]
+            name = symbol.name
             if symbol.key in scope.used | scope.touched:
                 scope.refuse(pragma, f"loop iterator must not be read outside of its loop, got {name}")
-            if symbol.persistent or name in self.around.escaped or self.around.read_after(name):
+            left = symbol.persistent or name in self.around.escaped or self.around.read_after(name)
+            if left and not symbol.local:
                 if not empty:
                     scope.refuse(pragma, f"loop iterator that is read after the scop must have its last loop outside of others, "
                                          f"got {name}")
@@ -198,11 +211,13 @@ class Walk:
                     self.scope.refuse(change, f"{extent} not change after its declaration, got {show(change)}")
 
     def check_pointers(self, pragma: c_ast.Pragma) -> None:
+        pointers = {name for name, symbol in self.outside.items() if symbol.pointer}
         for symbol in self.outside.values():
             if symbol.pointer and not symbol.argument and symbol.key in self.scope.touched:
-                for name in sorted(self.around.sources(symbol.name) - {symbol.name}):
+                for name in sorted(self.around.sources(symbol.name, pointers)):
                     known = self.outside.get(name)
-                    if known is not None and known.key in self.scope.touched and (known.shape or name in self.around.escaped):
+                    named = known is not None and known.key in self.scope.touched | self.scope.used
+                    if named and (known.shape or name in self.around.escaped):
                         rule = "pointer must not lead into what the scop uses by name"
                         self.scope.refuse(symbol.node, f"{rule}, got {symbol.name} and {name}")
 
@@ -313,7 +328,7 @@ class Walk:
                 scope.refuse(node, f"loop iterator must be an integer variable, got {name}")
             key, kind = known.key, known.kind
             head = "; ".join(statement_text(scope, part) for part in (node.init, node.cond, node.next) if part is not None)
-            self.last[name] = f"for ({head});" if not scope.loops and not scope.conditions else ""
+            self.last[key] = f"for ({head});" if not scope.loops and not scope.conditions else ""
         step = self.loop_step(node, name)
         if node.cond is None:
             scope.refuse(node, f"loop condition must bound {name}, got none")

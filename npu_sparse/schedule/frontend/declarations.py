@@ -58,7 +58,9 @@ class Declarations:
             if not isinstance(kind, (c_ast.ArrayDecl, c_ast.PtrDecl)):
                 break
             kind = kind.type
-        ctype = " ".join(types.base(tuple(names), scope.typedefs)) if names else "struct"
+        inner = getattr(kind, "type", kind)
+        tag = getattr(inner, "name", None) or ""
+        ctype = " ".join(types.base(tuple(names), scope.typedefs)) if names else f"{type(inner).__name__.lower()} {tag}".strip()
         whole = types.integer(kind, scope.typedefs)
         persistent = outer or bool({"static", "extern"} & set(node.storage))
         # An initialised integer that nothing can change is its value.
@@ -75,7 +77,8 @@ class Declarations:
         key = self.key(key)
         symbol = Symbol(key, node.name, ctype, tuple(shape), whole, types.floating(kind, scope.typedefs), value,
                         argument=argument, local=local, persistent=persistent, pointer=bool(pointer),
-                        volatile=bool(quals & {"volatile", "_Atomic"}),
+                        volatile=bool(quals & {"volatile", "_Atomic"}) or "_Thread_local" in node.storage,
+                        arithmetic=types.arithmetic(kind, scope.typedefs),
                         names={name: scope.symbols.get(name) for name in used}, node=node)
         scope.symbols[node.name] = scope.known[key] = symbol
         return symbol

@@ -48,7 +48,8 @@ class Symbol:
         shape: extents, () for scalars.
         kind: the type of an integer or of integer elements; `floats`: whether it is of a floating type.
         value: of an integer that never changes; form, text, reads: of a local integer that is affine and never changes.
-        persistent: whether its value outlives the function. pointer: declared as one, so that it may point to anything.
+        arithmetic: whether it holds numbers. persistent: whether its value outlives the function.
+        pointer: whether it is declared as one, so that it may point to anything.
         names: what the names in its extents meant where it was declared.
     """
 
@@ -68,6 +69,7 @@ class Symbol:
     pointer: bool = False
     volatile: bool = False
     iterator: bool = False
+    arithmetic: bool = True
     names: dict = field(default_factory=dict)
     node: c_ast.Node | None = None
 
@@ -164,7 +166,9 @@ class Scope:
     def touch(self, node: c_ast.Node, symbol: Symbol, forms: list[Linear], guards: tuple[str, ...] = ()) -> Touch:
         """The access of an element, which from now on belongs to the SCoP."""
         if symbol.volatile:
-            self.refuse(node, f"variable must not be volatile, got {symbol.name}")
+            self.refuse(node, f"variable must not be volatile or of one thread, got {symbol.name}")
+        if not symbol.arithmetic:
+            self.refuse(node, f"variable must hold numbers, got {symbol.name} of type {symbol.ctype}")
         self.touched.add(symbol.key)
         subscripts, conditions = [], []
         for at, form in enumerate(forms):

@@ -86,29 +86,33 @@ def _closing(text: str, at: int) -> int:
     return at
 
 
-def run_cpp(path: Path, options: tuple[str, ...]) -> str:
-    """The file after `gcc -E` with these options; lines that come from headers are left out, the others keep their places."""
+def run_cpp(path: Path, options: tuple[str, ...], text: str | None = None) -> str:
+    """The file after `gcc -E` with these options; lines that come from headers are left out, the others keep their places.
+
+    `text`, where it is given, is taken for what the file holds.
+    """
     def limited():
         resource.setrlimit(resource.RLIMIT_CPU, (GCC_SECONDS, GCC_SECONDS))
         resource.setrlimit(resource.RLIMIT_FSIZE, (GCC_BYTES, GCC_BYTES))
 
     with tempfile.TemporaryDirectory() as directory:
         result = Path(directory) / "text.i"
-        command = ["gcc", "-E", *options, "-x", "c", str(path.resolve()), "-o", str(result)]
+        command = ["gcc", "-E", "-iquote", str(path.resolve().parent), *options, "-x", "c", "-", "-o", str(result)]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limited, timeout=10 * GCC_SECONDS)
+            done = subprocess.run(command, capture_output=True, input=path.read_bytes() if text is None else text.encode(),
+                                  preexec_fn=limited, timeout=10 * GCC_SECONDS)
         except FileNotFoundError as error:
             raise ScopError(f"{path}: gcc must be installed to preprocess it, got none") from error
         except subprocess.TimeoutExpired as error:
             raise ScopError(f"{path}: preprocessor must end within {10 * GCC_SECONDS} s, and did not") from error
         if done.returncode:
-            message = done.stderr.splitlines()[0] if done.stderr else "no message"
+            message = (done.stderr.decode(errors="replace").splitlines() or ["no message"])[0].replace("<stdin>:", "line ")
             raise ScopError(f"{path}: preprocessor must succeed, got {message}")
         text = result.read_text(errors="replace")
     out, number, inside = {}, 1, True
     for line in text.split("\n"):
         if marker := re.match(r'#\s+(\d+)\s+"((?:\\.|[^"\\])*)"', line):
-            number, inside = int(marker[1]), re.sub(r"\\(.)", r"\1", marker[2]) == str(path.resolve())
+            number, inside = int(marker[1]), marker[2] == "<stdin>"
             continue
         if inside and (not line.lstrip().startswith("#") or KEPT_PRAGMA.match(line)):
             out[number] = out.get(number, "") + line

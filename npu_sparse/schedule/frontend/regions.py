@@ -31,10 +31,16 @@ class Region:
     pure: frozenset[str]
 
 
-def find_region(text: str, source: str, function: str | None = None) -> Region:
-    """The region of a C text, or of its function of that name."""
+def count_regions(text: str, source: str, function: str | None = None) -> int:
+    """How many regions the function of that name has, or the only function with any."""
+    _, _, count = _relevant(without_extensions(preprocess(text, source)), source, function, 1)
+    return count
+
+
+def find_region(text: str, source: str, function: str | None = None, number: int | None = None) -> Region:
+    """The region of a C text, or of its function of that name; `number`, from 1, where that has several."""
     expanded = preprocess(text, source)
-    relevant, begin = _relevant(without_extensions(expanded), source, function)
+    relevant, begin, _ = _relevant(without_extensions(expanded), source, function, number)
     tree = _parse(relevant, source)
     found = next((node for node in tree.ext if isinstance(node, c_ast.FuncDef)), None)
     if found is None:
@@ -50,8 +56,8 @@ def parse_function(text: str, source: str, function: str | None = None) -> tuple
     return region.tree, region.function
 
 
-def _relevant(text: str, source: str, function: str | None) -> tuple[str, int]:
-    """The text with every function blanked but the one that holds the scop, and where that one begins.
+def _relevant(text: str, source: str, function: str | None, number_of_region: int | None) -> tuple[str, int, int]:
+    """The text with all but one function and one region's pragmas blanked, where that function begins, and its regions.
 
     Headers are not read, so the others may not parse.
     """
@@ -78,14 +84,25 @@ def _relevant(text: str, source: str, function: str | None) -> tuple[str, int]:
         raise ScopError(f"{source}: function must hold a scop ({', '.join(found)}), got {function}")
     name = function or next(iter(found))
     begin, end, inside, closing = found[name]
-    if len(inside) > 1:
+    if number_of_region is None and len(inside) > 1:
         raise ScopError(f"{source}:{number(inside[1])}: function must hold one scop, got a second in {name}")
-    if not closing or closing[0] < inside[0]:
-        raise ScopError(f"{source}:{number(inside[0])}: #pragma scop must end with #pragma endscop in {name}, got none")
+    opened = None
+    for at in [*sorted([*inside, *closing]), None]:
+        if (at is None or at in inside) and opened is not None:
+            raise ScopError(f"{source}:{number(opened)}: #pragma scop must end with #pragma endscop in {name}, got none")
+        if at in closing and opened is None:
+            raise ScopError(f"{source}:{number(at)}: #pragma endscop must follow #pragma scop, got none")
+        opened = at if at in inside else None
+    chosen = (number_of_region or 1) - 1
+    if chosen >= len(inside):
+        raise ScopError(f"{source}: region must be one of {len(inside)} of {name}, got {number_of_region}")
+    for at in {*inside, *closing} - {inside[chosen], closing[chosen]}:
+        stop = text.find("\n", at)
+        out[at:stop] = " " * (stop - at)
     for other, stop, _ in definitions:
         if other != begin:
             out[other:stop] = [c if c == "\n" else " " for c in text[other:stop]]
-    return "".join(out), begin
+    return "".join(out), begin, len(inside)
 
 
 def _definitions(text: str, source: str) -> Iterator[tuple[int, int, str]]:

@@ -73,12 +73,17 @@ class Surroundings:
         again = self.jumps or any(self.place[id(loop)] < at and any(part is node for part in nodes(loop)) for loop in self.loops)
         return at > begin and (at <= self.end or again)
 
-    def sources(self, name: str) -> set[str]:
-        """The names that a pointer is set from."""
-        values = [node.init for node in nodes(self.function.body, c_ast.Decl) if node.name == name and node.init is not None]
-        values += [node.rvalue for node in nodes(self.function.body, c_ast.Assignment)
-                   if isinstance(node.lvalue, c_ast.ID) and node.lvalue.name == name]
-        return {part.name for value in values for part in nodes(value, c_ast.ID)}
+    def sources(self, name: str, pointers: set[str]) -> set[str]:
+        """The names that a pointer is set from, by way of other pointers too."""
+        pairs = [(node.name, node.init) for node in nodes(self.function.body, c_ast.Decl) if node.init is not None]
+        pairs += [(node.lvalue.name, node.rvalue) for node in nodes(self.function.body, c_ast.Assignment)
+                  if isinstance(node.lvalue, c_ast.ID)]
+        found, new = set(), {name}
+        while new:
+            found |= new
+            values = [value for target, value in pairs if target in new & pointers]
+            new = {part.name for value in values for part in nodes(value, c_ast.ID)} - found
+        return found - {name}
 
 
 def _escaped(body: c_ast.Node, whole: bool) -> Iterator[str]:

@@ -62,6 +62,18 @@ def floating(kind: c_ast.Node, typedefs: Typedefs) -> bool:
     return bool(FLOATING & set(names)) and "_Complex" not in names
 
 
+def arithmetic(kind: c_ast.Node, typedefs: Typedefs) -> bool:
+    """Whether a declaration without arrays and pointers is of a number, or of an enumeration that has a name."""
+    for _ in range(20):
+        while isinstance(kind, (c_ast.Typename, c_ast.TypeDecl)):
+            kind = kind.type
+        names = getattr(kind, "names", ())
+        if len(names) != 1 or names[0] not in typedefs:
+            break
+        kind = typedefs[names[0]]
+    return bool(names) and names[0] not in ("FILE", "va_list", "void") or isinstance(kind, c_ast.Enum) and kind.name is not None
+
+
 def common(left: Integer, right: Integer) -> Integer:
     """The type in which C computes with both (usual arithmetic conversions)."""
     left, right = promoted(left), promoted(right)

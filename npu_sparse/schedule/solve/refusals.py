@@ -105,7 +105,7 @@ def check_directives(plan: Plan, problem: Problem) -> None:
             statement = problem.scop.statements[index]
             loops = [loop for names, band in plan.bands() if statement.name in names for loop in band.inner()]
             loop = loops[-1] if loops else None
-            if loop is not None and (loop.free or loop.coincident):
+            if loop is not None and (loop.free or loop.coincident or loop.combines):
                 continue
             unit = tuple(int(place == directive.iterator) for place in range(len(statement.iterators)))
             form = Form(unit, (0,) * len(problem.scop.parameters), 0)

@@ -161,7 +161,7 @@ def test_gated_norm_is_as_accurate_as_transformers(functions, B, T, Hv, V, kind,
     exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * theirs.weight.data.double() * silu(z.double())
     with torch.no_grad():
         expected = theirs(x, z).flatten(-2)
-    assert_accurate(found, exact.flatten(-2), expected, AS_ACCURATE[dtype])
+    assert_accurate(found, exact.flatten(-2), expected, factor=AS_ACCURATE[dtype])
     if dtype != torch.float32:  # it rounds where theirs rounds, and only the order of a sum may differ
         assert (found == expected).float().mean() > 0.97
 
@@ -177,7 +177,7 @@ def test_norm_is_as_accurate_as_transformers(functions, shape, dtype):
     wide = x.double()
     exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (1 + theirs.weight.data.double())
     with torch.no_grad():
-        assert_accurate(functions.rms_norm(x, theirs.weight.data, 1e-5), exact, theirs(x), AS_ACCURATE[dtype])
+        assert_accurate(functions.rms_norm(x, theirs.weight.data, 1e-5), exact, theirs(x), factor=AS_ACCURATE[dtype])
 
 
 def test_norm_of_a_view_is_that_of_its_copy(functions):
@@ -197,7 +197,7 @@ def test_swiglu_rounds_like_transformers(functions, shape, dtype):
     gate *= 4
     up = normal(*shape, dtype=dtype, device=functions.device, seed=1)
     theirs, exact = silu(gate) * up, silu(gate.double()) * up.double()
-    assert_accurate(functions.swiglu(gate.clone(), up), exact, theirs, AS_ACCURATE[dtype])
+    assert_accurate(functions.swiglu(gate.clone(), up), exact, theirs, factor=AS_ACCURATE[dtype])
 
 
 @pytest.mark.parametrize("case", [Case(T=1), Case(B=2, T=70, Hv=4, V=24, state=True), Case(T=130, state=True)], ids=str)

@@ -192,6 +192,67 @@ def test_temporary_with_a_life_outside_of_the_loop_is_not_private(body):
     same(text, {"unchanged": code})
 
 
+SUMS = {  # statements whose sums are exact in any order, for the arrays hold small whole numbers
+    "scalar": ("double s;", "s = 0; for (int i = 0; i < n; i++) s += A[i][0] * B[0][i]; C[0][0] = s;", "+:"),
+    "element": ("", "for (int i = 0; i < n; i++) C[0][0] += A[i][1] * B[1][i];", "+:"),
+    "difference": ("", "for (int i = 0; i < n; i++) for (int j = 0; j < n; j++) C[i][0] -= A[i][j] * B[0][j];", "+:"),
+    "product": ("", "for (int i = 0; i < n && i < 30; i++) C[0][0] *= 2 + A[i][0] - A[i][0];", "*:"),
+    "two sums": (
+        "", "for (int i = 0; i < n; i++) for (int j = 0; j <= i; j++) { C[i][0] += A[i][j]; C[i][1] += B[i][j]; }", "+:",
+    ),
+    "matrix": ("", "for (int i = 0; i < n; i++) for (int j = 0; j < n; j++) C[0][0] += A[i][j];", "+:"),
+}  # fmt: skip
+SUM = """
+void init_sum(int n, double A[n][n], double B[n][n], double C[n][n]) {{
+  for (int i = 0; i < n; i++) for (int j = 0; j < n; j++) A[i][j] = (i + 3 * j) % 7, B[i][j] = (2 * i + j) % 5, C[i][j] = 1;
+}}
+void kernel_sum(int n, double A[n][n], double B[n][n], double C[n][n]) {{
+  {declared}
+#pragma scop live_out(C)
+  {body}
+#pragma endscop
+}}
+"""
+
+
+@pytest.mark.parametrize("strategy", ["cpu-vector", "pluto"])
+@pytest.mark.parametrize("declared, body, clause", SUMS.values(), ids=SUMS)
+def test_sums_are_made_in_parts_where_reductions_are_relaxed(declared, body, clause, strategy):
+    text = SUM.format(declared=declared, body=body)
+    scop, exact = parse_c(text), config.load(strategy)
+    relaxed = schedule(scop, replace(exact, relax_reductions=True))
+    code = generate_file(scop, text, relaxed.tree())
+    assert re.search(rf"#pragma omp .*reduction\({re.escape(clause)}", code)
+    assert "reduction(" not in generate_file(scop, text, schedule(scop, exact).tree())
+    same(text, {"relaxed": code, "separated": generate_file(scop, text, relaxed.tree(), separate=True)}, {"n": 37})
+
+
+NO_SUMS = {
+    "read on the way": "{ C[0][0] += A[i][0]; B[i][0] = C[0][0]; }",
+    "added to in two places": "{ C[0][0] += A[i][0]; C[0][0] += B[i][0]; }",
+    "another element each time": "C[i + 1][0] += C[i][0];",
+    "set on the way": "{ if (i > 4) C[0][0] = 0; C[0][0] += A[i][0]; }",
+}
+
+
+@pytest.mark.parametrize("body", NO_SUMS.values(), ids=NO_SUMS)
+def test_what_is_no_sum_of_one_element_is_not_made_in_parts(body):
+    text = SUM.format(declared="", body=f"for (int i = 0; i < n - 1; i++) {body}")
+    scop = parse_c(text)
+    with pytest.raises(CodegenError, match="a parallel loop must carry nothing"):
+        generate(scop, marked(scop, "parallel reduction"))
+    code = generate_file(scop, text, schedule(scop, replace(config.load("cpu-vector"), relax_reductions=True)).tree())
+    same(text, {"relaxed": code}, {"n": 37})
+
+
+def test_sum_is_refused_as_a_parallel_loop_unless_the_mark_asks_for_parts():
+    text = SUM.format(declared="", body="for (int i = 0; i < n; i++) C[0][0] += A[i][0];")
+    scop = parse_c(text)
+    with pytest.raises(CodegenError, match="a value of C"):
+        generate(scop, marked(scop, "parallel"))
+    assert "reduction(+:part0)" in generate(scop, marked(scop, "parallel reduction"))
+
+
 def test_marks_become_pragmas():
     scop = parse_c(PRODUCT)
     assert "#pragma omp parallel for if(" in generate(scop, marked(scop, "parallel"))

@@ -116,6 +116,13 @@ def test_types_keep_their_meaning(name, tmp_path):
     agree(function(case.body, case.head, case.before, case.after, case.file), tmp_path, case.main, strategies)
 
 
+@pytest.mark.parametrize("cast, element", [("(uint8_t)i", "0"), ("(int8_t)i + 128", "128"), ("(unsigned short)(i + 65280)", "0")])
+def test_a_narrow_subscript_comes_back_to_its_element(cast, element):
+    scop = parse_c(function(f"for (int i = 0; i < 600; i++) ring[{cast}] = a[i];", before="static double ring[65536];"))
+    turn = scop.statements[0].writes[0].relation.intersect_domain(isl.Set("{ S0[256] }")).range()
+    assert turn.is_equal(isl.Set(f"{{ ring[{element}] }}"))
+
+
 REFUSED = {
     "for (unsigned i = 0; i < m; i++) p[i] = i;": "unsigned value must be known to lie between 0 and 4294967295, got m",
     "for (size_t i = 0; i < m; i++) p[i] = i;": "unsigned value must be known to lie between 0 and 18446744073709551615, got m",
@@ -126,7 +133,7 @@ REFUSED = {
     "for (int i = 0; i < 9; i++) p[(int)l] = i;": "value must be known to fit int, got (int) l",
     "for (int i = 0; i < 9; i++) p[(unsigned)(m + i)] = i;":
         "unsigned value must be known not to wrap around, got one that may in p[(unsigned) (m + i)] = i",
-    "for (int i = 0; i < 9; i++) p[i] = v;": "variable must not be volatile, got v",
+    "for (int i = 0; i < 9; i++) p[i] = v;": "variable must not be volatile or of one thread, got v",
     "for (char c = 0; c < 9; c++) p[c] = 1;": "loop must start with one integer assignment, got char c = 0",
 }
 
@@ -178,6 +185,25 @@ def test_an_extent_that_only_others_change_is_kept(before, tmp_path):
     agree(function(body, before=before, after="b[1] = v[3][3]; n = 0;"), tmp_path)
 
 
+@pytest.mark.parametrize("declaration, body, sentence", [
+    ("struct s { int x; } v, w;", "v = w;", "variable must hold numbers, got v of type struct s"),
+    ("typedef struct { int x; } T; T v[9], w;", "v[2] = w;", "variable must hold numbers, got v of type T"),
+    ("union { int x; } v;", "v = v;", "variable must hold numbers, got v of type union"),
+    ("struct s { int x; } v;", "v.x = 1;", "assignment must be to a variable or an element, got v.x"),
+    ("void *v = a;", "v = 0;", "array must have 1 subscripts, got v"),
+])
+def test_what_holds_no_numbers_is_refused(declaration, body, sentence):
+    with pytest.raises(ScopError) as caught:
+        parse_c(function(body, before=declaration))
+    assert str(caught.value) == f"<text>:9: {sentence}"
+
+
+def test_an_enumeration_holds_numbers(tmp_path):
+    text = function("for (int i = 0; i < n; i++) { v[i] = i % 2 ? RED : BLUE; b[i] = v[i] + 1; }", before="enum colour v[40];",
+                    after="a[0] = v[3] + v[4];", file="enum colour { RED, BLUE = 5 };")
+    agree(text, tmp_path)
+
+
 TWICE = MAIN.replace("f(12, a + 4, b + 4, u + 4);", "for (int r = 0; r < 3; r++) f(12, a + 4, b + 4, u + 4);")
 ARRAY = "for (int i = 0; i < n; i++) { t[0] = a[i] + i; b[i] = t[0] * t[0]; }"
 TEMPORARY = "for (int i = 0; i < n; i++) { t = a[i] + i; b[i] = t * t; }"
@@ -211,9 +237,12 @@ def test_a_temporary_that_nothing_reads_is_private():
     assert "private(t)" in generated(text, "cpu-vector")
 
 
-def test_two_names_of_one_place_are_refused():
-    text = function("for (int i = 0; i < n; i++) { t = a[i]; p[0] += t; }", before="double t, *p = &t;")
-    with pytest.raises(ScopError, match="pointer must not lead into what the scop uses by name, got p and t"):
+@pytest.mark.parametrize("before, name", [("double t, *p = &t;", "t"), ("double t, *q = &t, *p; p = q + 0;", "t"),
+                                          ("double t, *p = a;", "a"), ("double t; int k = 3, *p = (n > 3 ? &k : 0);", "k")])
+def test_two_names_of_one_place_are_refused(before, name):
+    text = function("for (int i = 0; i < n; i++) { t = a[i]; p[0] += t; }", before=before)
+    text = text.replace("i < n", "i < k") if "k" in before else text
+    with pytest.raises(ScopError, match=f"pointer must not lead into what the scop uses by name, got p and {name}"):
         parse_c(text)
 
 

@@ -59,6 +59,23 @@ void f(size_t n, double x[n], double y[n], long s) {
 }
 """,
 ]
+WRITTEN.append("""struct s { int x; };
+static double total;
+void f(int n, int m, double *a, int (*b)[8], struct s *p) {
+  double *row = a, w[8];
+#pragma scop
+  int k;
+  for (k = 0; k < n; k++)
+    for (int j = 0; j < m; ++j) {
+      const int l = j + 1, v = k;
+      row[k * m + j] += *(*(b + v) + 3) * (l > 4 ? w[j % 8] : total);
+    }
+  for (k = m; k >= 1; k -= 2) { w[k & 7] = k / -3; total = w[0] = 2; }
+#pragma endscop
+  for (k = 0; k < 8; k++) total += w[k];
+}
+""".replace("  int k;\n", "", 1).replace("  double *row", "  int k;\n  double *row"))
+WRITTEN.append(WRITTEN[-1].replace("  int k;\n", "", 1).replace("#pragma scop\n", "#pragma scop\n  int k;\n"))
 TOKENS = """( ) { } [ ] ; , + - * / % < > <= >= == != = += -= ++ -- & && | || ! ~ ? : << >> . -> # ## \\ " ' /* */ // 0 1 -1
 0x 1e9 1.5f "s" n i for if else while return goto break int unsigned char
 short long size_t uint8_t double float void const static volatile struct enum typedef
@@ -121,6 +138,7 @@ def check(seed: int, directory: Path) -> None:
         schedule_file(path, "cpu-vector", output=directory / "out.c")
     except ValueError as error:
         assert str(error).startswith(str(path)) and "\n" not in str(error), (seed, str(error))
+        assert "cannot be read" not in str(error), (seed, str(error))  # refused by a rule, and not by an accident
     assert time.process_time() - start < SECONDS, seed
 
 
