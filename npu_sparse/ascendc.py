@@ -22,7 +22,7 @@ from .checkpoints import cache_dir
 from .errors import ActionableError
 
 TARGETS = {"emulated": "cpu", "npu": "npu"}  # target -> the device type that its library serves
-OPERATORS = ("index_scores", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
+OPERATORS = ("index_scores", "index_partition", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
 SOURCES = Path(__file__).resolve().parent / "ascendc_sources"
 ARCHITECTURE = "dav-2201"  # Ascend 910B and 910C: Atlas A2 and A3
 _SOURCE_SUFFIXES = (".h", ".cpp")

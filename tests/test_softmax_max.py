@@ -6,10 +6,9 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from npu_sparse import Budget, Indexer, SparsePrefill, ascendc, ops, selectors
+from npu_sparse import Budget, Indexer, SparsePrefill, ops, selectors
 from npu_sparse.indexer import AdapterError, IndexerConfig, PartitionHead
 from npu_sparse.models.architectures import attention_modules
-from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.ops.masks import keys_seen
 from npu_sparse.selectors import learns_partition
 from npu_sparse.testing import naive_index_partition, normal, padding, tiny_model
@@ -271,14 +270,3 @@ def test_nobody_learns_without_an_indexer_or_a_need(models):
     assert not learns_partition(BUDGET.replace(reduce="mean"), indexer)
     assert not learns_partition(BUDGET.replace(block=1), indexer)
     assert learns_partition(BUDGET.replace(block=1, candidates=32), indexer)
-
-
-def test_a_device_without_a_kernel_for_it_is_refused_when_attaching(models, monkeypatch):
-    monkeypatch.setattr(dispatch, "_KERNELS", {(op, "cpu"): print for op in ascendc.OPERATORS})
-    monkeypatch.setattr(ascendc, "load_if_built", lambda device_type: {})
-    model = tiny_model("llama", dtype=torch.bfloat16)
-    indexer = Indexer.for_model(model, dim=64, partition=True)
-    with pytest.raises(KernelUnavailableError, match="index_partition has no kernel on 'cpu'.*, or learn the partition"):
-        SparsePrefill.attach(model, indexer, BUDGET.replace(partition="exact"), impl="kernel")
-    SparsePrefill.attach(model, indexer, BUDGET, impl="kernel").detach()
-    SparsePrefill.attach(model, selectors.Oracle(), BUDGET.replace(partition="exact"), impl="kernel").detach()

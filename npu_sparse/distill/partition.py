@@ -84,7 +84,8 @@ def exact_partitions(head: IndexHead, found: Tap, segments) -> Iterable[tuple[Te
     """`(hidden [B, rows, H], seen [1, rows], exact log-partition [B, rows])` of every segment of rows."""
     qi, ki, w = head(found.hidden, found.cos, found.sin)
     ki = ki.to(qi.dtype)
-    impl = "auto" if dispatch.has_kernels_for("index_partition", qi.device.type) else "reference"
+    # where training has kernels, so has this; elsewhere nobody needs to build any for a run that is nearly done
+    impl = "auto" if dispatch.has_kernels_for("index_kl", qi.device.type) else "reference"
     for start, stop in segments:
         exact = ops.index_partition(
             qi[:, :, start:stop], ki[:, :stop], None if w is None else w[:, start:stop], impl=impl

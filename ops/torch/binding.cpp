@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "attention_mass/tiling.h"
+#include "index_partition/tiling.h"
 #include "index_scores/tiling.h"
 #include "launch.h"
 #include "select_by_index/tiling.h"
@@ -146,6 +147,7 @@ ScoreProblem ScoreProblemOf(const Tensor& qi, const Tensor& ki, const OptionalTe
     CheckInput("valid", valid, {qi.size(0), ki.size(1)}, at::kBool, qi);
     CheckInput("partition", partition, {qi.size(0), qi.size(2)}, at::kFloat, qi);
     const bool normal = reduce == "softmax_max";
+    TORCH_CHECK_VALUE(normal || reduce == "max" || reduce == "mean", "reduce must be one of max, mean, softmax_max, got '", reduce, "'");
     TORCH_CHECK_VALUE(normal == partition.has_value(), "partition must be given for softmax_max and for nothing else, got ",
                       partition ? "a tensor" : "None", " for ", reduce);
     ScoreProblem problem;
@@ -155,7 +157,7 @@ ScoreProblem ScoreProblemOf(const Tensor& qi, const Tensor& ki, const OptionalTe
     problem.keys = Size("Tk", ki, 1);
     problem.dim = Size("d_idx", qi, 3);
     problem.block = U32("block", block);
-    problem.mean = !normal && IsMean(reduce);
+    problem.mean = reduce == "mean";
     problem.hasWeights = w.has_value();
     problem.hasValid = valid.has_value();
     problem.hasPartition = normal;
@@ -177,6 +179,20 @@ Tensor IndexScores(const Tensor& qi, const Tensor& ki, const OptionalTensor& w, 
     Run(launch_index_scores, KernelUnits::MIXED, IndexScoresBlocks(tiling), IndexScoresWorkspace(tiling), tiling,
         {In("qi", queries), In("ki", keys), In("w", weights), In("valid", seen), In("partition", own), Out("scores", scores)}, qi);
     return scores;
+}
+
+Tensor IndexPartition(const Tensor& qi, const Tensor& ki, const OptionalTensor& w, const OptionalTensor& valid)
+{
+    const c10::DeviceGuard guard(qi.device());
+    const IndexPartitionProblem problem = ScoreProblemOf(qi, ki, w, 1, "max", valid, std::nullopt);
+    Accept(CheckIndexPartition(problem));
+    const IndexPartitionTiling tiling = MakeIndexPartitionTiling(problem, DeviceHardware());
+    const Tensor queries = qi.contiguous(), keys = ki.contiguous();
+    const OptionalTensor weights = Contiguous(w), seen = Contiguous(valid);
+    const Tensor partition = qi.new_empty({qi.size(0), qi.size(2)}, qi.options().dtype(at::kFloat));
+    Run(launch_index_partition, KernelUnits::MIXED, IndexPartitionBlocks(tiling), IndexPartitionWorkspace(tiling), tiling,
+        {In("qi", queries), In("ki", keys), In("w", weights), In("valid", seen), Out("partition", partition)}, qi);
+    return partition;
 }
 
 std::tuple<Tensor, Tensor> SelectTokens(const Tensor& scores, int64_t k, int64_t sink, int64_t recent, int64_t block,
@@ -308,12 +324,15 @@ Tensor AttentionMass(const Tensor& q, const Tensor& k, double scale, int64_t blo
 // Every device has the one kernel: each refuses tensors whose memory its library cannot read.
 TORCH_LIBRARY(NPU_SPARSE_NAMESPACE, m)
 {
-    m.def("index_scores(Tensor qi, Tensor ki, Tensor? w, int block, str reduce, Tensor? valid, Tensor? partition) -> Tensor",
+    m.def("index_scores(Tensor qi, Tensor ki, Tensor? w, int block, str reduce, Tensor? valid, Tensor? partition=None)"
+          " -> Tensor",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(IndexScores)));
+    m.def("index_partition(Tensor qi, Tensor ki, Tensor? w, Tensor? valid) -> Tensor",
+          torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(IndexPartition)));
     m.def("select_tokens(Tensor scores, int k, int sink, int recent, int block, int queries, Tensor? valid) -> (Tensor, Tensor)",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SelectTokens)));
     m.def("select_by_index(Tensor qi, Tensor ki, Tensor? w, int k, int block, str reduce, int sink, int recent, Tensor? valid,"
-          " Tensor? partition) -> (Tensor, Tensor)",
+          " Tensor? partition=None) -> (Tensor, Tensor)",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SelectByIndex)));
     m.def("sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor count, int block, float scale) -> Tensor",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SparseAttention)));

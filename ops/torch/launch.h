@@ -21,7 +21,8 @@ enum class KernelUnits { MIXED, VECTOR };
 // when the call returns, emulated it has run. Throws std::exception where a rule of the hardware is broken.
 using Launcher = void(uint32_t blocks, KernelUnits units, void* stream, const std::vector<GmArgument>& arguments);
 
-Launcher launch_index_scores, launch_select_tokens, launch_select_by_index, launch_sparse_attention, launch_attention_mass;
+Launcher launch_index_scores, launch_index_partition, launch_select_tokens, launch_select_by_index, launch_sparse_attention,
+    launch_attention_mass;
 
 // AI cores (a cube core and two vector cores each) of the current card.
 uint32_t DeviceCores();

@@ -6,6 +6,7 @@
 
 #include "acl/acl.h"
 #include "attention_mass/attention_mass.h"
+#include "index_partition/index_partition.h"
 #include "index_scores/index_scores.h"
 #include "launch.h"
 #include "select_by_index/select_by_index.h"
@@ -33,6 +34,7 @@ uint32_t DeviceCores()
     }
 
 LAUNCH(index_scores, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
+LAUNCH(index_partition, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6))
 LAUNCH(select_tokens, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5))
 LAUNCH(select_by_index, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7), GM(8))
 LAUNCH(sparse_attention, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))

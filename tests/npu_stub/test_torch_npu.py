@@ -93,6 +93,11 @@ def index_scores(device):
     return [ops.index_scores(qi, ki, w, block=8, impl="kernel")]
 
 
+def index_partition(device):
+    qi, ki, w = index_inputs(2, 3, 21, 30, 64, dtype=torch.bfloat16, device=device)
+    return [ops.index_partition(qi, ki, w, impl="kernel")]
+
+
 def select_tokens(device):
     support = ops.select_tokens(ragged_scores(2, 1, 21, 30, block=8).to(device), k=9, block=8, queries=21, impl="kernel")
     return [support.count, support.indices.where(support.used(), -1)]
@@ -110,7 +115,9 @@ def sparse_attention(device):
     return [ops.sparse_attention(q, k, v, support, scale=0.2, impl="kernel")]
 
 
-@pytest.mark.parametrize("call", [attention_mass, index_scores, select_tokens, select_by_index, sparse_attention])
+@pytest.mark.parametrize(
+    "call", [attention_mass, index_scores, index_partition, select_tokens, select_by_index, sparse_attention]
+)
 def test_operators_on_npu_tensors_run_the_emulated_kernels(call):
     assert call.__name__ in dispatch.OPERATORS
     for expected, actual in on_both(call):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_sparse import ops
-from npu_sparse.ops import KernelUnavailableError, dispatch, workspace
+from npu_sparse.ops import workspace
 from npu_sparse.testing import (
     DTYPES,
     index_inputs,
@@ -78,26 +78,6 @@ SHAPES = st.builds(
 )  # fmt: skip
 
 
-@pytest.fixture
-def partitions(backend):
-    """The back-end, where it computes exact log-partitions; else skips with the sentence that a user gets."""
-    if backend.impl == "kernel" and dispatch._kernel("index_partition", backend.device) is None:
-        with pytest.raises(KernelUnavailableError, match="index_partition has no kernel on .*pass impl='reference'") as refusal:
-            qi, ki, w, _ = backend.fit(Case()).inputs(backend.device)
-            ops.index_partition(qi, ki, w, impl="kernel")
-        pytest.skip(str(refusal.value))
-    return backend
-
-
-def served(backend, case):
-    """The case made to fit the back-end; skips where it takes exact log-partitions that have no kernel there."""
-    case = backend.fit(case)
-    if case.reduce == "softmax_max" and not case.given and backend.impl == "kernel":
-        if dispatch._kernel("index_partition", backend.device) is None:
-            pytest.skip(str(dispatch._unavailable("index_partition", backend.device)))
-    return case
-
-
 def check(case, impl="reference", device="cpu", factor=2.0):
     over_seeds(lambda seed: computed(case, impl, device, seed), device, factor)
 
@@ -118,7 +98,7 @@ def computed(case, impl, device, seed):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_scores_are_as_accurate_as_the_yardstick(backend, case):
-    check(served(backend, case), backend.impl, backend.device)
+    check(backend.fit(case), backend.impl, backend.device)
 
 
 @pytest.mark.parametrize("reduce", ["max", "mean", "softmax_max"])
@@ -127,7 +107,7 @@ def test_every_dtype_is_as_accurate_as_the_yardstick(backend, dtype, reduce):
     case = Case(B=2, Hi=4, Tq=33, Tk=65, Di=128, block=16, weighted=True, reduce=reduce, given=True, dtype=dtype)
     if reduce != "softmax_max":
         case = replace(case, given=False)
-    check(served(backend, case), backend.impl, backend.device)
+    check(backend.fit(case), backend.impl, backend.device)
 
 
 @given(case=SHAPES)
@@ -178,7 +158,7 @@ def test_tiling_does_not_change_the_reference(case, monkeypatch):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_select_by_index_selects_what_the_two_operators_select(backend, case, monkeypatch):
     monkeypatch.setattr(workspace, "SIZE", 4 * 2 * case.B * case.Tk)  # two blocks of queries at a time
-    qi, ki, w, options = served(backend, case).inputs(backend.device)
+    qi, ki, w, options = backend.fit(case).inputs(backend.device)
     scores = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
     kept = dict(k=case.block + 6, sink=2, recent=3, block=case.block)
     whole = ops.select_tokens(scores, queries=case.Tq, valid=options["valid"], impl=backend.impl, **kept)
@@ -194,7 +174,7 @@ def test_select_by_index_selects_what_the_two_operators_select(backend, case, mo
 
 def loud_inputs(backend, **changes):
     """A block of 8 queries of which the first scores a hundred times what the others do, about the same keys for all of them."""
-    qi, ki, _, options = served(backend, Case(Tq=8, Tk=64, block=8, reduce="softmax_max", given=True, **changes)).inputs(
+    qi, ki, _, options = backend.fit(Case(Tq=8, Tk=64, block=8, reduce="softmax_max", given=True, **changes)).inputs(
         backend.device
     )
     qi[:, :, 0] *= 100
@@ -215,10 +195,10 @@ def test_a_loud_query_does_not_own_its_block(backend):
     assert not torch.equal(raw, fair)
 
 
-def test_scores_are_logarithms_of_the_largest_softmax_weights(partitions):
-    case = partitions.fit(Case(B=2, Tq=20, Tk=24, block=8, Hi=2, weighted=True, side="left", reduce="softmax_max"))
-    qi, ki, w, options = case.inputs(partitions.device)
-    scores = ops.index_scores(qi, ki, w, impl=partitions.impl, **options).cpu()
+def test_scores_are_logarithms_of_the_largest_softmax_weights(backend):
+    case = backend.fit(Case(B=2, Tq=20, Tk=24, block=8, Hi=2, weighted=True, side="left", reduce="softmax_max"))
+    qi, ki, w, options = case.inputs(backend.device)
+    scores = ops.index_scores(qi, ki, w, impl=backend.impl, **options).cpu()
     single = naive_index_scores(qi, ki, w, reduce="mean", valid=options["valid"]).cpu()  # softmax weights of every query
     for n, queries in enumerate((range(8), range(8, 16), range(16, 20))):
         largest = single[:, queries].amax(1)
@@ -226,24 +206,24 @@ def test_scores_are_logarithms_of_the_largest_softmax_weights(partitions):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.given], ids=str)
-def test_partitions_are_as_accurate_as_the_yardstick(partitions, case):
-    case, impl = partitions.fit(case), partitions.impl
+def test_partitions_are_as_accurate_as_the_yardstick(backend, case):
+    case, impl = backend.fit(case), backend.impl
 
     def partitions_of(seed):
-        qi, ki, w, options = case.inputs(partitions.device, seed)
+        qi, ki, w, options = case.inputs(backend.device, seed)
         valid = options["valid"]
         actual, exact = ops.index_partition(qi, ki, w, valid=valid, impl=impl), naive_index_partition(qi, ki, w, valid=valid)
         if impl == "reference":
             yardsticks = [naive_index_partition(qi, ki, w, valid=valid, dtype=case.dtype)]
         else:
             yardsticks = [ops.index_partition(qi, ki, w, valid=valid, impl="reference")]
-        if partitions.device == "cuda":
+        if backend.device == "cuda":
             plain = naive_index_partition(qi, ki, w, valid=valid, dtype=torch.float32, products=plain_products)
             yardsticks.append(plain)
         assert actual.dtype == torch.float32 and actual.shape == (case.B, case.Tq)
         return actual, exact, *yardsticks
 
-    over_seeds(partitions_of, partitions.device)
+    over_seeds(partitions_of, backend.device)
 
 
 def test_partitions_in_float64_are_exact():
@@ -259,16 +239,16 @@ def test_tiling_does_not_change_the_partitions(monkeypatch):
     torch.testing.assert_close(ops.index_partition(qi, ki, w, valid=options["valid"]), whole)
 
 
-def test_given_the_exact_partition_nothing_changes(partitions):
-    case = partitions.fit(Case(B=2, Tq=20, Tk=24, block=8, Hi=2, weighted=True, side="left", reduce="softmax_max"))
-    qi, ki, w, options = case.inputs(partitions.device)
-    exact = ops.index_scores(qi, ki, w, impl=partitions.impl, **options)
-    options["partition"] = ops.index_partition(qi, ki, w, valid=options["valid"], impl=partitions.impl)
-    assert torch.equal(ops.index_scores(qi, ki, w, impl=partitions.impl, **options), exact)
+def test_given_the_exact_partition_nothing_changes(backend):
+    case = backend.fit(Case(B=2, Tq=20, Tk=24, block=8, Hi=2, weighted=True, side="left", reduce="softmax_max"))
+    qi, ki, w, options = case.inputs(backend.device)
+    exact = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
+    options["partition"] = ops.index_partition(qi, ki, w, valid=options["valid"], impl=backend.impl)
+    assert torch.equal(ops.index_scores(qi, ki, w, impl=backend.impl, **options), exact)
 
 
 def test_one_number_for_all_queries_changes_no_choice(backend):
-    case = served(backend, Case(B=2, Tq=40, Tk=90, block=8, Hi=2, weighted=True, reduce="softmax_max", given=True))
+    case = backend.fit(Case(B=2, Tq=40, Tk=90, block=8, Hi=2, weighted=True, reduce="softmax_max", given=True))
     qi, ki, w, _ = case.inputs(backend.device)
     kept = dict(k=20, block=8, sink=2, recent=3, impl=backend.impl)
     same = torch.full((2, 40), 2.0, device=backend.device)
@@ -286,7 +266,7 @@ def test_where_every_query_selects_for_itself_no_partition_is_read(backend):
 
 
 def test_hostile_partitions_of_padding_do_not_leak(backend):
-    case = served(backend, Case(B=2, Tq=30, Tk=37, block=8, side="left", reduce="softmax_max", given=True))
+    case = backend.fit(Case(B=2, Tq=30, Tk=37, block=8, side="left", reduce="softmax_max", given=True))
     qi, ki, w, options = case.inputs(backend.device)
     clean = ops.index_scores(qi, ki, w, impl=backend.impl, **options)
     speaks = options["valid"][:, 7:]

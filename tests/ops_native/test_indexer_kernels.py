@@ -18,6 +18,7 @@ TESTS = [
     "rows_in_ub_are_those_of_the_readme",
     "ties_go_to_the_smaller_position",
     "fused_mean_selects_by_its_scores",
+    "partitions_of_random_shapes",
     "scores_are_less_their_partitions",
     "fused_selects_less_its_partitions",
     "nan_in_invisible_keys_does_not_leak",

@@ -30,7 +30,6 @@ dispatch.define(
     reference.index_partition,
     lambda qi, ki, w, valid: qi.new_empty((qi.shape[0], qi.shape[2]), dtype=torch.float32),
     folder="index_scores",
-    devices=("cuda",),
 )
 
 

@@ -43,7 +43,7 @@ public:
             if (t.queriesInL1) {
                 queries = LoadAllQueries(item);
             }
-            for (uint32_t pass = 0; pass <= t.mean; pass++) {
+            for (uint32_t pass = 0; pass < t.passes; pass++) {
                 LoadKeys(item, item.firstKey);
                 for (uint32_t first = item.firstKey; first < item.endKey; first += t.keysPerStep) {
                     if (first + t.keysPerStep < item.endKey) {

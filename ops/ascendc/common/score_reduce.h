@@ -40,8 +40,10 @@ public:
             mask.Init(pipe, valid, t.keys, t.keysPerStep);
             pipe->InitBuffer(queryValidUb, 128);
         }
-        if (t.hasPartition) {
+        if (t.hasPartition || t.passes <= t.mean) {
             partitionGm.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(partition));
+        }
+        if (t.hasPartition) {
             shiftsPerLoad = Aligned(t.queriesPerLoad, BLOCK_FLOATS);
             pipe->InitBuffer(shiftsUb, Loads() * shiftsPerLoad * sizeof(float));
             pipe->InitBuffer(shiftBlocksUb, shiftsPerLoad * BLOCK_BYTES);
@@ -63,13 +65,16 @@ public:
         uint32_t slot = 0;
         for (uint32_t i = 0; ScoreItemAt(t, core, i, item); i++) {
             BeginItem();
-            for (uint32_t pass = 0; pass <= t.mean; pass++) {
+            for (uint32_t pass = 0; pass < t.passes; pass++) {
                 for (uint32_t first = item.firstKey; first < item.endKey; first += t.keysPerStep) {
                     CrossCoreWaitFlag(SCORES_READY + slot);
                     TakeStep(first, slot, pass == t.mean);
                     CrossCoreSetFlag<2, PIPE_MTE2>(SCORES_TAKEN + slot);
                     slot = 1 - slot;
                 }
+            }
+            if (t.passes <= t.mean) {
+                StorePartitions();
             }
             sink->EndItem(item, firstQuery, queries);
         }
@@ -485,6 +490,21 @@ private:
             Mul(scores[at], scores[at], spread, REPEAT_FLOATS, count, PerRow());
         }
         PipeBarrier<PIPE_V>();
+    }
+
+    // log(sum of exp) of the item's queries to GM; -inf for those that see nothing, whose sum is zero.
+    __aicore__ inline void StorePartitions()
+    {
+        LocalTensor<float> sum = sumUb.Get<float>();
+        Ln(sum, sum, Loads() * LANES);
+        PipeBarrier<PIPE_V>();
+        Add(sum, sum, largestUb.Get<float>(), Loads() * LANES);
+        Order<HardEvent::V_MTE3>();
+        const uint64_t to = static_cast<uint64_t>(item.sequence) * t.queries + firstQuery;
+        for (uint32_t query = 0; query < queries; query += t.queriesPerLoad) {
+            const uint32_t count = Least(t.queriesPerLoad, queries - query);
+            StoreRagged(partitionGm[to + query], sum[query / t.queriesPerLoad * LANES], count);
+        }
     }
 
     ScoreTiling t;

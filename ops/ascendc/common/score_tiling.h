@@ -88,6 +88,7 @@ inline ScoreTiling MakeScoreTiling(const ScoreProblem& p, const Hardware& hardwa
     t.block = p.block;
     t.rows = CeilDiv(p.queries, p.block);
     t.mean = p.mean;
+    t.passes = 1 + p.mean;
     t.hasWeights = p.hasWeights;
     t.hasValid = p.hasValid;
     t.hasPartition = p.hasPartition;

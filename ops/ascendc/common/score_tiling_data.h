@@ -17,6 +17,7 @@ struct ScoreTiling {
     uint32_t block;          // queries that share a row
     uint32_t rows;           // Nq
     uint32_t mean;           // 1: mean of softmax, 0: max
+    uint32_t passes;         // over a tile's keys: 2 for the mean, 1 where only its statistics are wanted (index_partition), else 1
     uint32_t hasWeights;
     uint32_t hasValid;
     uint32_t hasPartition;   // 1: every query's scores are less its log-partition before the maximum

@@ -9,6 +9,8 @@
 #include <random>
 #include <vector>
 
+#include "../index_partition/index_partition.h"
+#include "../index_partition/tiling.h"
 #include "../index_scores/index_scores.h"
 #include "../index_scores/tiling.h"
 #include "../select_by_index/select_by_index.h"
@@ -593,6 +595,58 @@ void FusedMeanSelectsByItsScores()
     }
 }
 
+std::vector<float> RunPartition(const Case& c, const Inputs& in, uint64_t seed = 0)
+{
+    const IndexPartitionProblem problem = Score(c);
+    Expect(CheckIndexPartition(problem).empty(), CheckIndexPartition(problem));
+    const IndexPartitionTiling tiling = MakeIndexPartitionTiling(problem, Card(c));
+    const std::vector<uint8_t> data = Bytes(tiling);
+    std::vector<float> partition(static_cast<size_t>(c.B) * c.Tq, 12345.0f);
+    emulation::LaunchOptions options;
+    options.kernel = "index_partition";
+    options.blocks = IndexPartitionBlocks(tiling);
+    options.seed = seed;
+    emulation::Launch(options, npu_sparse_index_partition, Read(in.qi, "qi"), Read(in.ki, "ki"), Read(in.w, "w"),
+                      Read(in.valid, "valid"), Write(partition, "partition"), Workspace(IndexPartitionWorkspace(tiling)),
+                      Read(data, "tiling"));
+    return partition;
+}
+
+void CheckPartitionOf(const Case& c)
+{
+    const Inputs in(c);
+    const std::vector<float> got = RunPartition(c, in);
+    const std::vector<double> scores = NaiveScores(c, in);  // of block 1: every query's own
+    for (size_t query = 0; query < got.size(); query++) {
+        const double* z = &scores[query * c.Tk];
+        const double largest = *std::max_element(z, z + c.Tk);
+        double sum = 0;
+        for (uint32_t s = 0; s < c.Tk; s++) {
+            sum += z[s] > UNSEEN ? std::exp(z[s] - largest) : 0.0;
+        }
+        const double expected = sum > 0 ? largest + std::log(sum) : UNSEEN;
+        const bool same = expected == got[query] || std::fabs(got[query] - expected) <= 2e-6 * (1 + std::fabs(expected));
+        Expect(same, c.Name() + ": the log-partition of query " + std::to_string(query) + " must be " + std::to_string(expected) +
+                         ", got " + std::to_string(got[query]));
+    }
+    for (uint64_t seed = 1; seed < 4; seed++) {
+        Expect(RunPartition(c, in, seed) == got, c.Name() + ": log-partitions must not depend on the schedule");
+    }
+}
+
+void PartitionsOfRandomShapes()
+{
+    std::mt19937_64 random(8);
+    for (uint32_t i = 0; i < (repeats ? repeats : 30); i++) {
+        Case c = RandomCase(random, false);
+        c.block = 1;
+        CheckPartitionOf(c);
+    }
+    CheckPartitionOf(With([](Case& c) { c.Tq = 300, c.Tk = 1500, c.Di = 128, c.cores = 3; }));
+    CheckPartitionOf(With([](Case& c) { c.Tq = 9, c.Tk = 2600, c.Di = 256, c.side = Side::HOLES; }));
+    CheckPartitionOf(With([](Case& c) { c.Tq = 64, c.Tk = 700, c.Hi = 40, c.weighted = true; }));
+}
+
 void ScoresAreLessTheirPartitions()
 {
     std::mt19937_64 random(6);
@@ -744,6 +798,7 @@ const std::map<std::string, void (*)()> TESTS = {
     {"rows_in_ub_are_those_of_the_readme", RowsInUbAreThoseOfTheReadme},
     {"ties_go_to_the_smaller_position", TiesGoToTheSmallerPosition},
     {"fused_mean_selects_by_its_scores", FusedMeanSelectsByItsScores},
+    {"partitions_of_random_shapes", PartitionsOfRandomShapes},
     {"scores_are_less_their_partitions", ScoresAreLessTheirPartitions},
     {"fused_selects_less_its_partitions", FusedSelectsLessItsPartitions},
     {"nan_in_invisible_keys_does_not_leak", NanInInvisibleKeysDoesNotLeak},
