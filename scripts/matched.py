@@ -272,32 +272,41 @@ def markdown(found: dict) -> str:
     return text + "".join(f"Measured on {machine_line(line)}.\n" for line in found["machines"])
 
 
+MARKERS = "osv^DPX*h"
+
+
 def figure(found: dict):
-    """Quality against TTFT at the longest timed length; a point a variant."""
-    length = max((row["length"] for row in found["timings"]), default=None)
-    shown, axes = new_figure(width=7.6, height=4.4)
-    ax = axes[0, 0]
-    for row in found["rows"]:
+    """Quality against TTFT at the length that was scored, a point a variant, and speed-ups over the fastest dense by length."""
+    length = found["config"]["length"]
+    shown, axes = new_figure(columns=2, width=4.6, height=4.4)
+    quality, speed = axes[0]
+    clock = {(row["variant"], row["length"]): row for row in found["timings"]}
+    best = next((row["best_dense"] for row in found["timings"] if row["length"] == length), None)
+    for number, row in enumerate(found["rows"]):
         if "right" not in row:
             continue
         score = {name: 100 * value for name, value in row["right"].items()}
-        colour = COLOURS.get(row["evidence"], "#999999")
-        best = next((r["best_dense"] for r in found["timings"] if r["length"] == length), None)
-        name = best if row["variant"] == "dense" else row["variant"]
-        timed = next((r for r in found["timings"] if r["length"] == length and r["variant"] == name), None)
-        label = f"{name} ({row['evidence']})"
+        dense = row["variant"] == "dense"
+        timed = clock.get((best if dense else row["variant"], length))
+        marker, shade = MARKERS[number % len(MARKERS)], 1 - 0.12 * number
+        style = dict(color=COLOURS.get(row["evidence"], "#999999"), alpha=1.0 if dense else max(0.4, shade))
+        label = f"{row['variant']} ({row['evidence']})" if not dense else f"{best or 'dense'}"
         if timed is None:
-            ax.axhline(score["value"], color=colour, linewidth=1, linestyle="--", label=label)
+            quality.axhline(score["value"], linewidth=1, linestyle="--", label=label, **style)
         else:
             spread = [[score["value"] - score["low"]], [score["high"] - score["value"]]]
-            place = (1e3 * timed["ttft_s"]["median"], score["value"])
-            ax.errorbar(*([x] for x in place), yerr=spread, fmt="o", color=colour, capsize=2, alpha=0.9)
-            ax.annotate(label, place, fontsize=6, xytext=(5, 4), textcoords="offset points")
-    config = found["config"]
-    ax.set_xlabel(f"TTFT at {length} tokens (ms)" if length else "not timed")
-    ax.set_ylabel(f"answers right, teacher-forced,\n{config['length']} tokens (of 100)")
-    if any(row["evidence"] == "oracle" for row in found["rows"]):
-        ax.legend(fontsize=6, frameon=False)
+            place = ([1e3 * timed["ttft_s"]["median"]], [score["value"]])
+            quality.errorbar(*place, yerr=spread, fmt=marker, capsize=2, label=label, **style)
+        line = sorted((key[1], timing["speed_up"]["value"]) for key, timing in clock.items() if key[0] == row["variant"])
+        if line:
+            speed.plot(*zip(*line), marker=marker, linewidth=1, **style)
+    quality.set_xlabel(f"TTFT at {length} tokens (ms)")
+    quality.set_ylabel(f"answers right, teacher-forced, {length} tokens (of 100)")
+    speed.axhline(1.0, color=COLOURS["dense"], linewidth=1)
+    speed.set_xscale("log", base=2)
+    speed.set_xlabel("prompt (tokens)")
+    speed.set_ylabel("TTFT of the fastest dense / TTFT")
+    shown.legend(loc="outside lower center", fontsize=7, frameon=False)
     return shown
 
 
