@@ -82,6 +82,22 @@ def dependences(scop: Scop, relax_reductions: bool = False) -> list[Dependence]:
     return found
 
 
+def updates(scop: Scop) -> list[Dependence]:
+    """All pairs of updates x op= e of one element by one statement, the earlier first: where these run in any order, it is not
+    enough to know those that follow each other in the order of the source."""
+    found = []
+    for statement in scop.statements:
+        if statement.reduction is None:
+            continue
+        element = statement.writes[0].relation.intersect_domain(statement.domain)
+        place = statement_schedule(statement, len(statement.position))
+        pairs = element.apply_range(element.reverse()).intersect_params(scop.context)
+        pairs = pairs.intersect(place.lex_lt_map(place))
+        for part in _basic_maps(pairs):
+            found.append(Dependence("RAW", statement.name, statement.name, part, statement.writes[0].array, True))
+    return found
+
+
 def _last(scop: Scop, sources: list[_Use], sinks: list[_Use], hiding: list[_Use], reading: bool,
           orders: dict[str, isl.Map]) -> list[isl.Map] | None:
     """Pairs of a sink and what touched the element before it, with no hiding write in between; None where isl fails."""

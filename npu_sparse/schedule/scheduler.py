@@ -15,6 +15,7 @@ from npu_sparse.schedule import config as configuration
 from npu_sparse.schedule import legality, transform
 from npu_sparse.schedule.config import Config, Dimension
 from npu_sparse.schedule.dependences import dependences as analyse
+from npu_sparse.schedule.dependences import updates
 from npu_sparse.schedule.isl_baseline import from_isl
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Node, Plan, Sequence, original
 from npu_sparse.schedule.scop import Scop, accumulation
@@ -43,11 +44,11 @@ def schedule(scop: Scop, config: Config | str | Path, dependences: list | None =
     """
     if not isinstance(config, Config):
         config = configuration.load(config)
-    if dependences is None:
-        dependences = analyse(scop)
     if config.relax_reductions:
         # The relaxed analysis orders what is before or after a reduction with all of its updates.
-        dependences = [*analyse(scop, relax_reductions=True), *(d for d in dependences if d.reduction)]
+        dependences = [*analyse(scop, relax_reductions=True), *updates(scop)]
+    elif dependences is None:
+        dependences = analyse(scop)
     problem = prepare(scop, config, dependences)
     check_requests(problem)
     notes: list[str] = []

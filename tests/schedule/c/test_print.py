@@ -227,6 +227,18 @@ def test_sums_are_made_in_parts_where_reductions_are_relaxed(declared, body, cla
     same(text, {"relaxed": code, "separated": generate_file(scop, text, relaxed.tree(), separate=True)}, {"n": 37})
 
 
+def test_updates_that_do_not_follow_each_other_are_not_run_in_parallel():
+    """In the source every k lies between the updates of C[0][1] by (0, 1, k) and (1, 0, k); with k outermost nothing does."""
+    nest = "for (int i = 0; i < n; i++) for (int j = 0; j < n - i; j++) for (int k = 0; k < n; k++) C[0][i + j] += B[0][k];"
+    text = SUM.format(declared="", body=nest)
+    scop = parse_c(text)
+    variants = {}
+    for name in config.shipped():
+        plan = schedule(scop, replace(config.load(name), relax_reductions=True, parallel_work=0))
+        variants[name] = generate_file(scop, text, plan.tree())  # refuses a loop that is not parallel
+    same(text, variants, {"n": 19}, threads=(1, 3))
+
+
 NO_SUMS = {
     "read on the way": "{ C[0][0] += A[i][0]; B[i][0] = C[0][0]; }",
     "added to in two places": "{ C[0][0] += A[i][0]; C[0][0] += B[i][0]; }",
