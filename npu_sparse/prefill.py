@@ -1,9 +1,10 @@
 """Sparse prefill: one patching interface for every supported model and device.
 
-Through transformers' own seams only. `AttentionMaskInterface` decides per forward whether this prefill is sparse and then hands
-a 2-D padding mask (or None) down, never S x S; a forward pre-hook on each full-attention layer turns its hidden states into
-index queries and keys; `AttentionInterface` selects a Support and attends to it. Everything else - sliding-window layers,
-decode steps, contexts below `dense_below` - goes to the model's original implementation with the mask it would have had.
+Through transformers' own seams only (models/attention.py). A hook in front of the decoder makes one ForwardContext a
+forward; the mask function hands a 2-D padding mask (or None) down, never S x S; a hook on each full-attention layer turns
+its hidden states into index queries and keys; the attention function selects a Support and attends to it. Everything else -
+sliding-window layers, decode steps, contexts below `dense_below` - goes to the model's original implementation with the
+mask it would have had.
 """
 
 import inspect

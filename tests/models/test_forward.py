@@ -107,9 +107,10 @@ def test_the_decoder_alone_is_checked_too(model):
 # Gradient checkpointing: layers run again in autograd's thread
 
 
+@pytest.mark.parametrize("kind", ["oracle", "indexer"])
 @pytest.mark.parametrize("share_layers", [1, 2, 3])
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_gradient_checkpointing_changes_no_gradient(share_layers, use_reentrant):
+def test_gradient_checkpointing_changes_no_gradient(kind, share_layers, use_reentrant):
     ids = torch.randint(1, 100, (2, T), generator=torch.Generator().manual_seed(0))
     gradients = []
     for checkpointing in (False, True):
@@ -117,7 +118,7 @@ def test_gradient_checkpointing_changes_no_gradient(share_layers, use_reentrant)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
-        with SparsePrefill.attach(model, selectors.Oracle(), BUDGET.replace(share_layers=share_layers)):
+        with SparsePrefill.attach(model, SELECTORS[kind](model), BUDGET.replace(share_layers=share_layers)):
             logits = model(ids, use_cache=False).logits
             other = model(ids.flip(1), use_cache=False).logits  # a second forward before the first goes back
             (logits.square().sum() + other.sum()).backward()
