@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 PYTEST_ARGS ?=
 NPU_VENV := .venv-npu
 TRITON_VENV := .venv-triton
+OLDEST_VENV := .venv-oldest
 NPU_STUB := $(abspath build/npu_stub)
 
 .DELETE_ON_ERROR:
@@ -32,6 +33,12 @@ test-triton: $(TRITON_VENV)/.installed
 	TRITON_INTERPRET=1 $(TRITON_VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS) tests/ops tests/models/hybrid \
 	  -k "interpreted or test_hopper"
 
+# The oldest transformers that is supported, with what it depends on; everything else is .venv's
+test-oldest: export OMP_NUM_THREADS = 1
+test-oldest: $(OLDEST_VENV)/.installed
+	$(OLDEST_VENV)/bin/python -m pytest -m "not exhaustive" $(PYTEST_ARGS) tests/checkpoints tests/test_indexer.py \
+	  tests/models/test_forward.py tests/models/test_index_cache.py tests/models/test_architectures.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
@@ -40,7 +47,7 @@ results-check: $(BIN)/python
 	$(BIN)/python scripts/check_results.py
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) build ops/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) $(OLDEST_VENV) build ops/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find npu_sparse tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -66,4 +73,11 @@ $(NPU_VENV)/.installed $(TRITON_VENV)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
 	  $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
 	$(@D)/bin/python -m pip install --disable-pip-version-check --no-deps -c constraints.txt $(PACKAGE)
+	touch $@
+
+$(OLDEST_VENV)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
+	$(@D)/bin/python -m pip install --disable-pip-version-check transformers==5.6.0
 	touch $@

@@ -32,6 +32,8 @@ class Budget:
         sink: the first `sink` valid keys are always kept.
         recent: the last `recent` keys of every query of the block are always kept.
         per_layer: `{layer index: k}` overrides.
+        anchors: the full-attention layers that select, the first of them included; every other reads the support of the last
+            anchor before it (`anchors=0+4+9`). () = `share_layers` says.
         tail: the keys outside a support are read as one: their number times a running mean of keys and values
             (`ops.sparse_attention_with_tail`). False = they are dropped and the support is renormalised (the paper).
         share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer selects.
@@ -53,6 +55,7 @@ class Budget:
     per_layer: Mapping[int, int] = field(default_factory=dict)
     dense_below: int | str = 0
     share_layers: int = 1
+    anchors: tuple[int, ...] = ()
     tail: bool = False
     exact_last: int = 0
     candidates: int = 0
@@ -80,6 +83,11 @@ class Budget:
         if self.dense_below != "auto":
             _whole("dense_below", self.dense_below, 0)
         _whole("share_layers", self.share_layers, 1)
+        object.__setattr__(self, "anchors", tuple(_whole("anchors", layer, 0) for layer in self.anchors))
+        if list(self.anchors) != sorted(set(self.anchors)):
+            raise ValueError(f"anchors must be layers in ascending order, none twice, got {list(self.anchors)}")
+        if self.anchors and self.share_layers > 1:
+            raise ValueError(f"share_layers must be 1 where anchors say which layers select, got {self.share_layers}")
         if not isinstance(self.tail, bool):
             raise TypeError(f"tail must be True or False, got {self.tail!r}")
         # a block's recent keys are the union over its queries
@@ -152,6 +160,7 @@ class Budget:
         out = asdict(self)
         if isinstance(self.k, Mapping):
             out["k"] = {str(start): k for start, k in self.k.items()}
+        out["anchors"] = list(self.anchors)
         out["per_layer"] = {str(layer): k for layer, k in self.per_layer.items()}
         return out
 
@@ -183,6 +192,8 @@ def _default(f):
 def _spelled(name: str, value) -> str:
     if isinstance(value, bool):
         return name if value else f"{name}=false"
+    if isinstance(value, tuple):
+        value = "+".join(map(str, value))
     if isinstance(value, Mapping):
         value = "+".join(f"{key}:{value[key]}" for key in sorted(value))
     return f"{name}={value}"
@@ -204,6 +215,11 @@ def _value(name: str, value: str, default):
         return _table(name, value)
     if isinstance(default, str) or (name == "dense_below" and value == "auto"):
         return value
+    if isinstance(default, tuple):
+        numbers = [_number(part) for part in value.split("+")]
+        if not all(numbers):
+            raise ValueError(f"{name} must be whole numbers joined by plus, such as {_EXAMPLES[name]}, got {value!r}")
+        return tuple(map(int, numbers))
     if not (number := _number(value)):
         example = "0:512+65536:1024" if name == "k" else '"auto"' if name == "dense_below" else None
         raise ValueError(f"{name} must be a whole number{f' or {example}' if example else ''}, got {value!r}")
@@ -228,4 +244,4 @@ def _number(text: str) -> str | None:
     return text.strip() if re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text) else None
 
 
-_EXAMPLES = {"per_layer": "3:256+7:512"}
+_EXAMPLES = {"per_layer": "3:256+7:512", "anchors": "0+4+9"}

@@ -17,7 +17,7 @@ from .runs.page import markdown_table, say
 from .runs.store import open_run, write_json, write_text
 
 TEXTS = ("builtin",)
-RECALL_BUDGETS = (64, 128, 256, 512)
+RECALL_BUDGETS, RECALL_LENGTH = (128, 256, 512), 1024
 
 
 def run_demo(output, model_name: str = "smollm2-135m") -> dict:
@@ -53,15 +53,15 @@ def run_demo(output, model_name: str = "smollm2-135m") -> dict:
 def _oracle_config(name: str, dtype: str) -> OracleConfig:
     noise_dtype = "auto" if dtype == "bfloat16" else "none"  # a dense run in bfloat16 would take most of the time
     return OracleConfig(
-        model=name, length=1024, budgets=(64, 256), texts=TEXTS, prompts=2, heads=("all",), blocks=(1, 64), reduces=("max",),
-        controls=("local",), position_stride=8, dtype=dtype, noise_dtype=noise_dtype,
+        model=name, length=1024, budgets=(64, 256), texts=TEXTS, prompts=1, heads=("all",), blocks=(1, 64), reduces=("max",),
+        controls=("local",), position_stride=4, dtype=dtype, noise_dtype=noise_dtype,
     )  # fmt: skip
 
 
 def _eval_config(name: str, dtype: str) -> EvalConfig:
     return EvalConfig(
-        model=name, adapter=name, tasks=("niah_single_2",), length=1024, count=6, budget="k=128,block=64", batch=6,
-        variants=("dense", "oracle", "indexer", "indexer-shared", "local"), max_new_tokens=16, texts=TEXTS, dtype=dtype,
+        model=name, adapter=name, tasks=("niah_single_2",), length=1024, count=4, budget="k=128,block=64", batch=4,
+        variants=("dense", "oracle-shared", "indexer-shared", "local:block=64"), max_new_tokens=16, texts=TEXTS, dtype=dtype,
         instruments=("generated",),
     )  # fmt: skip
 
@@ -69,14 +69,14 @@ def _eval_config(name: str, dtype: str) -> EvalConfig:
 def _ttft_config(name: str, model, dtype: str) -> TtftConfig:
     longest = min(4096, model.config.get_text_config().max_position_embeddings)
     return TtftConfig(
-        model=name, adapter=name, lengths=(1024, longest), budget="k=512,block=64", variants=("dense", "indexer-shared"), runs=3,
+        model=name, adapter=name, lengths=(1024, longest), budget="k=512,block=64", variants=("dense", "indexer-shared"), runs=2,
         warmup=1, stage_runs=1, texts=TEXTS, dtype=dtype,
     )  # fmt: skip
 
 
 def _recall(model, tokenizer, indexer, name: str, directory: Path) -> dict:
     config = DistillConfig(
-        model=name, texts=TEXTS, tasks=(), task_fraction=0.0, validation_prompts=1, validation_length=2048,
+        model=name, texts=TEXTS, tasks=(), task_fraction=0.0, validation_prompts=1, validation_length=RECALL_LENGTH,
         budgets=RECALL_BUDGETS,
     )  # fmt: skip
     directory = open_run(directory, {"stage": "recall", **config.to_dict()})
@@ -94,7 +94,7 @@ def _summary(oracle: dict, recall: dict, quality: dict, ttft: dict) -> list[dict
                              f"next token agrees with dense {row['agreement']:.1%}, KL {row['kl']:.4f} nats"))  # fmt: skip
     for k in ("128", "256", "512"):
         found = f"{recall['mass_recall'][k]:.1%} of the oracle's mass, {recall['support_recall'][k]:.1%} of its keys"
-        rows.append(_row("How well does the indexer find it?", f"per query, k {k} of 2048", "distilled", found))
+        rows.append(_row("How well does the indexer find it?", f"per query, k {k} of {RECALL_LENGTH}", "distilled", found))
     for row in quality["rows"]:
         if row["task"] == "macro average":
             where = row["label"] + (f", k {row['k']} of {quality['config']['length']}" if row["k"] else "")

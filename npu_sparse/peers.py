@@ -9,6 +9,8 @@ serves, where the published rules have one per query head; estimates are average
 The code is our own, from the papers' formulas; their kernels are not what is measured here, their choice of keys is.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import max_pool1d, pad
@@ -126,6 +128,56 @@ class VerticalSlash:
             return torch.maximum(near, vertical[:, :, None, :end])
 
         return select_by_scores(inputs, budget, score, heads=inputs.k.shape[1])
+
+
+def choose_anchors(similarity: Tensor, count: int) -> tuple[int, ...]:
+    """The `count` layers that serve all best, by place among the full-attention layers (Kascade, 2025: anchors and reuse).
+
+    Every layer reads the support of the last anchor up to it, the first layer is one, and the sum of `similarity[anchor, layer]`
+    is the largest; by dynamic programming over the layers. `Budget(anchors=...)` takes the layers themselves.
+
+    Args:
+        similarity: `[L, L]`, what layer j keeps with the support of layer i, see `anchor_similarity`; j < i is not read.
+    """
+    L = similarity.shape[0]
+    if similarity.shape != (L, L):
+        raise ValueError(f"similarity must be square, got shape {tuple(similarity.shape)}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= L:
+        raise ValueError(f"count must lie in [1, {L}], the number of layers, got {count!r}")
+    served = similarity.double().triu().cumsum(1)  # [i, j]: layers i to j read i
+    best = {(L, 0): (0.0, ())}  # (first layer that is left, anchors that are left): value and anchors
+    for left in range(1, count + 1):
+        for start in range(L - left, -1, -1):
+            options = [
+                (float(served[start, stop - 1]) + best[stop, left - 1][0], (start, *best[stop, left - 1][1]))
+                for stop in range(start + 1, L + 1) if (stop, left - 1) in best
+            ]  # fmt: skip
+            best[start, left] = max(options, key=lambda option: option[0])
+    return best[0, count][1]
+
+
+@torch.no_grad()
+def anchor_similarity(model, prompts: Sequence[Tensor], budget: Budget, impl: str = "auto") -> Tensor:
+    """Float64 `[L, L]`: the attention mass that layer j keeps with the oracle's support of layer i, over that with its own.
+
+    Means over prompts (int64 `[T]` each) of a sample of queries of the second half, on dense hidden states. All layers' queries
+    and keys of one prompt are held at a time.
+    """
+    from .oracle.quality import sampled_retained_mass
+    from .prefill import SparsePrefill
+    from .selectors import Dense, Oracle
+
+    total = None
+    for ids in prompts:
+        seen: list[LayerInputs] = []
+        every = Budget(k=len(ids), block=budget.block)
+        with SparsePrefill.attach(model, Dense(), every, impl=impl, observe=lambda given, *_, seen=seen: seen.append(given)):
+            model(input_ids=ids[None].to(model.device), use_cache=False, logits_to_keep=1)
+        supports = [Oracle().select(given, budget) for given in seen]
+        kept = torch.tensor([[sampled_retained_mass(given, support) for given in seen] for support in supports])
+        kept = kept.double() / kept.double().diagonal()
+        total = kept if total is None else total + kept
+    return total / len(prompts)
 
 
 def _select_blocks(peer, inputs: LayerInputs, budget: Budget, probabilities) -> Support:

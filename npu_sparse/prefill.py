@@ -55,6 +55,9 @@ class SparsePrefill:
         self._handles = []
         layers = self.architecture.layers
         self._selects = {layer: layers[n - n % budget.share_layers] for n, layer in enumerate(layers)}
+        if budget.anchors:
+            self._selects = {layer: max((a for a in budget.anchors if a <= layer), default=layer) for layer in layers}
+        self._shares = any(selects != layer for layer, selects in self._selects.items())
 
     @classmethod
     def attach(
@@ -138,11 +141,17 @@ class SparsePrefill:
             raise ValueError(
                 f"per_layer must name full-attention layers {list(self.architecture.layers)}, got {sorted(unknown)}"
             )
+        anchors = set(self.budget.anchors)
+        if anchors and not {self.architecture.layers[0]} <= anchors <= set(self.architecture.layers):
+            raise ValueError(
+                f"anchors must be full-attention layers {list(self.architecture.layers)}, the first among them, "
+                f"got {sorted(anchors)}"
+            )
         followers = sorted(layer for layer in self.budget.per_layer if self._selects[layer] != layer)
         if followers:
             raise ValueError(
-                f"per_layer must name layers that select for themselves (share_layers {self.budget.share_layers}), "
-                f"got {followers}"
+                f"per_layer must name layers that select for themselves ({'anchors' if anchors else 'share_layers'} "
+                f"{sorted(anchors) or self.budget.share_layers}), got {followers}"
             )
         if self.budget.candidates and self.selector.indexer is None:
             raise ValueError(
@@ -261,7 +270,7 @@ class SparsePrefill:
         if inputs.k.shape[2] < forward.end and isinstance(budget.k, Mapping):  # k is the context's, whatever is left out
             budget = budget.replace(k=budget.k_for(forward.end))
         support = self.selector.select(inputs, budget)
-        if self.budget.share_layers > 1:
+        if self._shares:
             if not forward.keeps_supports:
                 forward.supports.clear()  # nobody reads them any more
             forward.supports[selecting] = support

@@ -163,12 +163,15 @@ class Lab:
         """`(log-likelihood, whether greedy decoding writes them)` of the tokens `after` a prefill of `ids`."""
         from transformers import DynamicCache
 
+        from npu_sparse.measure.decode import cache_argument
+
+        name = cache_argument(self.model)
         cache = DynamicCache(config=self.model.config)
         self.rule, self.layers, self.rows = rule, layers, rows
-        logits = self.model(ids, past_key_values=cache, logits_to_keep=1).logits
+        logits = self.model(ids, **{name: cache}, logits_to_keep=1).logits
         self.rule = None
         if after.shape[1] > 1:
-            logits = torch.cat([logits, self.model(after[:, :-1], past_key_values=cache).logits], 1)
+            logits = torch.cat([logits, self.model(after[:, :-1], **{name: cache}).logits], 1)
         logits = logits[0].float()
         found = torch.log_softmax(logits, -1).gather(-1, after[0][:, None]).sum()
         return float(found), bool((logits.argmax(-1) == after[0]).all())

@@ -122,12 +122,16 @@ def test_a_budget_survives_its_spelling(budget):
         ("per_layer=3:256+7:640", Budget(per_layer={3: 256, 7: 640})),
         ("sink=4,recent=64,share_layers=2,tail", Budget(sink=4, recent=64, share_layers=2, tail=True)),
         ("dense_below=auto", Budget(dense_below="auto")),
+        ("anchors=0+4+9", Budget(anchors=(0, 4, 9))),
+        ("anchors=3", Budget(anchors=(3,))),
         ("dense_below=4096,candidates=2048,key_block=32", Budget(dense_below=4096, candidates=2048, key_block=32)),
     ],
 )  # fmt: skip
 def test_a_text_spells_a_budget_and_the_budget_spells_that_text(text, budget):
     assert Budget.parse(text) == budget
     assert set(str(budget).split(",")) == set(text.split(","))
+    written = budget.to_dict()
+    assert json.loads(json.dumps(written)) == written and Budget.from_dict(written) == budget
 
 
 def test_a_spelling_takes_spaces_defaults_and_any_order():
@@ -164,6 +168,11 @@ def test_a_spelling_changes_the_base_it_is_given():
         ("k=4096:512", "k must have a tier that starts at length 0"),
         ("per_layer=256", "per_layer must be whole numbers LAYER:K, such as 3:256\\+7:512, got '256'"),
         ("per_layer=3:0", "per_layer: k must be >= 1, got 0"),
+        ("anchors=0,4", "budget must name fields among"),
+        ("anchors=", "anchors must have a value, such as anchors=0\\+4\\+9, got none"),
+        ("anchors=0+x", "anchors must be whole numbers joined by plus, such as 0\\+4\\+9, got '0\\+x'"),
+        ("anchors=4+0", "anchors must be layers in ascending order, none twice, got \\[4, 0\\]"),
+        ("anchors=0,share_layers=2", "share_layers must be 1 where anchors say which layers select, got 2"),
         ("tail=yes", "tail must stand alone or be true or false, got 'yes'"),
         ("dense_below=off", "dense_below must be a whole number or \"auto\", got 'off'"),
         ("reduce=sum", "reduce must be one of .*, got 'sum'"),

@@ -72,3 +72,23 @@ def test_a_budget_for_a_layer_that_does_not_select_is_refused(model):
         SparsePrefill.attach(model, selectors.Oracle(), Budget(k=8, block=4, share_layers=2, per_layer={1: 4}))
     with pytest.raises(ValueError, match="share_layers must be >= 1, got 0"):
         Budget(share_layers=0)
+
+
+def test_layers_read_the_support_of_the_last_anchor_before_them(model, ids):
+    read, _ = supports(model, selectors.Oracle(), Budget(k=8, block=4, anchors=(0, 3)), ids)
+    assert read[1] is read[0] and read[2] is read[0] and read[4] is read[3]
+    assert not torch.equal(read[3].indices, read[0].indices)
+
+
+def test_every_second_layer_as_an_anchor_is_two_layers_that_share(model, ids):
+    _, anchored = supports(model, selectors.Oracle(), Budget(k=8, block=4, anchors=(0, 2, 4)), ids)
+    _, shared = supports(model, selectors.Oracle(), Budget(k=8, block=4, share_layers=2), ids)
+    assert torch.equal(anchored, shared)
+
+
+def test_anchors_that_are_no_layers_or_leave_out_the_first_are_refused(model):
+    for anchors in ((1, 2), (0, 7)):
+        with pytest.raises(ValueError, match=r"anchors must be full-attention layers \[0, 1, .*\], the first among them, got"):
+            SparsePrefill.attach(model, selectors.Oracle(), Budget(k=8, anchors=anchors))
+    with pytest.raises(ValueError, match=r"per_layer must name layers that select .* \(anchors \[0, 3\]\), got \[1\]"):
+        SparsePrefill.attach(model, selectors.Oracle(), Budget(k=8, anchors=(0, 3), per_layer={1: 9}))

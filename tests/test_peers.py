@@ -169,6 +169,32 @@ def test_a_peer_attaches_to_a_model(make, name):
     assert not torch.allclose(sparse, dense, atol=1e-2)
 
 
+def test_anchors_are_the_best_of_all_choices():
+    from itertools import combinations
+
+    similarity = torch.rand(7, 7, generator=torch.Generator().manual_seed(0))
+    for count in (1, 2, 4, 7):
+        value = {}
+        for rest in combinations(range(1, 7), count - 1):
+            anchors = (0, *rest)
+            value[anchors] = sum(float(similarity[max(a for a in anchors if a <= layer), layer]) for layer in range(7))
+        assert peers.choose_anchors(similarity, count) == max(value, key=value.get)
+    for count in (0, 8, True):
+        with pytest.raises(ValueError, match=r"count must lie in \[1, 7\], the number of layers, got"):
+            peers.choose_anchors(similarity, count)
+
+
+def test_a_layers_own_support_keeps_the_most_of_its_attention():
+    model = tiny_model("llama")
+    prompts = [torch.randint(1, 90, (60,), generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    found = peers.anchor_similarity(model, prompts, Budget(k=8, block=1), impl="reference")
+    assert found.shape == (3, 3) and torch.equal(found.diagonal(), torch.ones(3, dtype=torch.float64))
+    assert bool((found <= 1 + 1e-6).all()) and float(found.min()) < 0.99
+    anchors = peers.choose_anchors(found, 2)
+    with SparsePrefill.attach(model, peers.PooledBlocks(key_block=8), Budget(k=8, block=4, anchors=anchors)):
+        model(prompts[0][None])
+
+
 def test_peers_are_variants_with_an_evidence_of_their_own():
     for name in ("pooled", "antidiagonal", "vertical-slash"):
         assert VARIANTS[name].shared and evidence_of(name) == "training-free"

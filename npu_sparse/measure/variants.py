@@ -72,7 +72,7 @@ class Subject:
 
 def variant_named(name: str) -> Variant:
     """The Variant of a name such as "oracle" or "indexer-shared:candidates=2048"; ValueError where there is none."""
-    base, *changes = re.split("[+:,]", name)
+    base, *changes = re.split(r"[:,]|\+(?=[a-z])", name)  # a plus before a number joins layers
     if base not in VARIANTS:
         raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {name!r}")
     known = VARIANTS[base]
@@ -92,10 +92,12 @@ def variant_named(name: str) -> Variant:
     return replace(known, name=name, label=label, shared=shared, options=MappingProxyType(options))
 
 
-def _value(option: str, value: str, change: str) -> int | str | bool:
+def _value(option: str, value: str, change: str) -> int | str | bool | tuple[int, ...]:
     default = Budget.__dataclass_fields__[option].default
     if isinstance(default, str):
         return value
+    if isinstance(default, tuple):
+        return Budget.parse(f"{option}={value}").anchors
     if isinstance(default, bool):
         if value not in ("", "true", "false"):
             raise ValueError(f"{option} must be alone, or {option}=true or {option}=false, got {change!r}")

@@ -22,11 +22,11 @@ def caption(figure, *lines: str) -> None:
 
 
 def write_figure(path, figure) -> None:
-    """`write_bytes` of a matplotlib figure as PNG, 144 dpi."""
+    """`write_bytes` of a matplotlib figure as PNG, 144 dpi; what it says above its panels is in the file as Description, too."""
     from io import BytesIO
 
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight")
+    figure.savefig(buffer, format="png", dpi=144, bbox_inches="tight", metadata={"Description": figure.get_suptitle()})
     write_bytes(path, buffer.getvalue())
 
 

@@ -140,7 +140,7 @@ def test_a_damaged_weight_file_is_one_sentence_with_its_name(saved, shard, damag
 @pytest.mark.parametrize(
     "index, message",
     [
-        ("{", "cannot be read"),
+        ("{", "model.safetensors.index.json is not JSON"),
         ("[]", "must hold a JSON object, got list"),
         ('{"weight_map": 3}', "must have a weight_map"),
         ('{"weight_map": {"a": 3}}', "must have a weight_map"),

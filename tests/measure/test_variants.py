@@ -102,3 +102,8 @@ def test_a_config_of_version_0_1_has_its_budget_in_fields():
 @pytest.mark.parametrize("budget", [Budget(), Budget(k=8, block=8), Budget(block=1, sink=4), Budget(k={0: 8, 64: 16})])
 def test_a_written_budget_names_k_and_block_and_reads_back(budget):
     assert Budget.parse(spelled(budget)) == budget and spelled(budget).startswith("k=") and "block=" in spelled(budget)
+
+
+def test_anchors_are_joined_by_plus_in_a_variant_too():
+    for name in ("indexer:k=16,anchors=0+4+9,tail", "indexer+k=16+anchors=0+4+9+tail"):
+        assert budget_of(name, COMMON) == COMMON.replace(block=1, k=16, anchors=(0, 4, 9), tail=True)

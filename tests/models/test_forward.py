@@ -227,3 +227,20 @@ def test_a_note_on_a_cache_ends_with_its_block():
         assert prompt_length_of({"prompt_length": 7}, cache, 20) == 7
     assert prompt_length_of({}, cache, 20) is None
     assert vars(cache).keys() == vars(DynamicCache()).keys()
+
+
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_no_forward_of_a_measurement_is_warned_for_its_caches_name(model, chunk):
+    import warnings
+
+    from npu_sparse.measure.ttft.run import time_to_first_token
+
+    ids = torch.randint(1, 90, (1, T), generator=torch.Generator().manual_seed(0))
+    expected = int(model(ids).logits[0, -1].argmax())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert time_to_first_token(model, ids, chunk)[1] == expected
+        with SparsePrefill.attach(model, selectors.Oracle(), Budget(k=T)):
+            assert time_to_first_token(model, ids, chunk)[1] == expected
+            model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert not [str(one.message) for one in caught if "past_key_values" in str(one.message)]

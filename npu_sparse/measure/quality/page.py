@@ -201,7 +201,7 @@ def forced_figure(result: dict):
 def figure(result: dict):
     tasks = result["tasks"]
     solved = [task for task in tasks if tasks[task]["solved"]]
-    shown = [MACRO, *tasks] if solved else list(tasks)
+    shown = [MACRO, *solved] if solved else list(tasks)  # what dense attention does not solve is in the table alone
     columns = {row["variant"]: row for row in result["rows"]}
     gaps = [gap for gap in (*GAPS, *TOTAL) if any(found["gap"] == gap for found in result["gaps"])]
     height = 1.8 + 0.17 * len(shown) * max(len(columns), len(gaps))
@@ -211,7 +211,7 @@ def figure(result: dict):
         place = {task: n for n, task in enumerate(shown)}
         for n, (name, style) in enumerate(series.items()):
             offset = (n - (len(series) - 1) / 2) * 0.8 / len(series)
-            found = [entry for entry in key(name)]
+            found = [entry for entry in key(name) if entry["task"] in place]
             y = [place[entry["task"]] + offset for entry in found]
             values = [entry["score"] if "score" in entry else entry["change"] for entry in found]
             x = [100 * value["value"] for value in values]
