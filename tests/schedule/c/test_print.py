@@ -468,6 +468,8 @@ def test_source_without_one_region_is_refused():
 def test_random_program_under_random_configurations_computes_the_same(seed):
     chance, text = random.Random(seed), in_bounds(random_scop(seed))
     scop = parse_c(text)
+    if not any(array.live_out for array in scop.arrays.values()):
+        pytest.skip("nothing that the program computes lives after its loops")
     variants = {}
     for n in range(3):
         plan = schedule(scop, random_configuration(chance))
