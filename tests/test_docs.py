@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from npu_sparse import Indexer, checkpoints, cli
 from npu_sparse.ops import dispatch
+from npu_sparse.schedule.command import schedule_file
 from npu_sparse.testing import Backend, tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +202,7 @@ def test_options_in_prose_exist():
             module = importlib.import_module(command.module)
             fields = getattr(module, command.config).__dataclass_fields__
             known |= {f"--{name.replace('_', '-')}" for name in (*fields, "output", "shard", "workers")}
+    known |= {f"--{name.replace('_', '-').removesuffix('-s')}" for name in inspect.signature(schedule_file).parameters}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r"\"(--[a-z][a-z-]*)\"", script.read_text()))
     used = {(page.name, option) for page in PAGES for code in re.findall(r"`([^`\n]+)`", prose(page))
