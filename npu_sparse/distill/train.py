@@ -28,6 +28,7 @@ from .validate import validate
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 RECOMMENDED = Budget(k=512, block=64, dense_below=1024)
+WITH_HEADS = dict(k=1024, reduce="softmax_max", exact_last=128)  # what hard retrieval asks of shared supports
 BACKENDS = {"cuda": "nccl", "npu": "hccl"}
 
 
@@ -240,7 +241,7 @@ def _finish(
         "validations": [{"step": m["step"], **m["validation"]} for m in state["metrics"] if "validation" in m],
     }
     indexer.evidence = "distilled"
-    indexer.budget = RECOMMENDED.to_dict()
+    indexer.budget = RECOMMENDED.replace(**WITH_HEADS if indexer.config.partition else {}).to_dict()
     text = _markdown(result)
     indexer.save_pretrained(output / "adapter", card=text)
     write_json(output / "report.json", result)

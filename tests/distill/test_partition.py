@@ -114,12 +114,14 @@ def test_a_run_reports_its_heads_and_ships_them(finished):
     assert set(result["partition"]) == {"residual", "residual_in_block", "spread", "by_layer"}
     words = f"miss the exact log-partition by {result['partition']['residual']:.3f} nats"
     assert words in (output / "adapter" / "README.md").read_text()
+    assert str(Budget.from_dict(indexer.budget)) == "k=1024,reduce=softmax_max,dense_below=1024,exact_last=128"
 
 
 def test_a_run_without_heads_is_as_before(make_config, model, tokenizer, tmp_path, finished, curve_of):
     from npu_sparse.distill import run_distill
 
     result = run_distill(make_config(partition_steps=0), tmp_path, model=model, tokenizer=tokenizer, progress=False)
-    assert result["partition"] is None and not Indexer.from_pretrained(tmp_path / "adapter").config.partition
+    without = Indexer.from_pretrained(tmp_path / "adapter")
+    assert result["partition"] is None and not without.config.partition and without.budget["reduce"] == "max"
     assert "It has no partition heads." in (tmp_path / "report.md").read_text()
     assert curve_of(tmp_path) == curve_of(finished[1])  # heads change nothing else
