@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Distils the two adapters that ship with npu-sparse, side by side where there are two GPUs.
+"""Distils the adapters that ship with npu-sparse, side by side where there are several GPUs.
 
-    python scripts/train_adapters.py --out runs/adapters
+    python scripts/train_adapters.py --out runs/adapters --only qwen2.5-coder-0.5b
 
 Each run is one `npu-sparse distill` with the options below: called again, it resumes. The texts are the Debian packages
-`anarchism` and `python3.11-doc`. On one H200 each takes about five minutes; what it gave is in docs/results/distill-*.
+`anarchism` and `python3.11-doc`. On one H200 each takes about five minutes; what it gave is in docs/results/distill-*. The budget
+that the adapter of qwen2.5-coder-0.5b recommends was chosen by scripts/matched.py.
 """
 
 import argparse
@@ -29,9 +30,14 @@ COMMON = {
     "dim": 128,
 }
 RUNS = {
-    "smollm2-135m": {"heads": 1, "steps": 900},
-    "gemma3-270m": {"heads": 4, "steps": 1000},
-}
+    "smollm2-135m": {"heads": 1, "steps": 900, "partition_steps": 0},
+    "gemma3-270m": {"heads": 4, "steps": 1000, "partition_steps": 0},
+    "qwen2.5-coder-0.5b": {
+        "heads": 1, "steps": 500, "texts": "anarchism", "tasks": f"{COMMON['tasks']},niah_multiquery,fwe",
+        "lengths": "2048,8192,16384", "tokens": 32768, "warmup": 50, "validation_length": 8192, "validation_prompts": 8,
+        "budgets": "256,512,1024", "validate_every": 500, "save_every": 250,
+    },
+}  # fmt: skip
 
 
 def command(name: str, device: str, out: Path) -> list[str]:
@@ -44,9 +50,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/adapters"))
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--only", choices=RUNS, action="append", help="an adapter to distil; repeat it for several; default: all")
     args = parser.parse_args()
     running = []
-    for place, name in enumerate(RUNS):
+    for place, name in enumerate(args.only or RUNS):
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         if args.device == "cuda":
             import torch
