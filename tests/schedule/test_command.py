@@ -109,7 +109,7 @@ def test_missing_package_is_named(kernel, capsys, monkeypatch):
 
 
 def test_page_names_every_key():
-    page = (ROOT / "docs" / "scheduler.md").read_text()
+    page = "".join((ROOT / "docs" / name).read_text() for name in ("scheduler.md", "scheduler-keys.md"))
     keys = {f.name for part in (config.Config, config.Tiling, config.Dimension, config.Fusion) for f in dataclasses.fields(part)}
     keys -= {"name", "source", "where", "dimensions"}  # not written in a file, or under another name
     keys |= {"ILP_construction", "scheduling_dimension", *config.COST_FUNCTIONS, *config.DIRECTIVES, *config.HEURISTICS}
