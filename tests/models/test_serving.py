@@ -347,8 +347,8 @@ def test_an_index_that_is_not_finite_names_its_layer(part, value):
     model = tiny_model("qwen3")
     indexer = Indexer.for_model(model, dim=64)
     layer = describe(model.config).layers[1]
-    getattr(indexer.layers[str(layer)], part).weight[3, 5] = value
-    with SparsePrefill.attach(model, indexer, Budget(k=16, dense_below=0)):
+    with SparsePrefill.attach(model, indexer, Budget(k=16, dense_below=0)) as attached:
+        getattr(attached.indexer.layers[str(layer)], part).weight[3, 5] = value  # attaching refuses one that has it already
         with pytest.raises(FloatingPointError, match=f"index queries and keys of layer {layer} must be finite, got NaN or Inf"):
             model(tokens())
 

@@ -109,7 +109,7 @@ def test_the_best_on_the_prompts_of_another_seed_is_chosen(suite, tmp_path):
 def test_the_configuration_says_which_operators_ran(suite, tmp_path):
     (tmp_path / "impl").write_text("reference\n")
     config = suite.eval_config("gemma3-270m", tmp_path, "gemma3-270m", 16, True, 0, 100)
-    assert (config.impl, config.tail, config.block, config.k) == ("reference", True, 16, 512)
+    assert (config.impl, config.budget.tail, config.budget.block, config.budget.k) == ("reference", True, 16, 512)
 
 
 def test_an_evaluation_takes_packed_prompts_and_finished_cells(suite, tmp_path, monkeypatch):
