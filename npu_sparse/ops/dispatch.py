@@ -187,7 +187,7 @@ def _kernel(op: str, device_type: str) -> Callable | None:
             register_triton(device_type)
         elif device_type in _LOADERS:
             for name, kernel in _LOADERS[device_type]().items():
-                register_kernel(name, device_type, kernel)
+                _KERNELS.setdefault((name, device_type), kernel)  # what was registered before stays
     return _KERNELS.get((op, device_type))
 
 

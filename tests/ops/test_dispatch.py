@@ -351,3 +351,12 @@ def test_require_kernels_wants_every_operator_that_has_kernels_there(no_kernels)
         dispatch.require_kernels("cpu")
     dispatch.register_kernel(last, "cpu", print)
     dispatch.require_kernels("cpu")
+
+
+def test_asking_for_a_kernel_that_is_missing_replaces_none_that_was_registered(monkeypatch):
+    """Triton's interpreter stands in for kernels of the CPU, where the emulation may be built, too."""
+    monkeypatch.setattr(dispatch, "_KERNELS", {("select_tokens", "cpu"): "registered"})
+    monkeypatch.setattr(dispatch, "_LOADERS", {"cpu": lambda: {"select_tokens": "loaded", "index_scores": "loaded"}})
+    assert dispatch._kernel("sparse_attention_backward", "cpu") is None
+    assert dispatch._kernel("select_tokens", "cpu") == "registered"
+    assert dispatch._kernel("index_scores", "cpu") == "loaded"
