@@ -32,7 +32,7 @@ from npu_sparse.measure.ttft.baselines import register
 from npu_sparse.measure.variants import adapter_fingerprint
 from npu_sparse.models.architectures import attention_selection, text_config
 from npu_sparse.runs import stats
-from npu_sparse.runs.figures import new_figure, write_figure
+from npu_sparse.runs.figures import PALETTE, new_figure, write_figure
 from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table, say
 from npu_sparse.runs.store import Cells, open_run, read_json, write_json, write_text
@@ -40,7 +40,6 @@ from npu_sparse.tasks.catalogue import task_named
 
 STARTED = time.monotonic()
 SELECTORS = ("oracle", "indexer", "local", "random")
-COLOURS = {"dense": "#000000", "oracle": "#009e73", "distilled": "#0072b2", "untrained": "#999999", "control": "#d55e00"}
 
 
 def arguments(words=None) -> argparse.Namespace:
@@ -289,7 +288,7 @@ def figure(found: dict):
         dense = row["variant"] == "dense"
         timed = clock.get((best if dense else row["variant"], length))
         marker, shade = MARKERS[number % len(MARKERS)], 1 - 0.12 * number
-        style = dict(color=COLOURS.get(row["evidence"], "#999999"), alpha=1.0 if dense else max(0.4, shade))
+        style = dict(color=PALETTE[row["evidence"]], alpha=1.0 if dense else max(0.4, shade))
         label = f"{row['variant']} ({row['evidence']})" if not dense else f"{best or 'dense'}"
         if timed is None:
             quality.axhline(score["value"], linewidth=1, linestyle="--", label=label, **style)
@@ -302,7 +301,7 @@ def figure(found: dict):
             speed.plot(*zip(*line), marker=marker, linewidth=1, **style)
     quality.set_xlabel(f"TTFT at {length} tokens (ms)")
     quality.set_ylabel(f"answers right, teacher-forced, {length} tokens (of 100)")
-    speed.axhline(1.0, color=COLOURS["dense"], linewidth=1)
+    speed.axhline(1.0, color=PALETTE["dense"], linewidth=1)
     speed.set_xscale("log", base=2)
     speed.set_xlabel("prompt (tokens)")
     speed.set_ylabel("TTFT of the fastest dense / TTFT")
