@@ -1,1 +1,1 @@
-"""What other programs load of this package: vLLM's plugin, lm-eval's model and tasks. Each imports its host where it is used."""
+"""Sparse prefill inside other programs: each folder or file is the bridge to one of them and imports it only when used."""

@@ -32,10 +32,10 @@ REFUSED = {
 class NpuSparseLM(HFLM):
     """A transformers model whose prompts are read sparsely and whose answers are decoded densely.
 
-    Generation reads each prompt in one sparse forward. A log-likelihood is that of a served answer: the context is the prompt, and
+    Generation reads each prompt in one sparse forward. A log-likelihood is that of a served answer: the context is the prompt and
     runs sparse; the continuation after it runs dense, as decode steps do. A rolling log-likelihood (perplexity) has no prompt
-    before its text: every window runs sparse. Sequences are read one at a time whatever `batch_size` says: padding in a batch would
-    shift the blocks of queries that share their keys, and answers would depend on what else is asked.
+    before its text: every window runs sparse. Sequences are read one at a time whatever `batch_size` says: padding in a batch
+    would shift the blocks of queries that share their keys, and answers would depend on what else is asked.
 
     Args:
         pretrained: a demo name, a directory, a GGUF file or a hub id (`checkpoints.load`).

@@ -82,8 +82,8 @@ class LmEvalTasksConfig:
 def write_lm_eval_tasks(config: LmEvalTasksConfig, output, *, tokenizer=None) -> dict:
     """`{"tasks": their names in lm-eval}`; writes a folder for `--include_path`, which may be moved.
 
-    A task called `niah_single_1` is `npu_sparse_niah_single_1_4096` at 4096 tokens; tags `npu_sparse` and `npu_sparse_4096` name all
-    and those of a length. A folder of the same config is written again, any other refused (RunError).
+    A task called `vt` is `npu_sparse_vt_4096` at 4096 tokens; tags `npu_sparse` and `npu_sparse_4096` name all and those of a
+    length. A folder of the same config is written again, any other refused (RunError).
 
     Args:
         tokenizer: used in place of loading that of `config.model`.
