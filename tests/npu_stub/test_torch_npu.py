@@ -16,7 +16,7 @@ import torch
 import npu_sparse
 from npu_sparse import Budget, Indexer, SparsePrefill, ascendc, ops, selectors
 from npu_sparse.ops import dispatch
-from npu_sparse.testing import attention_inputs, index_inputs, padding, ragged_scores, random_support, tiny_model
+from npu_sparse.testing import attention_inputs, index_inputs, padding, ragged_scores, random_support, tiny_model, tokens
 
 pytestmark = [pytest.mark.npu_stub, pytest.mark.usefixtures("stub_device")]
 ROOT = Path(npu_sparse.__file__).resolve().parent.parent
@@ -233,7 +233,7 @@ def test_the_library_names_the_chip(card):
 
 def prefill(name: str, kind: str, device: str):
     """`(logits of the real tokens, members of every support)` of a tiny patched model on this device."""
-    ids = torch.randint(1, 90, (2, 75), generator=torch.Generator().manual_seed(0))
+    ids = tokens()
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
     model, seen = tiny_model(name, dtype=torch.bfloat16).to(device), []
