@@ -37,8 +37,8 @@ def card_sources() -> list[Path]:
 
 def card_commands(out: Path, torch: Path, torch_npu: Path, shared: list[str]) -> list[list[str]]:
     """The binding and the host code of the library for the card, over the emulated kernels in place of bisheng's."""
-    folders = (OPS / "ascendc", OPS / "torch", torch / "include", torch_npu / "include", torch_npu / "include/third_party/acl/inc")
-    headers = [f"-I{folder}" for folder in folders]
+    kept = (OPS / "ascendc", OPS / "torch", torch / "include", torch_npu / "include", torch_npu / "include/third_party/acl/inc")
+    headers = [f"-I{folder}" for folder in kept]
     defined = ["-DNPU_SPARSE_NAMESPACE=npu_sparse_card", "-DNPU_SPARSE_ON_CARD"]
     commands, objects = [], []
     for name in ("binding", "card"):
