@@ -1,15 +1,16 @@
 """The published lightning_indexer's instruction stream, written down from its public tiling, for `npu_cost.simulate`.
 
-Why: `npu_cost` says how long our kernels would take, and there is no card here. What can be checked is whether it says the right
-thing of a kernel that somebody has timed. Tile-lang's comparison (tile-ai/tilelang-ascend, pull request 1476: 910B3, `msprof op`
-task durations) gives four shapes of the vendor's lightning_indexer, and the vendor's own repository (ops-transformer,
-attention/lightning_indexer, 910B) its tiling: base blocks of 8 queries x 512 keys, dealt to the cores in order; products of 128 x
-128 x 128 with keys of 256 rows in L1; scores in a workspace, two blocks deep; 16 heads at a time weighted and added in UB; a sort of
-512 per query and block, merged into a list of 2048; lists of a query whose keys were dealt to several cores merged after SyncAll.
-The stream here has those instructions, sizes and waits. It computes nothing, and no line of it is the vendor's.
+Why: `npu_cost` says how long our kernels would take, and there is no card here. What can be checked is whether it says the
+right thing of a kernel that somebody has timed. Tile-lang's comparison (tile-ai/tilelang-ascend, pull request 1476: 910B3,
+`msprof op` task durations) gives four shapes of the vendor's lightning_indexer, and the vendor's own repository
+(ops-transformer, attention/lightning_indexer, 910B) its tiling: base blocks of 8 queries x 512 keys, dealt to the cores in
+order; products of 128 x 128 x 128 with keys of 256 rows in L1; scores in a workspace, two blocks deep; 16 heads at a time
+weighted and added in UB; a sort of 512 per query and block, merged into a list of 2048; lists of a query whose keys were
+dealt to several cores merged after SyncAll. The stream here has those instructions, sizes and waits. It computes nothing, and
+no line of it is the vendor's.
 
-Left out, because it is not public or no instruction: scalar arithmetic of the tiling, instruction cache misses, the order in which
-cores start.
+Left out, because it is not public or no instruction: scalar arithmetic of the tiling, instruction cache misses, the order in
+which cores start.
 """
 
 import math
@@ -70,8 +71,8 @@ def error_sentence(rows: list[dict]) -> str:
     """The model's error in one sentence, to stand beside every modelled time."""
     held_out = sorted(row["error"] for row in rows if not row["fitted"])
     return (
-        f"Of the vendor's lightning_indexer on {CHIP.name} the same model gives {100 * held_out[0]:+.0f} % to "
-        f"{100 * held_out[-1]:+.0f} % against {len(held_out)} published timings that nothing was fitted to"
+        f"The model's error: {100 * held_out[0]:+.0f} % to {100 * held_out[-1]:+.0f} % of the {len(held_out)} published "
+        f"timings of the\nvendor's lightning_indexer on {CHIP.name} that nothing was fitted to"
     )
 
 
@@ -103,7 +104,8 @@ class Stream:
 
     def fixpipe(self, rows: int, columns: int):
         size = 4 * rows * columns
-        return self._step("instruction", "FIX", "Fixpipe", bursts=rows, read={"L0C": size}, written={"GM": size, "WORKSPACE": size})
+        written = {"GM": size, "WORKSPACE": size}
+        return self._step("instruction", "FIX", "Fixpipe", bursts=rows, read={"L0C": size}, written=written)
 
     def vector(self, opcode: str, elements: int, barrier: bool = True):
         """One vector instruction over fp32 elements, and the barrier that the next one needs if it depends on it."""
@@ -167,7 +169,10 @@ def lightning_indexer(shape: Published, cores: int) -> dict:
     named = [each for aic, aivs in streams for each in (aic, *aivs)]
     return {
         "kernel": "lightning_indexer (published)", "columns": COLUMNS, "spaces": SPACES,
-        "cores": [{"name": s.name, "cube": s.cube, "block": s.core // 3, "sub": max(0, s.core % 3 - 1), "steps": s.steps} for s in named],
+        "cores": [
+            {"name": s.name, "cube": s.cube, "block": s.core // 3, "sub": max(0, s.core % 3 - 1), "steps": s.steps}
+            for s in named
+        ],
     }  # fmt: skip
 
 

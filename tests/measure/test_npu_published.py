@@ -46,7 +46,8 @@ def test_a_stream_does_the_arithmetic_of_its_shape(shape):
 def test_blocks_are_dealt_in_order_and_evenly():
     many = published.dealt(published.LIGHTNING_INDEXER[0], 20)
     assert [len(blocks) for blocks in many] == [5] * 16 + [4] * 4
-    assert [(block.sequence, block.key_block) for blocks in many for block in blocks] == [(s, b) for s in range(16) for b in range(6)]
+    in_order = [(block.sequence, block.key_block) for blocks in many for block in blocks]
+    assert in_order == [(s, b) for s in range(16) for b in range(6)]
     few = published.dealt(published.LIGHTNING_INDEXER[3], 20)
     assert [len(blocks) for blocks in few] == [1] * 8
 
@@ -57,13 +58,17 @@ def test_more_queries_than_a_base_block_are_refused():
         published.lightning_indexer(shape, 20)
 
 
+def alone(stream):
+    core = {"name": stream.name, "cube": stream.cube, "steps": stream.steps}
+    return {"columns": published.COLUMNS, "spaces": published.SPACES, "cores": [core]}
+
+
 def test_the_bounds_of_fixpipe_give_what_was_measured():
     """shane-kshongmo/vTriton on 910B3: 143.5 GB/s for tiles of 128 x 128 fp32, one after the other."""
     aic = published.Stream(0, "AIC 0", True)
     for _ in range(64):
         aic.fixpipe(128, 128)
-    trace = {"columns": published.COLUMNS, "spaces": published.SPACES, "cores": [{"name": "AIC 0", "cube": True, "steps": aic.steps}]}
-    seconds = cost.simulate(trace).busy["AIC.FIX"] / (published.CHIP.ghz * 1e9)
+    seconds = cost.simulate(alone(aic)).busy["AIC.FIX"] / (published.CHIP.ghz * 1e9)
     assert 64 * 128 * 128 * 4 / seconds == pytest.approx(143.5e9, rel=0.02)
 
 
@@ -72,6 +77,5 @@ def test_a_vector_instruction_follows_another_as_slowly_as_was_measured():
     aiv = published.Stream(0, "AIV 0.0", False)
     for _ in range(1000):
         aiv.vector("Max", 2 * published.LANES, barrier=False)
-    trace = {"columns": published.COLUMNS, "spaces": published.SPACES, "cores": [{"name": "AIV", "cube": False, "steps": aiv.steps}]}
-    seconds = cost.simulate(trace).cycles / (published.CHIP.ghz * 1e9)
+    seconds = cost.simulate(alone(aiv)).cycles / (published.CHIP.ghz * 1e9)
     assert 14.6e9 < 1000 * 256 / seconds < 16.5e9
