@@ -16,7 +16,7 @@ import torch
 import npu_sparse
 from npu_sparse import Budget, Indexer, SparsePrefill, ops, selectors
 from npu_sparse.ops import dispatch
-from npu_sparse.testing import attention_inputs, index_inputs, padding, ragged_scores, random_support, tiny_model
+from npu_sparse.testing import attention_inputs, index_inputs, padding, ragged_scores, random_support, tiny_model, tokens
 
 pytestmark = [pytest.mark.npu_stub, pytest.mark.usefixtures("stub_device")]
 ROOT = Path(npu_sparse.__file__).resolve().parent.parent
@@ -132,7 +132,7 @@ def test_the_library_refuses_tensors_of_other_devices():
 
 def prefill(name: str, kind: str, device: str):
     """`(logits of the real tokens, members of every support)` of a tiny patched model on this device."""
-    ids = torch.randint(1, 90, (2, 75), generator=torch.Generator().manual_seed(0))
+    ids = tokens()
     mask = torch.ones_like(ids)
     mask[0, :20] = 0
     model, seen = tiny_model(name, dtype=torch.bfloat16).to(device), []
