@@ -184,8 +184,10 @@ def test_a_fused_head_makes_what_the_head_makes(backend, heads, partition):
     hidden = normal(2, 21, 48, dtype=backend.dtype(), device=backend.device)
     seen = torch.arange(8, 29, device=backend.device)[None]
     wide = copy.deepcopy(head).double()
-    before, truth = ((*one(hidden.to(dtype), cos.to(dtype), sin.to(dtype)), one.partition and one.partition(hidden.to(dtype), seen))
-                     for one, dtype in ((head, backend.dtype()), (wide, torch.float64)))  # fmt: skip
+    before, truth = [
+        (*one(*(x.to(dtype) for x in (hidden, cos, sin))), one.partition and one.partition(hidden.to(dtype), seen))
+        for one, dtype in ((head, backend.dtype()), (wide, torch.float64))
+    ]
     names = set(head.state_dict())
     fused = FusedIndexHead(head, impl)
     made = fused(hidden, cos, sin, 7)
