@@ -6,11 +6,14 @@ pytestmark = pytest.mark.vllm
 SPARSE = "k=32,block=16"
 
 
-@pytest.mark.parametrize("name, pages", [("llama", 17), ("qwen3", 17), ("gemma3", 22)])
-def test_preempted_requests_go_on_as_if_read_again(name, pages, engine, checkpoints, reference, prompts):
+@pytest.mark.parametrize(
+    "name, pages, lengths",
+    [("llama", 17, (150, 151, 152)), ("qwen3", 17, (150, 151, 152)), ("gemma3", 26, (90, 91, 92))],
+)
+def test_preempted_requests_go_on_as_if_read_again(name, pages, lengths, engine, checkpoints, reference, prompts):
     """Three requests whose last pages do not fit: what is recomputed is a prompt, index keys and all."""
-    served_by = engine(name, SPARSE, block_size=32, num_gpu_blocks_override=pages, max_model_len=256, max_num_batched_tokens=512)
-    served = served_by.serve(prompts(150, 151, 152), max_tokens=24)
+    served_by = engine(name, SPARSE, block_size=32, num_gpu_blocks_override=pages, max_model_len=192, max_num_batched_tokens=512)
+    served = served_by.serve(prompts(*lengths), max_tokens=24)
     assert sum(one.restarts for one in served) > 0, "memory was short"
     for one in served:
         reference(checkpoints(name), SPARSE).check(one)
