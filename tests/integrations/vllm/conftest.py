@@ -135,7 +135,7 @@ class Engine:
     def step(self, served: dict[str, Served]) -> None:
         """One step of the engine; what it sampled is noted."""
         for output in self.llm.llm_engine.step():
-            one = served[output.request_id]
+            one = served[_known(output.request_id, served)]
             one.tokens = list(output.outputs[0].token_ids)
             one.logprobs = [next(iter(found.values())).logprob for found in output.outputs[0].logprobs]
             one.finished = output.finished
@@ -146,8 +146,7 @@ class Engine:
             self.step(served)
         for batch in self.batches:
             for name, step in batch.items():
-                (known,) = [one for one in served if name == one or name.startswith(f"{one}-")]
-                served[known].steps.append(step)
+                served[_known(name, served)].steps.append(step)
         return list(served.values())
 
     def serve(self, prompts: list[list[int]], max_tokens: int = 8) -> list[Served]:
@@ -168,6 +167,12 @@ class Engine:
         self.llm.llm_engine.engine_core.shutdown()
         del self.core, self.llm
         gc.collect()
+
+
+def _known(name: str, served: dict[str, Served]) -> str:
+    """The request's own name: inside, the engine adds to it."""
+    (known,) = [one for one in served if name == one or name.startswith(f"{one}-")]
+    return known
 
 
 @pytest.fixture
