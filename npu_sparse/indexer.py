@@ -210,17 +210,25 @@ class Indexer(nn.Module):
         from .checkpoints import identity
         from .models.architectures import describe
 
-        a = describe(model.config)
+        self.check_geometry(describe(model.config))
+        if self.base:
+            self.check_identity(identity(model))
+
+    def check_geometry(self, architecture) -> None:
+        """Raises AdapterError where an Architecture is not of the geometry this indexer was made for."""
         ours = (self.config.hidden_size, self.config.layers, self.config.rotary_dim)
-        theirs = (a.hidden_size, a.layers, a.rotary_dim)
+        theirs = (architecture.hidden_size, architecture.layers, architecture.rotary_dim)
         if ours != theirs:
             raise AdapterError(
                 "adapter must have the model's geometry (hidden_size, full-attention layers, rotary_dim) = "
                 f"{theirs}, got {ours}"
             )
-        if not self.base:
-            return
-        found = identity(model)
+
+    def check_identity(self, found: dict) -> None:
+        """Raises AdapterError where `found` (`checkpoints.identity`) is another checkpoint than this indexer was made for.
+
+        What either of them does not know, None or absent, is not compared.
+        """
         for name, value in self.base.items():
             known = value is not None and found.get(name) is not None
             if name != "architectures" and known and found[name] != value:

@@ -16,17 +16,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import ops
 from .budget import Budget
-from .exact_end import exact_end
+from .checks import check_kernels, check_layers, selecting_layers
 from .indexer import Indexer
+from .layer import attend_sparsely
 from .models import crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
 from .models.attention import LAYER, PREFIX, register_sparse
 from .models.forward import CANDIDATES, FORWARD, PROMPT_LENGTH, ForwardContext, cache_of, is_sparse, noted, prompt_length_of
 from .models.index_cache import IndexKeyCache
 from .ops import workspace
-from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
 from .ops.masks import keys_seen
 from .selectors import ByIndexer, LayerInputs, Selector, learns_partition
 from .support import Support
@@ -53,10 +52,7 @@ class SparsePrefill:
         self.implementation = text_config(model)._attn_implementation
         self.indexer: Indexer | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
-        layers = self.architecture.layers
-        self._selects = {layer: layers[n - n % budget.share_layers] for n, layer in enumerate(layers)}
-        if budget.anchors:
-            self._selects = {layer: max((a for a in budget.anchors if a <= layer), default=layer) for layer in layers}
+        self._selects = selecting_layers(budget, self.architecture.layers)
         self._shares = any(selects != layer for layer, selects in self._selects.items())
 
     @classmethod
@@ -136,49 +132,17 @@ class SparsePrefill:
     def _check(self) -> None:
         if self.implementation.startswith(PREFIX):
             raise ValueError("model must not be attached twice: detach() the first SparsePrefill")
-        unknown = set(self.budget.per_layer) - set(self.architecture.layers)
-        if unknown:
-            raise ValueError(
-                f"per_layer must name full-attention layers {list(self.architecture.layers)}, got {sorted(unknown)}"
-            )
-        anchors = set(self.budget.anchors)
-        if anchors and not {self.architecture.layers[0]} <= anchors <= set(self.architecture.layers):
-            raise ValueError(
-                f"anchors must be full-attention layers {list(self.architecture.layers)}, the first among them, "
-                f"got {sorted(anchors)}"
-            )
-        followers = sorted(layer for layer in self.budget.per_layer if self._selects[layer] != layer)
-        if followers:
-            raise ValueError(
-                f"per_layer must name layers that select for themselves ({'anchors' if anchors else 'share_layers'} "
-                f"{sorted(anchors) or self.budget.share_layers}), got {followers}"
-            )
+        check_layers(self.budget, self.architecture.layers)
         if self.budget.candidates and self.selector.indexer is None:
             raise ValueError(
                 f"candidates must be 0 for a selector without an indexer, got {self.budget.candidates} for {self.selector.name!r}"
             )
         self._learns = learns_partition(self.budget, self.selector.indexer)
-        if uses_kernel(self.impl, self.model.device.type):
-            require_kernels(self.model.device.type)
-            if self.budget.tail:
-                require_kernel("sparse_attention_with_tail", self.model.device.type, "or Budget(tail=False)")
-            if self.budget.exact_last:
-                require_kernel("dense_rows", self.model.device.type, "or Budget(exact_last=0)")
-            if self.budget.candidates:
-                require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
-            self._check_limits()
+        check_kernels(self.budget, self.impl, self.model.device.type, self.model.dtype, self.architecture)
         indexer = self.selector.indexer
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)
-
-    def _check_limits(self) -> None:
-        tiers = self.budget.k if isinstance(self.budget.k, Mapping) else (0,)
-        most_k = max(self.budget.k_for(start, layer) for start in tiers for layer in self.architecture.layers)
-        check_limits(
-            self.model.device.type, dtype=self.model.dtype, block=self.budget.block, k=most_k,
-            head_dim=self.architecture.head_dim,
-        )  # fmt: skip
 
     def _patch(self) -> None:
         modules, text = attention_modules(self.model), decoder(self.model)
@@ -308,30 +272,14 @@ class _Layer:
         q, k, v = _of_one_dtype(q, k, v)
         inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition, note)
         try:
-            end = exact_end(inputs, self.forward, attached.budget)
-            chosen = inputs if end is None else end.left(inputs, attached.budget)
-            out = None
-            if chosen is not None:
-                support = attached._support(chosen, self.forward)
-                out = _attend(attached, chosen, support)
-                if attached.observe is not None:
-                    attached.observe(chosen, support, out)
-            if end is not None:
-                with attached.stage("exact"):
-                    out = end.over(out, inputs)
+            out = attend_sparsely(
+                inputs, self.forward, attached.budget, lambda chosen: attached._support(chosen, self.forward), attached.observe
+            )
             return out.transpose(1, 2).contiguous()
         except (RuntimeError, MemoryError) as error:
             if not workspace.is_exhausted(error):
                 raise
             raise workspace.out_of_memory(self.layer, k.shape[2], rows=k.shape[0] * k.shape[2]) from error
-
-
-def _attend(attached: SparsePrefill, inputs: LayerInputs, support: Support) -> Tensor:
-    options = dict(scale=inputs.scale, impl=attached.impl)
-    with attached.stage("attention"):
-        if attached.budget.tail:
-            return ops.sparse_attention_with_tail(inputs.q, inputs.k, inputs.v, support, valid=inputs.valid, **options)
-        return ops.sparse_attention(inputs.q, inputs.k, inputs.v, support, **options)
 
 
 class _Hook:
