@@ -106,7 +106,7 @@ def _register(name: str, attention: Callable, mask: Callable) -> None:
 
 
 def _mask(implementation: str, dense_below: int, **kwargs):
-    """The mask of one forward: that of `implementation` where it runs dense, else 2-D `[B, length]` bool where padded, or None."""
+    """The mask of one forward: `implementation`'s where it runs dense, else 2-D `[B, length]` bool where padded, or None."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
     queries, offset = kwargs["q_length"], kwargs["q_offset"]

@@ -31,7 +31,7 @@ def schedule_file(
     pure: Collection[str] = (),
     cpp: Collection[str] = (),
 ) -> str:
-    """Schedules the SCoPs of a function of a C file by a shipped strategy, a YAML file or a Config; returns what is to be printed.
+    """Schedules the SCoPs of a function of a C file by a shipped strategy, a YAML file or a Config; returns what to print.
 
     That is the generated C without `output`, the schedule tree with `tree`, and with `sizes` (a value for every scalar argument
     of the function) a comparison of the original and the generated program, run with 1, 2 and 4 threads within `time_limit_s`
