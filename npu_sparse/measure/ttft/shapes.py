@@ -23,6 +23,7 @@ SIZES = {
         rope_parameters={**COMMON["rope_parameters"], "mrope_section": [3, 3, 2]},
     ),
 }  # fmt: skip
+SHAPES = {f"qwen3.5-{size}": size for size in SIZES}
 
 
 def qwen35(size: str, *, dtype, device, seed: int = 0, **changes):
