@@ -6,6 +6,7 @@ PYTEST_ARGS ?=
 NPU_VENV := .venv-npu
 TRITON_VENV := .venv-triton
 OLDEST_VENV := .venv-oldest
+LMEVAL_VENV := .venv-lm-eval
 NPU_STUB := $(abspath build/npu_stub)
 
 .DELETE_ON_ERROR:
@@ -39,6 +40,11 @@ test-oldest: $(OLDEST_VENV)/.installed
 	$(OLDEST_VENV)/bin/python -m pytest -m "not exhaustive" $(PYTEST_ARGS) tests/checkpoints tests/test_indexer.py \
 	  tests/models/test_forward.py tests/models/test_index_cache.py tests/models/test_architectures.py
 
+# The model and the tasks of lm-eval, in lm-eval itself
+test-lm-eval: export OMP_NUM_THREADS = 1
+test-lm-eval: $(LMEVAL_VENV)/.installed
+	$(LMEVAL_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_lm_eval.py
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
@@ -47,7 +53,7 @@ results-check: $(BIN)/python
 	$(BIN)/python scripts/check_results.py
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) $(OLDEST_VENV) build ops/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) $(OLDEST_VENV) $(LMEVAL_VENV) build ops/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find npu_sparse tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -80,4 +86,12 @@ $(OLDEST_VENV)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
 	  $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
 	$(@D)/bin/python -m pip install --disable-pip-version-check transformers==5.6.0
+	touch $@
+
+# lm-eval and what it depends on, beside .venv's packages
+$(LMEVAL_VENV)/.installed: $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(@D)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
+	  $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
+	$(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt lm-eval
 	touch $@

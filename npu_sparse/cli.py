@@ -26,6 +26,7 @@ RUN_OPTIONS = {  # of a stage's function and not of its config: they change no f
     "profile": (Path | None, None, "Directory for a chrome trace of one prefill of every variant and length."),
     "crossover": (Path | None, None, "File of measured lengths for dense_below=auto to add to."),
 }
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 INTERRUPTED = 130  # typer's exit status of a command that Ctrl-C ended
 
 
@@ -62,6 +63,11 @@ COMMANDS = {
         "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
         "npu_sparse.measure.frontier", "FrontierConfig", "run_frontier",
     ),
+    "lm-eval": Command("Lm-eval's own command line, with the model npu-sparse; its help: npu-sparse lm-eval run --help."),
+    "lm-eval-tasks": Command(
+        "Write long-context tasks as a folder for lm-eval's --include_path.",
+        "npu_sparse.integrations.lm_eval_tasks", "LmEvalTasksConfig", "write_lm_eval_tasks",
+    ),
     "schedule": Command("Reorder, tile and parallelise the loops of a C file: a configurable polyhedral scheduler."),
     "build": Command("Compile the AscendC kernels, for the host emulation or for the card."),
 }  # fmt: skip
@@ -96,7 +102,8 @@ def _app(arguments: list[str]) -> typer.Typer:
     )  # fmt: skip
     app.callback()(_root)
     for name, command in COMMANDS.items():
-        app.command(name, help=command.help)(_function(name, command) if name == wanted else _unbuilt)
+        handed_on = PASSED_ON if name == "lm-eval" else None
+        app.command(name, help=command.help, context_settings=handed_on)(_function(name, command) if name == wanted else _unbuilt)
     return app
 
 
@@ -125,6 +132,8 @@ def _function(name: str, command: Command):
         return _doctor
     if name == "demo":
         return _demo
+    if name == "lm-eval":
+        return _lm_eval
     if name == "schedule":
         return _schedule
     if name == "build":
@@ -145,6 +154,12 @@ def _demo(
     from npu_sparse.demo import run_demo
 
     run_demo(output, model)
+
+
+def _lm_eval(context: typer.Context) -> None:
+    from npu_sparse.integrations.harness import run_harness
+
+    run_harness(context.args)
 
 
 def _schedule(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .boundary import read_json, reading, reason
 from .budget import Budget
 from .errors import USER_ERROR, ActionableError
+from .ops.index_heads.reference import rotary_for, rotate
 from .runs.store import replace_files
 
 FORMAT = 1
@@ -134,24 +135,6 @@ class IndexHead(nn.Module):
         return digest.hexdigest()
 
 
-def rotary_for(table: Tensor, dim: int) -> Tensor:
-    """The model's cos or sin table `[..., R]` cut to at most `dim` dimensions, keeping the whole range of frequencies."""
-    R = table.shape[-1]
-    if R <= dim:
-        return table
-    half = table[..., [i * (R // 2) // (dim // 2) for i in range(dim // 2)]]
-    return torch.cat([half, half], -1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (half-split) of the first `cos.shape[-1]` dimensions of x; the rest pass through."""
-    R = cos.shape[-1]
-    turned, rest = x[..., :R], x[..., R:]
-    half = torch.cat([-turned[..., R // 2 :], turned[..., : R // 2]], -1)
-    turned = turned * cos.to(x.dtype) + half * sin.to(x.dtype)
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
-
-
 class Indexer(nn.Module):
     """One IndexHead per full-attention layer of a frozen backbone.
 
@@ -210,17 +193,25 @@ class Indexer(nn.Module):
         from .checkpoints import identity
         from .models.architectures import describe
 
-        a = describe(model.config)
+        self.check_geometry(describe(model.config))
+        if self.base:
+            self.check_identity(identity(model))
+
+    def check_geometry(self, architecture) -> None:
+        """Raises AdapterError where an Architecture is not of the geometry this indexer was made for."""
         ours = (self.config.hidden_size, self.config.layers, self.config.rotary_dim)
-        theirs = (a.hidden_size, a.layers, a.rotary_dim)
+        theirs = (architecture.hidden_size, architecture.layers, architecture.rotary_dim)
         if ours != theirs:
             raise AdapterError(
                 "adapter must have the model's geometry (hidden_size, full-attention layers, rotary_dim) = "
                 f"{theirs}, got {ours}"
             )
-        if not self.base:
-            return
-        found = identity(model)
+
+    def check_identity(self, found: dict) -> None:
+        """Raises AdapterError where `found` (`checkpoints.identity`) is another checkpoint than this indexer was made for.
+
+        What either of them does not know, None or absent, is not compared.
+        """
         for name, value in self.base.items():
             known = value is not None and found.get(name) is not None
             if name != "architectures" and known and found[name] != value:

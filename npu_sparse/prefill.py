@@ -16,17 +16,28 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from . import ops
 from .budget import Budget
-from .exact_end import exact_end
-from .indexer import Indexer
+from .checks import check_kernels, check_layers, selecting_layers
+from .indexer import Indexer, IndexHead
+from .layer import attend_sparsely
 from .models import crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
 from .models.attention import LAYER, PREFIX, register_sparse
-from .models.forward import CANDIDATES, FORWARD, PROMPT_LENGTH, ForwardContext, cache_of, is_sparse, noted, prompt_length_of
+from .models.forward import (
+    CANDIDATES,
+    FORWARD,
+    PROMPT_LENGTH,
+    ForwardContext,
+    cache_of,
+    is_capturing,
+    is_sparse,
+    noted,
+    prompt_length_of,
+)
 from .models.index_cache import IndexKeyCache
+from .models.index_head import FusedIndexHead, Index
 from .ops import workspace
-from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
+from .ops.dispatch import runs_kernel
 from .ops.masks import keys_seen
 from .selectors import ByIndexer, LayerInputs, Selector, learns_partition
 from .support import Support
@@ -53,10 +64,7 @@ class SparsePrefill:
         self.native = text_config(model)._attn_implementation
         self.indexer: Indexer | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
-        layers = self.architecture.layers
-        self._selects = {layer: layers[n - n % budget.share_layers] for n, layer in enumerate(layers)}
-        if budget.anchors:
-            self._selects = {layer: max((a for a in budget.anchors if a <= layer), default=layer) for layer in layers}
+        self._selects = selecting_layers(budget, self.architecture.layers)
         self._shares = any(selects != layer for layer, selects in self._selects.items())
 
     @classmethod
@@ -136,49 +144,17 @@ class SparsePrefill:
     def _check(self) -> None:
         if self.native.startswith(PREFIX):
             raise ValueError("model must not be attached twice: detach() the first SparsePrefill")
-        unknown = set(self.budget.per_layer) - set(self.architecture.layers)
-        if unknown:
-            raise ValueError(
-                f"per_layer must name full-attention layers {list(self.architecture.layers)}, got {sorted(unknown)}"
-            )
-        anchors = set(self.budget.anchors)
-        if anchors and not {self.architecture.layers[0]} <= anchors <= set(self.architecture.layers):
-            raise ValueError(
-                f"anchors must be full-attention layers {list(self.architecture.layers)}, the first among them, "
-                f"got {sorted(anchors)}"
-            )
-        followers = sorted(layer for layer in self.budget.per_layer if self._selects[layer] != layer)
-        if followers:
-            raise ValueError(
-                f"per_layer must name layers that select for themselves ({'anchors' if anchors else 'share_layers'} "
-                f"{sorted(anchors) or self.budget.share_layers}), got {followers}"
-            )
+        check_layers(self.budget, self.architecture.layers)
         if self.budget.candidates and self.selector.indexer is None:
             raise ValueError(
                 f"candidates must be 0 for a selector without an indexer, got {self.budget.candidates} for {self.selector.name!r}"
             )
         self._learns = learns_partition(self.budget, self.selector.indexer)
-        if uses_kernel(self.impl, self.model.device.type):
-            require_kernels(self.model.device.type)
-            if self.budget.tail:
-                require_kernel("sparse_attention_with_tail", self.model.device.type, "or Budget(tail=False)")
-            if self.budget.exact_last:
-                require_kernel("dense_rows", self.model.device.type, "or Budget(exact_last=0)")
-            if self.budget.candidates:
-                require_kernel("select_two_level", self.model.device.type, "or Budget(candidates=0)")
-            self._check_limits()
+        check_kernels(self.budget, self.impl, self.model.device.type, self.model.dtype, self.architecture)
         indexer = self.selector.indexer
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)
-
-    def _check_limits(self) -> None:
-        tiers = self.budget.k if isinstance(self.budget.k, Mapping) else (0,)
-        most_k = max(self.budget.k_for(start, layer) for start in tiers for layer in self.architecture.layers)
-        check_limits(
-            self.model.device.type, dtype=self.model.dtype, block=self.budget.block, k=most_k,
-            head_dim=self.architecture.head_dim,
-        )  # fmt: skip
 
     def _patch(self) -> None:
         modules, text = attention_modules(self.model), decoder(self.model)
@@ -229,6 +205,9 @@ class SparsePrefill:
         selects = self._selects[layer] == layer
         head = None if self.indexer is None or not selects else self.indexer.layers[str(layer)]
         maker = None if head is None else head.key_maker()
+        fused = None
+        if head is not None and runs_kernel("index_heads", self.impl, self.model.device.type):
+            fused = FusedIndexHead(head, self.impl)
 
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -239,18 +218,23 @@ class SparsePrefill:
                 if head is not None and cache is not None:
                     IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head, maker)
                 return args, {**kwargs, LAYER: None}
-            index = learns_from = None
-            forward.note(layer, "hidden states", _is_finite(hidden))
-            if head is not None:
+            index = learns_from = partition = None
+            if head is None:
+                forward.note(layer, "hidden states", _is_finite(hidden))
+            else:
                 with self.stage("projection"), torch.no_grad():
-                    qi, ki, w = head(hidden, cos, sin)
-                    forward.note(layer, "index queries and keys", _is_finite(qi, ki, *(() if w is None else (w,))))
+                    made = fused(hidden, cos, sin, forward.start) if fused is not None else _made(head, hidden, cos, sin)
+                    for what, finite in made.finite:
+                        forward.note(layer, what, finite)
+                    qi, ki, w = made.queries, made.keys, made.weights
                     if cache is not None:
                         ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head, maker)
                     ki, w = ki.to(qi.dtype), None if w is None else w.to(qi.dtype)  # autocast leaves norms in fp32
                     index = (qi[:, :, :first], ki[:, : forward.end], None if w is None else w[:, :first])
-                learns_from = hidden[:, :first].detach() if self._learns else None
-            return args, {**kwargs, LAYER: _Layer(self, layer, forward, index, learns_from)}
+                if self._learns:
+                    learns_from = hidden[:, :first].detach()
+                    partition = None if made.partition is None else made.partition[:, :first]
+            return args, {**kwargs, LAYER: _Layer(self, layer, forward, index, learns_from, partition)}
 
         return before_attention
 
@@ -286,6 +270,7 @@ class _Layer:
     forward: ForwardContext
     index: tuple[Tensor, Tensor, Tensor | None] | None
     learns_from: Tensor | None  # the hidden states that log-partitions are predicted from, where they are
+    unpadded: Tensor | None = None  # those log-partitions, where they are known already and nothing is padding
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if mask is not None and mask.ndim != 2:
@@ -299,8 +284,8 @@ class _Layer:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         attached = self.attached
         valid = None if mask is None else mask[:, : k.shape[2]]
-        partition = None
-        if self.learns_from is not None:
+        partition = self.unpadded if valid is None else None
+        if self.learns_from is not None and partition is None:
             with attached.stage("projection"), torch.no_grad():
                 head = attached.indexer.layers[str(self.layer)].partition
                 partition = head(self.learns_from, keys_seen(q.shape[2], k.shape[2], valid, q.device))
@@ -308,30 +293,14 @@ class _Layer:
         q, k, v = _of_one_dtype(q, k, v)
         inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition, note)
         try:
-            end = exact_end(inputs, self.forward, attached.budget)
-            chosen = inputs if end is None else end.left(inputs, attached.budget)
-            out = None
-            if chosen is not None:
-                support = attached._support(chosen, self.forward)
-                out = _attend(attached, chosen, support)
-                if attached.observe is not None:
-                    attached.observe(chosen, support, out)
-            if end is not None:
-                with attached.stage("exact"):
-                    out = end.over(out, inputs)
+            out = attend_sparsely(
+                inputs, self.forward, attached.budget, lambda chosen: attached._support(chosen, self.forward), attached.observe
+            )
             return out.transpose(1, 2).contiguous()
         except (RuntimeError, MemoryError) as error:
             if not workspace.is_exhausted(error):
                 raise
             raise workspace.out_of_memory(self.layer, k.shape[2], rows=k.shape[0] * k.shape[2]) from error
-
-
-def _attend(attached: SparsePrefill, inputs: LayerInputs, support: Support) -> Tensor:
-    options = dict(scale=inputs.scale, impl=attached.impl)
-    with attached.stage("attention"):
-        if attached.budget.tail:
-            return ops.sparse_attention_with_tail(inputs.q, inputs.k, inputs.v, support, valid=inputs.valid, **options)
-        return ops.sparse_attention(inputs.q, inputs.k, inputs.v, support, **options)
 
 
 class _Hook:
@@ -382,9 +351,18 @@ def _check_finite(module, args, kwargs, output) -> None:
     forward = kwargs.get(FORWARD)
     if forward is None or not forward.finite:
         return
-    if not bool(torch.stack([flag for _, _, flag in forward.finite]).all()):
-        layer, what = next((layer, what) for layer, what, flag in forward.finite if not bool(flag))
+    if is_capturing(module.norm.weight.device):
+        return  # what is recorded must not wait for the device
+    if not bool(torch.cat([flag.flatten() for _, _, flag in forward.finite]).all()):
+        layer, what = next((layer, what) for layer, what, flag in forward.finite if not bool(flag.all()))
         raise FloatingPointError(f"{what} of layer {layer} must be finite, got NaN or Inf")
+
+
+def _made(head: IndexHead, hidden: Tensor, cos: Tensor, sin: Tensor) -> Index:
+    """What an index head makes, step by step."""
+    qi, ki, w = head(hidden, cos, sin)
+    finite = _is_finite(qi, ki, *(() if w is None else (w,)))
+    return Index(qi, ki, w, None, (("hidden states", _is_finite(hidden)), ("index queries and keys", finite)))
 
 
 def _is_finite(*tensors: Tensor) -> Tensor:

@@ -1,22 +1,30 @@
 #!/usr/bin/env python3
-"""How much faster do the thirty PolyBench problems run under each strategy, against gcc -O3 and against isl's own scheduler?
+"""How much faster do the thirty PolyBench problems run under each strategy, against gcc -O3 and against the schedulers of others?
 
     python scripts/bench_polybench.py --output runs/polybench --threads 2
+    python scripts/bench_polybench.py --pluto ~/pluto/polycc --polly clang-14
+    python scripts/bench_polybench.py --polybench PolyBenchC-4.2.1 --size large --short --pluto ~/pluto/polycc
 
 Every scheduler gets the same tile sizes to choose from (--tiles; "0" is untiled): each candidate runs --tuning times beside the
 original, the fastest is measured again, interleaved with the original and with the other schedulers' choices, --repeats times;
 only that second measurement is reported. "tuned" is the best of the original and of the five candidates in TUNED, chosen in the
-first measurement too. The baseline is the sequential original under gcc -O3 -march=native -fopenmp -ffp-contract=off. isl's own
-scheduler goes through the same code generator. Every run's live-out arrays are compared bit by bit with the original's; a
-candidate that differs, cannot be generated or does not end is listed under failures and wins nothing.
+first measurement too. The strategies of --presets are measured as they are shipped, too. The baseline is the sequential original
+under gcc -O3 -march=native -fopenmp -ffp-contract=off. isl's own scheduler goes through the same code generator.
+
+--pluto takes an installed polycc, whose choice is among --pluto-variants: its default; untiled without unrolling; maxfuse;
+innerpar; lastwriter; and tiles of 32, 32, 256. gcc compiles what it makes, with its `ivdep` in gcc's spelling. --polly takes a
+clang that has Polly, and measures clang -O3 without it, too. Both run interleaved with everything else.
+
+Every run's live-out arrays are compared bit by bit with the original's; a candidate that differs, cannot be generated or does not
+end is listed under failures and wins nothing. --short leaves out everything but the original, the presets and Pluto's default,
+and the choices: one measurement, for large sizes.
 
 --polybench DIR takes the kernels from PolyBench/C 4.2 sources instead of those of the package. Kernels that are finished are in
-records/ and are not measured again. Prints a table; writes report.json, report.md and report.png to --output.
+records/ and are not measured again. Prints tables; writes report.json, report.md and report.png to --output.
 """
 
 import argparse
 import json
-import math
 import re
 import subprocess
 import time
@@ -33,8 +41,9 @@ from npu_sparse.runs.page import markdown_table, say
 from npu_sparse.runs.store import open_run, write_json, write_text
 from npu_sparse.schedule import config
 from npu_sparse.schedule import kernels as shipped_kernels
+from npu_sparse.schedule.c.others import PLUTO, check_pluto, check_polly, schedule_by_pluto
 from npu_sparse.schedule.c.print import generate_file
-from npu_sparse.schedule.c.run import FLAGS, run
+from npu_sparse.schedule.c.run import FLAGS, RunError, run
 from npu_sparse.schedule.config import Tiling
 from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.frontend.preprocess import run_cpp
@@ -42,10 +51,17 @@ from npu_sparse.schedule.isl_baseline import isl_tree, mark_parallel
 from npu_sparse.schedule.plan import original
 from npu_sparse.schedule.scheduler import schedule
 
-ISL, PARALLEL = "isl's scheduler", "original, parallel"
+ISL, PARALLEL, POLYCC, POLLY, CLANG = "isl's scheduler", "original, parallel", "polycc", "Polly", "clang"
 STRATEGIES = ("pluto", "pluto-plus", "feautrier", "isl", "tensor-scheduler", "cpu-vector")
 TUNED = (("pluto", "32"), ("pluto", "32,32,256/4"), ("cpu-vector", "0"), ("cpu-vector", "32,32,256/4"), (PARALLEL, "0"))
 SCALARS = {"alpha": 1.5, "beta": 1.2, "float_n": 1000.0}
+CLOCKS = {  # a table each: which measurement, and what of it
+    "wall": ("times", "wall"),
+    "CPU time of the busiest thread": ("times", "cpu"),
+    "one thread, CPU time": ("times_one", "cpu"),
+}
+RATIOS = (("tuned", ISL), ("tuned", POLYCC), ("tuned", f"{POLYCC} default"), ("cpu-vector preset", POLYCC),
+          ("cpu-vector preset", f"{POLYCC} default"), ("tuned", POLLY))  # fmt: skip
 
 # What kernels take from the utilities of PolyBench; each program is made of copies, of which the linker keeps one.
 ALLOCATE = """void *polybench_alloc_data(unsigned long long int n, int size) { return malloc(n * size); }
@@ -80,77 +96,120 @@ def main() -> None:
             say(f"{name} ...")
             write_json(path, measure(kernels[name], arguments))
         records.append(json.loads(path.read_text()))
-    _report(directory, settings, records, (*arguments.strategies, PARALLEL, ISL))
+    _report(directory, settings, records)
 
 
 def measure(kernel: Kernel, arguments) -> dict:
-    """Times, speedups and failures of one kernel."""
-    scop = parse_c(kernel.text)
-    sources, seconds, failures = {"original": kernel.text}, {}, []
-    tiles = list(dict.fromkeys([*arguments.tiles, *(tile for _, tile in TUNED)]))
-    for scheduler in (*arguments.strategies, PARALLEL, ISL):
-        for tile in tiles if scheduler != PARALLEL else ["0"]:
-            if tile not in arguments.tiles and (scheduler, tile) not in TUNED:
-                continue
-            start = time.perf_counter()
+    """Times, speedups and failures of one kernel; where it cannot be read or run, failures only."""
+    sources, seconds, failures, chosen = {"original": kernel.text}, {}, [], {}
+    try:
+        scop = parse_c(kernel.text)
+        for scheduler, tile in candidates(arguments):
+            start, key = time.perf_counter(), f"{scheduler} {tile}"
             try:
-                sources[f"{scheduler} {tile}"] = candidate(scop, kernel.text, scheduler, tile)
-                seconds[f"{scheduler} {tile}"] = time.perf_counter() - start
+                if scheduler == POLYCC:
+                    sources[key] = schedule_by_pluto(arguments.pluto, kernel.text, tile)
+                elif scheduler in (POLLY, CLANG):
+                    sources[key] = kernel.text
+                    continue
+                else:
+                    sources[key] = candidate(scop, kernel.text, scheduler, tile)
+                seconds[key] = time.perf_counter() - start
             except ValueError as error:
-                failures.append(f"{scheduler} {tile}: {error}")
-    first, failed = _timed(scop, sources, kernel.values, arguments, arguments.tuning)
-    failures += failed
-    best = {}
-    for scheduler in (*arguments.strategies, PARALLEL, ISL):
-        found = [key for key in first if key.rpartition(" ")[0] == scheduler and key.rpartition(" ")[2] in arguments.tiles]
-        best[scheduler] = min(found, key=lambda key: min(first[key]["wall_s"])) if found else None
-    allowed = ["original", *(f"{scheduler} {tile}" for scheduler, tile in TUNED)]
-    best["tuned"] = min((key for key in allowed if key in first), key=lambda key: min(first[key]["wall_s"]))
-    chosen = {key: sources[key] for key in dict.fromkeys(["original", *filter(None, best.values())])}
-    final, failed = _timed(scop, chosen, kernel.values, arguments, arguments.repeats)
-    failures += failed
+                failures.append(f"{key}: {error}")
+        first, failed = {}, []
+        if arguments.tuning:
+            first, failed = _timed(scop, sources, kernel.values, arguments, arguments.tuning)
+        failures += failed
+        chosen = _choices(list(sources), first, arguments)
+        measured = {key: sources[key] for key in dict.fromkeys(["original", *filter(None, chosen.values())])}
+        final, failed = _timed(scop, measured, kernel.values, arguments, arguments.repeats)
+        failures += failed
+        alone = {}
+        if arguments.one_thread and arguments.threads > 1:
+            right = {key: text for key, text in measured.items() if key in final}
+            alone, failed = _timed(scop, right, kernel.values, arguments, arguments.repeats, threads=1)
+            failures += [f"{failure} (one thread)" for failure in failed]
+    except ValueError as error:  # the kernel itself
+        none = {"original_s": None, "chosen": {}, "speedup": {}, "times": {}, "times_one": {}, "tuning": {}, "generation_s": {}}
+        return {"kernel": kernel.name, **none, "failures": [*failures, str(error)]}
     speedup = {}
-    for scheduler, key in best.items():
+    for scheduler, key in chosen.items():
         speedup[scheduler] = final["original"]["wall"] / final[key]["wall"] if key in final else None
     return {
-        "kernel": kernel.name, "original_s": final["original"]["wall"], "chosen": best, "speedup": speedup, "times": final,
-        "tuning": first, "generation_s": seconds, "failures": sorted(set(failures)),
+        "kernel": kernel.name, "original_s": final["original"]["wall"], "chosen": chosen, "speedup": speedup, "times": final,
+        "times_one": alone, "tuning": first, "generation_s": seconds, "failures": sorted(set(failures)),
     }  # fmt: skip
 
 
+def candidates(arguments) -> list[tuple[str, str]]:
+    """Scheduler and tiles, or variant, of everything that runs beside the original."""
+    found = [(strategy, "preset") for strategy in arguments.presets]
+    if not arguments.short:
+        ours = [(scheduler, tile) for scheduler in (*arguments.strategies, ISL) for tile in arguments.tiles]
+        found += [*ours, *(pair for pair in TUNED if pair[0] in arguments.strategies), (PARALLEL, "0")]
+    if arguments.pluto:
+        found += [(POLYCC, variant) for variant in (("default",) if arguments.short else arguments.pluto_variants)]
+    if arguments.polly and not arguments.short:
+        found += [(CLANG, "0"), (POLLY, "0")]
+    return list(dict.fromkeys(found))
+
+
+def _choices(keys: list[str], first: dict, arguments) -> dict[str, str | None]:
+    """What each column of the report measures: the fastest of a scheduler's candidates in the first measurement."""
+    best = {}
+    chosen = [scheduler for scheduler, tile in candidates(arguments) if tile != "preset"]
+    for scheduler in () if arguments.short else dict.fromkeys(chosen):
+        tiles = arguments.tiles if scheduler in (*arguments.strategies, ISL) else ("0", *PLUTO)
+        found = [key for key in first if key.rpartition(" ")[0] == scheduler and key.rpartition(" ")[2] in tiles]
+        best[scheduler] = min(found, key=lambda key: min(first[key]["wall_s"])) if found else None
+    for fixed in [*(f"{strategy} preset" for strategy in arguments.presets), f"{POLYCC} default"]:
+        if fixed in keys and (fixed in first or not first):
+            best[fixed] = fixed
+    if not arguments.short:
+        allowed = ["original", *(f"{scheduler} {tile}" for scheduler, tile in TUNED)]
+        best["tuned"] = min((key for key in allowed if key in first), key=lambda key: min(first[key]["wall_s"]))
+    return best
+
+
 def candidate(scop, text: str, scheduler: str, tile: str) -> str:
-    """C of one scheduler with tiles "0" (untiled), "32", or "32,32,256/4" with an unroll-and-jam factor."""
+    """C of one scheduler with tiles "0" (untiled), "32", "32,32,256/4" with an unroll-and-jam factor, or "preset": as shipped."""
     sizes, _, jam = tile.partition("/")
-    sizes = tuple(int(size) for size in sizes.split(",") if int(size))
+    sizes = tuple(int(size) for size in sizes.split(",") if size.isdecimal() and int(size))
     if scheduler == PARALLEL:
         return generate_file(scop, text, mark_parallel(scop, original(scop).tree()))
     if scheduler == ISL:
         return generate_file(scop, text, isl_tree(scop, sizes))
     settings = config.load(scheduler)
+    if tile == "preset":
+        return generate_file(scop, text, schedule(scop, settings).tree())
     return generate_file(scop, text, schedule(scop, replace(settings, tiling=Tiling(sizes, 2, True, int(jam or 0)))).tree())
 
 
-def _timed(scop, sources: dict[str, str], values: dict, arguments, repeats: int) -> tuple[dict, list[str]]:
-    """`(times of the variants that computed the right thing, failures)`; a variant that breaks the program runs alone."""
-    failures, groups = [], [sources]
-    found = {}
-    while groups:
-        group = groups.pop()
+def _timed(scop, sources: dict[str, str], values: dict, arguments, repeats: int, threads: int = 0) -> tuple[dict, list[str]]:
+    """`(times of the variants that computed the right thing, failures)`; what breaks the program is left out.
+
+    Only a measurement in which every result is right counts: what is wrong may have written where the others read.
+    """
+    failures, group, found = [], dict(sources), {}
+    compilers = {f"{name} 0": command for name, command in (arguments.polly or {}).items()}
+    while not found:
         try:
-            results = run(scop, group, values, threads=(arguments.threads,), repeats=repeats, timeout_s=arguments.timeout)
-        except ValueError as error:
-            if len(group) == 2 or len(sources) == 1:
-                failures.append(f"{list(group)[-1]}: {str(error)[:300]}")
-            else:
-                groups += [{"original": sources["original"], key: text} for key, text in group.items() if key != "original"]
+            results = run(scop, group, values, threads=(threads or arguments.threads,), repeats=repeats, compilers=compilers,
+                          timeout_s=arguments.timeout * repeats * len(group), limit_s=arguments.timeout)  # fmt: skip
+        except RunError as error:
+            if group.pop(error.variant if error.variant != "original" else "", None) is None:
+                raise
+            failures.append(f"{error.variant}: {str(error)[:300]}")
             continue
-        for result in results:
-            if result.difference:
-                failures.append(f"{result.variant}: {result.difference}")
-            else:
-                found[result.variant] = {"wall": result.wall, "cpu": result.cpu, "wall_s": result.wall_s, "cpu_s": result.cpu_s}
-    if "original" not in found:
-        raise SystemExit(f"error: {scop.name}: the original must run, got {failures}")
+        wrong = {result.variant: result.difference for result in results if result.difference}
+        if "original" in wrong:
+            raise ValueError(f"the original must give one result, got two: {wrong['original']}")
+        for name in [name for name in wrong if name.startswith(POLYCC)] or list(wrong):
+            failures.append(f"{name}: {wrong[name]}")
+            del group[name]
+        if not wrong:
+            found = {r.variant: {"wall": r.wall, "cpu": r.cpu, "wall_s": r.wall_s, "cpu_s": r.cpu_s} for r in results}
     return found, failures
 
 
@@ -224,48 +283,91 @@ def _gcc(*options: str) -> str:
     return subprocess.run(["gcc", *options], capture_output=True, text=True, check=True).stdout
 
 
-def _report(directory: Path, settings: dict, records: list[dict], schedulers: tuple[str, ...]) -> None:
-    machine, columns = this_machine(), (*schedulers, "tuned")
-    means = {}
-    for scheduler in columns:
-        wall, cpu = [r["speedup"].get(scheduler) for r in records], [_of_cpu(r, scheduler) for r in records]
-        values = {"geomean": list(filter(None, wall)), "cpu_geomean": list(filter(None, cpu))}
-        means[scheduler] = {key: geometric_mean(each) if each else None for key, each in values.items()}
-        means[scheduler]["kernels"] = len(values["geomean"])
-    over_isl = [r["speedup"]["tuned"] / r["speedup"][ISL] for r in records if r["speedup"].get("tuned") and r["speedup"].get(ISL)]
-    means["tuned over isl"] = {"geomean": geometric_mean(over_isl) if over_isl else None, "kernels": len(over_isl)}
+def _report(directory: Path, settings: dict, records: list[dict]) -> None:
+    machine, columns = this_machine(), list(dict.fromkeys(column for r in records for column in r["chosen"]))
+    columns = [*(c for c in columns if c != "tuned"), *(c for c in columns if c == "tuned")]
+    means, tables = {column: {} for column in columns}, []
+    for clock, place in CLOCKS.items():
+        rows = []
+        for r in records:
+            rows.append({"kernel": r["kernel"], **{column: _speedup(r, column, *place) for column in columns}})
+        if not any(row[column] for row in rows for column in columns):
+            continue
+        found = {column: list(filter(None, (row[column] for row in rows))) for column in columns}
+        for column, values in found.items():
+            name = {"wall": "geomean", "cpu": "cpu_geomean"}[place[1]] if place[0] == "times" else "one_thread_geomean"
+            means[column] |= {name: geometric_mean(values) if values else None}
+            means[column].setdefault("kernels", len(values))
+        title = f"## {clock[0].upper()}{clock[1:]}"
+        rows.append({"kernel": "geomean", **{c: geometric_mean(v) if v else None for c, v in found.items()}})
+        rows.append({"kernel": "kernels", **{c: str(len(v)) for c, v in found.items()}})
+        tables += [title, "", markdown_table(rows, {name: name for name in ("kernel", *columns)}), ""]
+    ratios = {f"{ours} over {theirs}": _ratio(records, ours, theirs) for ours, theirs in RATIOS}
+    ratios = {name: ratio for name, ratio in ratios.items() if ratio}
     failures = [f"{r['kernel']}: {failure}" for r in records for failure in r["failures"]]
-    rows = [{"kernel": r["kernel"], "original_s": r["original_s"], **r["speedup"]} for r in records]
-    rows.append({"kernel": "geomean", **{key: means[key]["geomean"] for key in columns}})
-    rows.append({"kernel": "geomean of CPU time", **{key: means[key]["cpu_geomean"] for key in columns}})
-    table = markdown_table(rows, {"kernel": "kernel", "original_s": "original, s", **{key: key for key in columns}})
-    generated = [r for r in records if r["generation_s"]]
-    slowest = sorted(((max(r["generation_s"].values()), r["kernel"]) for r in generated), reverse=True)
-    least = min((r["speedup"]["tuned"], r["kernel"]) for r in records if r["speedup"]["tuned"])
     text = [
-        "# PolyBench: speedup over the sequential original", "", table,
-        "Wall time; the last row counts the CPU time of the busiest thread, which leaves out what waking threads costs.",
-        f"Tuned over isl's scheduler: {means['tuned over isl']['geomean'] or math.nan:.3g}x in {len(over_isl)} kernels. "
-        f"Least tuned speedup: {least[0]:.3g}x, {least[1]}.",
-        f"Scheduling and generation: {sum(fmean(r['generation_s'].values()) for r in generated):.3g} s for all kernels, mean of "
-        f"the candidates; the slowest candidate takes at most 1 s in {sum(s <= 1 for s, _ in slowest)} of {len(slowest)} "
-        f"kernels, and {slowest[0][0]:.3g} s in {slowest[0][1]}.", "",
+        "# PolyBench: speedup over the sequential original", "", *tables,
+        "The CPU time of the busiest thread leaves out what waking threads costs and what other programs took.",
+        *(f"{name}: {r['cpu_geomean']:.3g}x in CPU time, {r['geomean']:.3g}x in wall time, {r['kernels']} kernels; least "
+          f"{r['least']:.3g}x, {r['least_kernel']}." for name, r in ratios.items()),
+        *_least(records, [column for column in columns if column == "tuned" or column.endswith(" preset")]),
+        *_generation(records), "",
         f"Failures: {len(failures)}", *(f"- {failure}" for failure in failures), "",
+        "Seconds of the original: " + ", ".join(f"{r['kernel']} {r['original_s']:.4g}" for r in records if r["original_s"]), "",
         "Settings: " + ", ".join(f"{key} = {value}" for key, value in settings.items()), "", machine_line(machine), "",
     ]  # fmt: skip
     write_json(
         directory / "report.json",
-        {"config": settings, "machine": machine, "means": means, "failures": failures, "kernels": records},
+        {"config": settings, "machine": machine, "means": means | ratios, "failures": failures, "kernels": records},
     )
     write_text(directory / "report.md", "\n".join(text))
     _figure(directory / "report.png", records, columns)
     print("\n".join(text))
 
 
-def _of_cpu(record: dict, scheduler: str) -> float | None:
-    """Speedup of a scheduler's choice in CPU seconds of the busiest thread."""
-    times = record["times"].get(record["chosen"].get(scheduler))
-    return record["times"]["original"]["cpu"] / times["cpu"] if times else None
+def _least(records: list[dict], columns: list[str]) -> list[str]:
+    lines = []
+    for column in columns:
+        found = [(value, r["kernel"]) for r in records if (value := _speedup(r, column, "times", "cpu"))]
+        lines += [f"Least speedup of {column}, CPU time: {min(found)[0]:.3g}x, {min(found)[1]}."] if found else []
+    return lines
+
+
+def _generation(records: list[dict]) -> list[str]:
+    """How long the project's schedulers took, and Pluto."""
+    lines = []
+    for name, foreign in (("Scheduling and generation", False), ("Pluto", True)):
+        seconds = [({k: s for k, s in r["generation_s"].items() if k.startswith(f"{POLYCC} ") == foreign}, r) for r in records]
+        seconds = [(found, r["kernel"]) for found, r in seconds if found]
+        if seconds:
+            slowest = sorted(((max(found.values()), kernel) for found, kernel in seconds), reverse=True)
+            mean = sum(fmean(found.values()) for found, _ in seconds)
+            lines.append(
+                f"{name}: {mean:.3g} s for all kernels, mean of the candidates; the slowest candidate takes at most 1 s in "
+                f"{sum(s <= 1 for s, _ in slowest)} of {len(slowest)} kernels, and {slowest[0][0]:.3g} s in {slowest[0][1]}."
+            )
+    return lines
+
+
+def _speedup(record: dict, column: str, times: str, clock: str) -> float | None:
+    """Of a column's choice over the original, by one of the measurements and clocks."""
+    found = record[times].get(record["chosen"].get(column))
+    return record[times]["original"][clock] / found[clock] if found else None
+
+
+def _ratio(records: list[dict], ours: str, theirs: str) -> dict | None:
+    """How much faster one column is than another where both have a choice, and where least so."""
+    pairs = {"cpu_geomean": {}, "geomean": {}}
+    for r in records:
+        for key, clock in (("cpu_geomean", "cpu"), ("geomean", "wall")):
+            a, b = _speedup(r, ours, "times", clock), _speedup(r, theirs, "times", clock)
+            if a and b:
+                pairs[key][r["kernel"]] = a / b
+    if not pairs["cpu_geomean"]:
+        return None
+    least = min(pairs["cpu_geomean"], key=pairs["cpu_geomean"].get)
+    means = {key: geometric_mean(found.values()) for key, found in pairs.items()}
+    return {**means, "kernels": len(pairs["geomean"]), "least": pairs["cpu_geomean"][least], "least_kernel": least}
 
 
 def _figure(path: Path, records: list[dict], columns: tuple[str, ...]) -> None:
@@ -290,19 +392,40 @@ def _arguments():
     add("--size", choices=("mini", "small", "medium", "large", "extralarge"), default="large",
         help="a data set of PolyBench/C; the package's kernels have small and large")
     add("--kernels", type=lambda text: text.split(","), help="default: all")
-    add("--strategies", type=lambda text: tuple(text.split(",")), default=STRATEGIES)
+    add("--strategies", type=_list, default=STRATEGIES)
+    add("--presets", type=_list, help="strategies to measure as they are shipped, too; default: with --short cpu-vector, or none")
     add("--tiles", type=lambda text: tuple(text.split()), default=("0", "32", "32,32,256/4", "64,16,256/2"))
     add("--threads", type=int, default=2)
     add("--tuning", type=int, default=2, help="runs of every candidate before the choice")
     add("--repeats", type=int, default=5, help="runs of every choice")
-    add("--timeout", type=float, default=600, help="seconds for all runs of one kernel")
+    add("--timeout", type=int, default=120, help="seconds for one run of a candidate")
+    add("--one-thread", action=argparse.BooleanOptionalAction, default=True, help="measure the choices with one thread, too")
+    add("--short", action="store_true", help="only the original, the presets and Pluto's default, measured once: for large sizes")
+    add("--pluto", help="an installed polycc, path or name, to measure beside")
+    add("--pluto-variants", type=lambda text: tuple(text.split()), default=tuple(PLUTO),
+        help=f"between blanks, of {' '.join(PLUTO)}")
+    add("--polly", help="an installed clang that has Polly, path or name, to measure beside")
     arguments = parser.parse_args()
-    for strategy in arguments.strategies:
-        try:
+    if arguments.presets is None:
+        arguments.presets = ("cpu-vector",) if arguments.short else ()
+    arguments.tuning = 0 if arguments.short else arguments.tuning
+    if arguments.tuning < 1 and not arguments.short:
+        parser.error(f"--tuning must be at least 1, got {arguments.tuning}")
+    for variant in arguments.pluto_variants:
+        if variant not in PLUTO:
+            parser.error(f"--pluto-variants must be of {' '.join(PLUTO)}, got {variant}")
+    try:
+        for strategy in (*arguments.strategies, *arguments.presets):
             config.load(strategy)
-        except ValueError as error:
-            parser.error(str(error))
+        arguments.pluto = check_pluto(arguments.pluto) if arguments.pluto else None
+        arguments.polly = check_polly(arguments.polly) if arguments.polly else None
+    except ValueError as error:
+        parser.error(str(error))
     return arguments
+
+
+def _list(text: str) -> tuple[str, ...]:
+    return tuple(filter(None, text.split(",")))
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def ttft(size: str, sparse: str, runs: str, budget_s: int, *options: str, length
 
 STEPS = (
     Step("tests", parallel("tests/ops", "tests/models/hybrid", "-k", "cuda or test_hopper"), 420),
-    Step("tests-models", parallel("tests/test_prefill.py", "tests/test_selectors.py", "-k", "cuda"), 300),
+    Step("tests-models", parallel("tests/prefill/test_backends.py", "tests/test_selectors.py", "-k", "cuda"), 300),
     Step("memcheck", (*SANITIZER, "memcheck", *PYTEST, "tests/ops/test_hopper.py", "-k", CHECKED), 300, "compute-sanitizer"),
     Step("racecheck", (sys.executable, str(ROOT / "scripts" / "racecheck.py")), 620, "compute-sanitizer"),
     Step("ops", scripts("bench_ops", "--dense", "fa2,cudnn,fa3,flex", "--oracle"), 240),

@@ -6,10 +6,11 @@ import signal
 import pytest
 import torch
 from hypothesis import settings
+from transformers import DynamicCache
 
 from npu_sparse import ascendc
 from npu_sparse.ops import dispatch
-from npu_sparse.testing import BACKENDS, Backend, open_backend
+from npu_sparse.testing import BACKENDS, Backend, open_backend, tiny_model, tokens
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
@@ -86,6 +87,39 @@ def backend(request) -> Backend:
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError for a device it was not built for
         leave = pytest.fail if request.param in required(request.config) else pytest.skip
         leave(str(error).splitlines()[0])
+
+
+@pytest.fixture(scope="session")
+def models():
+    """`models(name)`: the tiny model of an architecture, made once; a test that changes its weights makes one of its own."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = tiny_model(name)
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def require_continuing():
+    """`require_continuing(model)` skips where transformers cannot continue a cache by several tokens: early versions of linear
+    attention forgot their states."""
+
+    def require(model):
+        ids, cache = tokens(2, 20), DynamicCache(config=model.config.get_text_config())
+        model(ids[:, :9], past_key_values=cache)
+        if not torch.allclose(model(ids[:, 9:], past_key_values=cache).logits, model(ids).logits[:, 9:], atol=1e-3):
+            pytest.skip("this version of transformers cannot continue a cache of linear attention by several tokens")
+
+    return require
 
 
 @pytest.fixture(scope="session")

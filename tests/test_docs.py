@@ -170,6 +170,7 @@ def test_commands_parse_and_their_configs_hold(place, arguments, monkeypatch, tm
             "demo": ("demo", "run_demo"),
             "build": ("ascendc", "build"),
             "schedule": ("schedule.command", "schedule_file"),
+            "lm-eval": ("integrations.harness", "run_harness"),
         }[arguments[0]]
         owner = importlib.import_module(f"npu_sparse.{module}")
 

@@ -13,7 +13,7 @@ from npu_sparse.models.architectures import attention_modules
 from npu_sparse.models.forward import ForwardContext
 from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.selectors import LayerInputs
-from npu_sparse.testing import TINY_MODELS, tiny_model
+from npu_sparse.testing import TINY_MODELS, close, tiny_model, tokens
 
 T = 75
 SPARSE = Budget(k=16, block=8)
@@ -28,22 +28,7 @@ BUDGETS = {
     "softmax_max, learned": SPARSE.replace(reduce="softmax_max"),
     "tiers": Budget(k={0: 8, 60: 24}, block=8, per_layer={1: 12}),
 }
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-    return lambda name: made.setdefault(name, tiny_model(name))
-
-
-def tokens(B=2, length=T, seed=0):
-    return torch.randint(1, 90, (B, length), generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 def choose(kind, model):
@@ -64,10 +49,6 @@ def first_layer(model, context, ids, **options):
         logits = model(ids, **options).logits
     handle.remove()
     return torch.cat(seen, 1), logits
-
-
-def close(a, b, tolerance=1e-4):
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 # Which rows
@@ -297,7 +278,7 @@ def test_a_length_that_is_none_is_refused():
 
 def test_a_device_without_the_kernel_is_refused_when_attaching(monkeypatch):
     model = tiny_model("llama", dtype=torch.bfloat16)
-    monkeypatch.setattr("npu_sparse.prefill.require_kernels", lambda device: None)
+    monkeypatch.setattr("npu_sparse.checks.require_kernels", lambda device: None)
     monkeypatch.setattr(dispatch, "_kernel", lambda op, device: None if op == "dense_rows" else object())
     with pytest.raises(KernelUnavailableError, match="dense_rows has no kernel on 'cpu': .* cuda only: .*, or Budget"):
         SparsePrefill.attach(model, selectors.Oracle(), Budget(exact_last=8), impl="kernel")

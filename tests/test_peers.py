@@ -7,7 +7,7 @@ from npu_sparse import Budget, SparsePrefill, peers
 from npu_sparse.measure.variants import VARIANTS, evidence_of, selector_of
 from npu_sparse.ops import workspace
 from npu_sparse.selectors import LayerInputs
-from npu_sparse.testing import attention_inputs, padding, tiny_model
+from npu_sparse.testing import attention_inputs, padding, tiny_model, tokens
 
 PEERS = {
     "pooled": lambda: peers.PooledBlocks(key_block=8),
@@ -158,7 +158,7 @@ def test_a_padded_sequence_selects_what_it_would_alone(make):
 @every_peer
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_5"])
 def test_a_peer_attaches_to_a_model(make, name):
-    model, ids = tiny_model(name), torch.randint(1, 90, (2, 40), generator=torch.Generator().manual_seed(0))
+    model, ids = tiny_model(name), tokens(2, 40)
     with torch.no_grad():
         dense = model(ids).logits
         with SparsePrefill.attach(model, make(), Budget(k=8, block=8)):

@@ -122,6 +122,11 @@ def identity(model_or_path: Any) -> dict[str, Any]:
         config = model_or_path.config
         weights, backbone = weights_fingerprint(model_or_path), backbone_fingerprint(model_or_path)
         architectures = [type(model_or_path).__name__]
+    return describe_base(config, architectures, weights, backbone)
+
+
+def describe_base(config: Any, architectures: Any, weights: str | None, backbone: str | None) -> dict[str, Any]:
+    """`identity` of a config whose weights have these fingerprints, None where they are not known."""
     text = config.get_text_config(decoder=True)
     heads = text.num_attention_heads
     return {

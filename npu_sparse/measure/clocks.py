@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+BUSY_CYCLES = 20_000_000  # that the device has something to do while a layer is issued: 10 ms at 2 GHz
+
 
 def synchronize(device: torch.device) -> None:
     """Waits for everything queued on an accelerator; does nothing on the CPU."""
@@ -64,6 +66,48 @@ class EventTimer:
         event = getattr(torch, self.device.type).Event(enable_timing=True)
         event.record()
         return event
+
+
+class HostTimer:
+    """`StageTimer` that waits for nothing: on an accelerator, the time that the host takes to issue a stage."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, name: str):
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+
+@contextmanager
+def layers_issued(modules: list, device: torch.device):
+    """Gives a list that receives, for every forward of `modules`, the seconds in which the host issued it.
+
+    Before each the device is emptied and then kept busy, so that the queue is neither empty nor full: nothing waits within.
+    """
+    handles, seconds, started = [], [], []
+
+    def before(*_):
+        synchronize(device)
+        if device.type == "cuda":
+            torch.cuda._sleep(BUSY_CYCLES)
+        started.append(time.perf_counter())
+
+    def after(*_):
+        seconds.append(time.perf_counter() - started.pop())
+
+    for module in modules:
+        handles.append(module.register_forward_pre_hook(before, prepend=True))
+        handles.append(module.register_forward_hook(after))
+    try:
+        yield seconds
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def stage_timer(device: torch.device) -> StageTimer | EventTimer:

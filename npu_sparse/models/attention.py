@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .forward import ForwardContext, is_sparse
+from .forward import ForwardContext, is_capturing, is_sparse
 
 LAYER = "npu_sparse_layer"  # the keyword under which an attention function receives its SparseLayer
 PREFIX = "npu_sparse"  # of the names that attached models select their attention and mask functions by
@@ -127,7 +127,7 @@ def _mask(native: str, dense_below: int, **kwargs):
             f"attention_mask must cover all {length} tokens, those in the cache too, got {tuple(padding.shape)}"
         )
     padding = padding[:, :length].bool()
-    if not torch.compiler.is_compiling() and bool(padding.all()):
+    if not torch.compiler.is_compiling() and not is_capturing(padding.device) and bool(padding.all()):
         return None
     return padding
 

@@ -25,6 +25,7 @@ from .inputs import (
     whole_index_inputs,
 )
 from .models import TINY_MODELS, tiny_model, tiny_tokenizer
+from .prompts import close, greedy, left_padding, recorder, right_padding, tiny_selector, tokens
 
 __all__ = [
     "BACKENDS",
@@ -35,8 +36,11 @@ __all__ = [
     "TINY_MODELS",
     "assert_accurate",
     "attention_inputs",
+    "close",
+    "greedy",
     "hostile",
     "index_inputs",
+    "left_padding",
     "naive_attention_mass",
     "naive_index_partition",
     "naive_index_scores",
@@ -52,8 +56,12 @@ __all__ = [
     "poisoned",
     "ragged_scores",
     "random_support",
+    "recorder",
+    "right_padding",
     "rms_error",
     "tiny_model",
+    "tiny_selector",
     "tiny_tokenizer",
+    "tokens",
     "whole_index_inputs",
 ]

@@ -153,18 +153,8 @@ def naive_sparse_attention(
     q: Tensor, k: Tensor, v: Tensor, support: Support, *, scale: float, dtype=torch.float64
 ) -> Tensor:
     """Dense attention in `dtype` under the mask that support and causality leave; zeros where they leave nothing."""
-    B, Hq, Tq, _ = q.shape
-    Hkv, Tk = k.shape[1], k.shape[2]
-    Hs = support.indices.shape[1]
-    allowed = torch.zeros(B, Hq, Tq, Tk, dtype=torch.bool)
-    for b in range(B):
-        for h in range(Hq):
-            row = 0 if Hs == 1 else h * Hkv // Hq
-            for t in range(Tq):
-                held = int(support.count[b, row, t // support.block])
-                for s in support.indices[b, row, t // support.block, :held].tolist():
-                    allowed[b, h, t, s] = s <= Tk - Tq + t
-    allowed = allowed.to(q.device)
+    Hq, Hkv = q.shape[1], k.shape[1]
+    allowed = _allowed(q, k, support)
     selected = allowed.any(2).unflatten(1, (Hkv, -1)).any(2)[..., None]  # what nobody selects may hold anything
     k, v = k.where(selected, 0.0), v.where(selected, 0.0)
     weights = _weights(q, k, scale, allowed, dtype)
@@ -174,31 +164,45 @@ def naive_sparse_attention(
 def naive_sparse_attention_with_tail(
     q: Tensor, k: Tensor, v: Tensor, support: Support, *, scale: float, valid: Tensor | None = None, dtype=torch.float64
 ) -> Tensor:
-    """Sparse attention and its tail by definition, in `dtype`, query by query."""
+    """Sparse attention and its tail by definition, in `dtype`, block by block and query by query."""
     B, Hq, Tq, _ = q.shape
-    Hkv, Tk = k.shape[1], k.shape[2]
-    Hs = support.indices.shape[1]
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    group, Tk = Hq // k.shape[1], k.shape[2]
+    allowed, count = _allowed(q, k, support), support.count.tolist()
+    q, k, v = q.to(dtype), k.to(dtype).repeat_interleave(group, 1), v.to(dtype).repeat_interleave(group, 1)
     out = torch.zeros(B, Hq, Tq, v.shape[-1], dtype=dtype, device=q.device)
     for b in range(B):
-        for h in range(Hq):
-            group, row = h * Hkv // Hq, (0 if Hs == 1 else h * Hkv // Hq)
-            for t in range(Tq):
-                held = int(support.count[b, row, t // support.block])
-                chosen = support.indices[b, row, t // support.block, :held].tolist()
-                first = Tk - Tq + t // support.block * support.block
-                before = [s for s in range(first + 1) if valid is None or bool(valid[b, s])]
-                left = len(before) - sum(s <= first for s in chosen)
-                keys = [k[b, group, s] for s in chosen if s <= Tk - Tq + t]
-                values = [v[b, group, s] for s in chosen if s <= Tk - Tq + t]
-                scores = [(q[b, h, t] * key).sum() * scale for key in keys]
-                if held and left > 0:
-                    mean = k[b, group, before].mean(0)
-                    scores.append((q[b, h, t] * mean).sum() * scale + math.log(left))
-                    values.append(v[b, group, before].mean(0))
-                if scores:
-                    out[b, h, t] = torch.softmax(torch.stack(scores), 0) @ torch.stack(values)
+        real = [s for s in range(Tk) if valid is None or bool(valid[b, s])]
+        for n in range(len(count[b][0])):
+            first = Tk - Tq + n * support.block
+            before = [s for s in real if s <= first]
+            mean_k, mean_v = k[b, :, before].mean(1), v[b, :, before].mean(1)  # [Hq, D]
+            for h in range(Hq):
+                row = h * support.indices.shape[1] // Hq
+                held = count[b][row][n]
+                left = len(before) - int((support.indices[b, row, n, :held] <= first).sum())
+                for t in range(n * support.block, min((n + 1) * support.block, Tq)):
+                    read = allowed[b, h, t].nonzero()[:, 0]
+                    scores, values = (q[b, h, t] * k[b, h][read]).sum(-1) * scale, v[b, h][read]
+                    if held and left > 0:
+                        scores = torch.cat([scores, (q[b, h, t] * mean_k[h, None]).sum(-1) * scale + math.log(left)])
+                        values = torch.cat([values, mean_v[h, None]])
+                    out[b, h, t] = torch.softmax(scores, 0) @ values
     return out
+
+
+def _allowed(q: Tensor, k: Tensor, support: Support) -> Tensor:
+    """Bool `[B, Hq, Tq, Tk]`: the query's support holds the key, and the query sees it."""
+    B, Hq, Tq, _ = q.shape
+    Tk, Hs = k.shape[2], support.indices.shape[1]
+    indices, count = support.indices.tolist(), support.count.tolist()
+    allowed = torch.zeros(B, Hs, Tq, Tk, dtype=torch.bool)
+    for b in range(B):
+        for row in range(Hs):
+            for t in range(Tq):
+                n = t // support.block
+                chosen = [s for s in indices[b][row][n][: count[b][row][n]] if s <= Tk - Tq + t]
+                allowed[b, row, t, chosen] = True
+    return allowed.repeat_interleave(Hq // Hs, 1).to(q.device)
 
 
 def _sees(B: int, Tq: int, Tk: int, valid: Tensor | None, device) -> Tensor:

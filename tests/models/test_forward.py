@@ -10,7 +10,7 @@ from transformers import DynamicCache
 
 from npu_sparse import Budget, Indexer, SparsePrefill, selectors
 from npu_sparse.models.forward import ForwardContext, noted, prompt_length_of
-from npu_sparse.testing import tiny_model
+from npu_sparse.testing import tiny_model, tokens
 
 THREADS, TURNS, T = 4, 40, 24
 BUDGET = Budget(k=8, block=4, sink=1, recent=1)
@@ -235,7 +235,7 @@ def test_no_forward_of_a_measurement_is_warned_for_its_caches_name(model, chunk)
 
     from npu_sparse.measure.ttft.run import time_to_first_token
 
-    ids = torch.randint(1, 90, (1, T), generator=torch.Generator().manual_seed(0))
+    ids = tokens(1, T)
     expected = int(model(ids).logits[0, -1].argmax())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from npu_sparse import Budget, SparsePrefill, selectors
-from npu_sparse.testing import tiny_model
+from npu_sparse.testing import tiny_model, tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,10 +20,6 @@ def script(monkeypatch):
     return module
 
 
-def tokens(length, seed=0):
-    return torch.randint(1, 90, (1, length), generator=torch.Generator().manual_seed(seed))
-
-
 @torch.no_grad()
 def loglikelihood(model, ids, after, budget=None):
     with SparsePrefill.attach(model, selectors.Oracle(), budget) if budget else torch.no_grad():
@@ -33,7 +29,7 @@ def loglikelihood(model, ids, after, budget=None):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_rules_are_what_the_package_does(script, name):
-    model, ids, after = tiny_model(name), tokens(70), tokens(1, 1)
+    model, ids, after = tiny_model(name), tokens(1, 70), tokens(1, 1, 1)
     dense = loglikelihood(model, ids, after)
     paper = loglikelihood(model, ids, after, Budget(k=12, block=1))
     tail = loglikelihood(model, ids, after, Budget(k=12, block=1, tail=True))
@@ -49,7 +45,7 @@ def test_rules_are_what_the_package_does(script, name):
 
 
 def test_a_rule_of_every_key_is_dense_and_parts_are_parts(script):
-    model, ids, after = tiny_model("llama"), tokens(70), tokens(3, 1)
+    model, ids, after = tiny_model("llama"), tokens(1, 70), tokens(1, 3, 1)
     lab = script.Lab(model)
     dense = lab.follow(ids, after)[0]
     for name, rule in script.rules(512).items():

@@ -48,12 +48,19 @@ def gradients(
         if tail is not None:
             weights, rest = weights[..., :-1], weights[..., -1:]
             flow, drift = flow[..., :-1], flow[..., -1:]
-            results[3].index_add_(2, n, (drift * queries).sum(2))
-            results[4].index_add_(2, n, (rest * above).sum(2))
+            here = slice(start // block, start // block + blocks.shape[2])
+            results[3][:, :, here] += block_sums((drift * queries).sum(2), block)
+            results[4][:, :, here] += block_sums((rest * above).sum(2), block)
         dq[:, :, start:stop] = (flow @ keys + (drift * tail_keys if tail is not None else 0.0)).flatten(1, 2)
         dk.index_add_(2, union, (flow.mT @ queries).sum(2))
         dv.index_add_(2, union, (weights.mT @ above).sum(2))
     return tuple(results)
+
+
+def block_sums(rows: Tensor, block: int) -> Tensor:
+    """[B, H, R, D] -> [B, H, ceil(R / block), D], always in one order: `index_add_` would add in any on CUDA."""
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -rows.shape[2] % block))
+    return rows.unflatten(2, (-1, block)).sum(3)
 
 
 def through_softmax(scores: Tensor, towards: Tensor, scale: float) -> tuple[Tensor, Tensor]:

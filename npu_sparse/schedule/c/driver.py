@@ -37,23 +37,25 @@ START = """\
 int main(int argc_, char **argv_) {
   records_ = fopen(argv_[1], "w");
   if (!records_) return 1;
-  const int repeats_ = atoi(argv_[2]);
+  const int repeats_ = atoi(argv_[2]), limit_ = atoi(argv_[3]);
   double bytes_ = 0;
 """
 RUN = """\
   int known_ = 0;
-  for (int p_ = 3; p_ < argc_; p_++) for (int r_ = 0; r_ < repeats_; r_++) {{
+  for (int p_ = 4; p_ < argc_; p_++) for (int r_ = 0; r_ < repeats_; r_++) {{
     const int threads_ = atoi(argv_[p_]);
     omp_set_num_threads(threads_);
     for (int v_ = 0; v_ < {variants}; v_++) {{
       {fill}
       #pragma omp parallel
       busy_[omp_get_thread_num()] = -seconds_(CLOCK_THREAD_CPUTIME_ID);
+      alarm(limit_);
       double start_ = seconds_(CLOCK_MONOTONIC);
       switch (v_) {{
         {calls}
       }}
       double wall_ = seconds_(CLOCK_MONOTONIC) - start_, cpu_ = 0;
+      alarm(0);
       #pragma omp parallel
       busy_[omp_get_thread_num()] += seconds_(CLOCK_THREAD_CPUTIME_ID);
       for (int n_ = 0; n_ < threads_ && n_ < 256; n_++) cpu_ = busy_[n_] > cpu_ ? busy_[n_] : cpu_;
@@ -71,7 +73,7 @@ RUN = """\
 
 
 def driver(scop: Scop, variants: int, values: dict[str, float], init: bool) -> str:
-    """A program with arguments (file of records, repetitions, numbers of threads ...).
+    """A program with arguments (file of records, repetitions, seconds that one run may take or 0, numbers of threads ...).
 
     It writes one JSON record for each run, or a single one that says which value, extent or amount of memory cannot be.
     """

@@ -7,20 +7,29 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 ERRORS = 20_000  # characters of a program's error output that are kept
 
 
-def wait_for(command: list[str], limit_s: float, environment: dict[str, str] | None = None) -> tuple[int, str]:
-    """`(exit status, end of the error output)` of a command; its output goes nowhere.
+def wait_for(
+    command: list[str],
+    limit_s: float,
+    environment: dict[str, str] | None = None,
+    *,
+    directory: Path | None = None,
+    output: bool = False,
+) -> tuple[int, str]:
+    """`(exit status, end of the error output)` of a command; its output goes nowhere, or with `output` among the errors.
 
     The command and all that it starts are one process group, which ends with the wait: at its own end, after `limit_s` seconds
     (TimeoutError), or when this process is interrupted or terminated.
     """
     with tempfile.TemporaryFile() as errors, interrupted_by_termination():
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment, start_new_session=True
-        )
+            command, stdin=subprocess.DEVNULL, stdout=errors if output else subprocess.DEVNULL, stderr=errors, env=environment,
+            cwd=directory, start_new_session=True,
+        )  # fmt: skip
         try:
             status = process.wait(limit_s)
         except subprocess.TimeoutExpired as error:

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from npu_sparse.schedule.scop import Scop
 from ...errors import USER_ERROR, ActionableError
 
 MERGE = ("-Wl,--allow-multiple-definition",)  # the variants are copies of one file: its other functions are the same
+GCC = ("gcc", "-fmax-errors=20")
 COMPILE_S = 120  # of one source, at most
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-std=gnu11")
 
@@ -28,6 +30,7 @@ class RunError(ActionableError, ValueError):
     """A program that could not be compiled or did not end well; the compiler's or the program's own words are in it."""
 
     exit_status = USER_ERROR
+    variant = ""  # the one that failed, where only one did
 
 
 @dataclass(frozen=True)
@@ -64,15 +67,20 @@ def run(
     threads: tuple[int, ...] = (1,),
     repeats: int = 5,
     flags: tuple[str, ...] = FLAGS,
+    compilers: dict[str, tuple[str, ...]] | None = None,
     timeout_s: float = 300,
+    limit_s: int = 0,
 ) -> list[Result]:
     """Runs `variants` (name -> C source with the kernel's function), the first being the reference.
+
+    Variants that `compilers` names are compiled by that command, its flags included, and not by gcc with `flags`.
 
     The arrays of every run start from the source's own `init_<name>` where it has one for `kernel_<name>`, and otherwise from
     fixed values. Runs of the variants are interleaved: all variants once, `repeats` times, for each number of threads.
 
     Raises:
-        RunError: a compiler or a program fails or takes longer than `timeout_s`; a program leaves before all of its runs have
+        RunError: a compiler or a program fails, all runs take longer than `timeout_s` seconds or, unless that is 0, one of them
+            longer than `limit_s`; a program leaves before all of its runs have
             been compared; sizes for which there is nothing to compare, or that the arguments' types cannot hold.
     """
     if not scop.function:
@@ -90,11 +98,11 @@ def run(
     if not results:
         raise RunError(f"{scop.function} must have results to be compared, got none that lives after its loops")
     with interrupted_by_termination(), tempfile.TemporaryDirectory(prefix="schedule-") as directory:
-        program = _compile(Path(directory), scop, variants, values, flags)
+        program = _compile(Path(directory), scop, variants, values, {n: (*GCC, *flags) for n in variants} | (compilers or {}))
         environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_DYNAMIC": "false", "OMP_PROC_BIND": "false"}
         environment[CALLER] = str(os.getpid())
         written = Path(directory) / "records"
-        command = [str(program), str(written), str(repeats), *map(str, threads)]
+        command = [str(program), str(written), str(repeats), str(limit_s), *map(str, threads)]
         try:
             status, errors = wait_for(command, timeout_s, environment)
         except TimeoutError as error:
@@ -102,14 +110,22 @@ def run(
         records = [json.loads(line) for line in written.read_text().splitlines()] if written.exists() else []
     if records and "refused" in records[0]:
         raise RunError(_refusal(scop, records[0]))
-    if status:
-        raise RunError(f"{scop.function} must exit with 0, got {status}: {errors.strip()[-500:]}")
     expected = repeats * len(threads) * len(variants)
+    name = list(variants)[len(records) % len(variants)]
+    if status == -signal.SIGALRM:
+        raise _of(name, f"{scop.function} must return from a run within {limit_s} s, and {name} did not")
+    if status:
+        raise _of(name, f"{scop.function} must exit with 0, got {status} in {name}: {errors.strip()[-500:]}")
     if len(records) != expected:
-        name = list(variants)[len(records) % len(variants)]
         got = f"{len(records)}: the program ends itself in {name}"
-        raise RunError(f"{scop.function} must return from all {expected} runs, got {got}")
+        raise _of(name, f"{scop.function} must return from all {expected} runs, got {got}")
     return _results(records, list(variants))
+
+
+def _of(variant: str, message: str) -> RunError:
+    error = RunError(message)
+    error.variant = variant
+    return error
 
 
 def _checked(scop: Scop, values: dict[str, float]) -> dict[str, float]:
@@ -170,7 +186,7 @@ def _results(records: list[dict], names: list[str]) -> list[Result]:
     ]  # fmt: skip
 
 
-def _compile(directory: Path, scop: Scop, variants: dict[str, str], values: dict, flags) -> Path:
+def _compile(directory: Path, scop: Scop, variants: dict[str, str], values: dict, commands: dict[str, tuple[str, ...]]) -> Path:
     if shutil.which("gcc") is None:
         raise RunError("gcc must be installed to compile what was generated")
     init = _init_function(scop, next(iter(variants.values())))
@@ -182,11 +198,11 @@ def _compile(directory: Path, scop: Scop, variants: dict[str, str], values: dict
             text += f"\nvoid {init}({', '.join(map(parameter, scop.arguments))});\n"
         path.write_text(text)
         renames = [f"-D{scop.function}=variant_{n}"] + ([f"-D{init}=init_{n}"] if init else [])
-        _gcc([*flags, *renames, "-c", path, "-o", path.with_suffix(".o")], name)
+        _make([*commands[name], *renames, "-c", path, "-o", path.with_suffix(".o")], name)
         objects.append(path.with_suffix(".o"))
     main = directory / "driver.c"
     main.write_text(driver(scop, len(variants), values, bool(init)))
-    _gcc(["-O1", "-fopenmp", "-std=gnu11", main, *objects, "-lm", *MERGE, "-o", directory / "program"], "the driver")
+    _make([*GCC, "-O1", "-fopenmp", "-std=gnu11", main, *objects, "-lm", *MERGE, "-o", directory / "program"], "the driver")
     return directory / "program"
 
 
@@ -195,10 +211,12 @@ def _init_function(scop: Scop, source: str) -> str:
     return name if name != scop.function and name in identifiers(source) else ""
 
 
-def _gcc(arguments: list, name: str) -> None:
+def _make(command: list, name: str) -> None:
     try:
-        status, errors = wait_for(["gcc", "-fmax-errors=20", *map(str, arguments)], COMPILE_S)
+        status, errors = wait_for([*map(str, command)], COMPILE_S)
     except TimeoutError as error:
-        raise RunError(f"{name} must compile within {COMPILE_S} s, and did not") from error
+        raise _of(name, f"{name} must compile within {COMPILE_S} s, and did not") from error
+    except OSError as error:
+        raise _of(name, f"{name} must have a compiler that runs, got {error}") from error
     if status:
-        raise RunError(f"{name} must compile, got: {errors.strip()[:2000]}")
+        raise _of(name, f"{name} must compile, got: {errors.strip()[:2000]}")

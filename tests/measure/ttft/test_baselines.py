@@ -10,13 +10,9 @@ from transformers import DynamicCache
 
 from npu_sparse import Budget, SparsePrefill, selectors
 from npu_sparse.measure.ttft import baselines as dense
-from npu_sparse.testing import assert_accurate, attention_inputs, tiny_model
+from npu_sparse.testing import assert_accurate, attention_inputs, tiny_model, tokens
 
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture
@@ -48,7 +44,7 @@ def logits(model, ids, implementation, pieces=()):
 @pytest.mark.parametrize("name", ["qwen3_5", "llama"])
 @pytest.mark.parametrize("pieces", [(), (32, 48, 49)], ids=str)
 def test_logits_are_those_of_sdpa(fa3, implementation, name, pieces):
-    model, ids = tiny_model(name), torch.randint(1, 90, (2, 61), generator=torch.Generator().manual_seed(0))
+    model, ids = tiny_model(name), tokens(2, 61)
     expected = logits(model, ids, "sdpa", pieces)
     torch.testing.assert_close(logits(model, ids, implementation, pieces), expected, rtol=1e-4, atol=1e-4)
     assert bool(fa3) == (implementation == "fa3")

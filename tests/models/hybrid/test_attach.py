@@ -12,18 +12,13 @@ from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill
 from npu_sparse.models.architectures import delta_net_modules, gated_mlp_modules, norm_modules
 from npu_sparse.models.hybrid import attach
 from npu_sparse.ops import KernelUnavailableError
-from npu_sparse.testing import tiny_model
+from npu_sparse.testing import tiny_model, tokens
 
 T = 75
 HYBRIDS = ["qwen3_5", "qwen3_5_wrapper", "qwen3_next"]
 GROUPED = {"linear_num_value_heads": 4, "linear_value_head_dim": 24}
 every_hybrid = pytest.mark.parametrize("name", HYBRIDS)
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture
@@ -43,10 +38,6 @@ def interpreted(monkeypatch):
     return FastHybrid.attach
 
 
-def tokens(B=2, length=T, seed=0):
-    return torch.randint(1, 90, (B, length), generator=torch.Generator().manual_seed(seed))
-
-
 def close(a, b, tolerance=1e-3):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
@@ -57,13 +48,6 @@ def fed(model, ids, bounds, **options):
     pieces = zip((0, *bounds), (*bounds, ids.shape[1]))
     parts = [model(ids[:, start:stop], past_key_values=cache, use_cache=True, **options).logits for start, stop in pieces]
     return torch.cat(parts, 1), cache
-
-
-def needs_pieces(model):
-    """Skips where transformers itself (before 5.13) forgets the states between the pieces of a prompt."""
-    ids = tokens(1, 12)
-    if not torch.allclose(fed(model, ids, (9,))[0], model(ids).logits, atol=1e-3):
-        pytest.skip("this transformers cannot continue a prefill of linear-attention layers")
 
 
 def states(cache):
@@ -97,10 +81,10 @@ def test_pieces_shorter_and_longer_than_the_convolution_are_the_whole(fast, name
 
 
 @every_hybrid
-def test_a_prefill_goes_on_without_it_and_with_it(fast, name):
+def test_a_prefill_goes_on_without_it_and_with_it(fast, name, require_continuing):
     """What a cache holds is the same to both: either may write it, either may read it."""
     model, ids = tiny_model(name), tokens()
-    needs_pieces(model)
+    require_continuing(model)
     whole = model(ids).logits
     with fast(model):
         _, cache = fed(model, ids[:, :50], ())
@@ -176,9 +160,9 @@ def test_every_part_is_replaced_and_restored(fast, name):
 
 
 @pytest.mark.parametrize("order", ["fast first", "sparse first"])
-def test_sparse_prefill_works_with_it_in_either_order(fast, order):
+def test_sparse_prefill_works_with_it_in_either_order(fast, order, require_continuing):
     model, ids = tiny_model("qwen3_5"), tokens()
-    needs_pieces(model)
+    require_continuing(model)
     indexer, budget = Indexer.for_model(model, dim=64, heads=2), Budget(k=24, block=8)
     with SparsePrefill.attach(model, indexer, budget):
         expected, _ = fed(model, ids, (40,))

@@ -9,7 +9,7 @@ from torch import nn
 
 from npu_sparse import Budget, Indexer, SparsePrefill, selectors
 from npu_sparse.models.architectures import UnsupportedArchitectureError, describe
-from npu_sparse.testing import tiny_model
+from npu_sparse.testing import tiny_model, tokens
 
 T = 70
 ALL = dict(k=T, dense_below=0)
@@ -26,10 +26,6 @@ def attach(kind, model, block=16, **options):
     return SparsePrefill.attach(model, chosen[kind], budget, **options)
 
 
-def tokens(B=2, length=T):
-    return torch.randint(1, 90, (B, length), generator=torch.Generator().manual_seed(0))
-
-
 def loss_gradients(model, ids, **options):
     model.zero_grad()
     model(ids, labels=ids, **options).loss.backward()
@@ -44,7 +40,7 @@ def loss_gradients(model, ids, **options):
 def test_a_forward_with_gradients_on_works(kind, block):
     model = tiny_model("qwen3")
     with attach(kind, model, block):
-        found = loss_gradients(model, tokens())
+        found = loss_gradients(model, tokens(2, T))
     assert all(bool(g.isfinite().all()) for g in found.values())
     assert {name.split(".")[-2] for name in found} >= {"q_proj", "k_proj", "v_proj", "embed_tokens"}
 
@@ -52,7 +48,7 @@ def test_a_forward_with_gradients_on_works(kind, block):
 @pytest.mark.parametrize("name", ["llama", "qwen3_5"])
 @pytest.mark.parametrize("block", [1, 16])
 def test_gradients_through_every_key_are_those_of_dense_attention(name, block):
-    model, ids = tiny_model(name, dtype=torch.float64), tokens()
+    model, ids = tiny_model(name, dtype=torch.float64), tokens(2, T)
     dense = loss_gradients(model, ids)
     with SparsePrefill.attach(model, selectors.Dense(), Budget(block=block, **ALL)):
         sparse = loss_gradients(model, ids)
@@ -63,7 +59,7 @@ def test_gradients_through_every_key_are_those_of_dense_attention(name, block):
 
 @pytest.mark.parametrize("padded", [False, True])
 def test_gradients_through_exact_rows_are_those_of_dense_attention(padded):
-    model, ids = tiny_model("llama", dtype=torch.float64), tokens()
+    model, ids = tiny_model("llama", dtype=torch.float64), tokens(2, T)
     mask = torch.ones_like(ids)
     if padded:
         mask[0, :13] = 0
@@ -77,7 +73,7 @@ def test_gradients_through_exact_rows_are_those_of_dense_attention(padded):
 @pytest.mark.parametrize("share_layers", [1, 2])
 @pytest.mark.parametrize("kind", ["indexer", "oracle"])
 def test_gradient_checkpointing_changes_nothing(kind, share_layers):
-    model, ids = tiny_model("qwen3", dtype=torch.float64), tokens()
+    model, ids = tiny_model("qwen3", dtype=torch.float64), tokens(2, T)
     budget = Budget(k=24, block=16, dense_below=0, share_layers=share_layers)
     selector = Indexer.for_model(model, dim=64) if kind == "indexer" else selectors.Oracle()
     with SparsePrefill.attach(model, selector, budget):
@@ -90,7 +86,7 @@ def test_gradient_checkpointing_changes_nothing(kind, share_layers):
 
 
 def test_an_index_of_a_cache_keeps_no_graph():
-    model, ids = tiny_model("qwen3"), tokens()
+    model, ids = tiny_model("qwen3"), tokens(2, T)
     with attach("indexer", model):
         cache = model(ids, use_cache=True).past_key_values
         assert not cache.layers[0].index_keys.keys.requires_grad
@@ -101,7 +97,7 @@ def test_an_index_of_a_cache_keeps_no_graph():
 def test_dropout_of_attention_weights_is_refused():
     model = tiny_model("llama", attention_dropout=0.1).train()
     with attach("oracle", model), pytest.raises(ValueError, match=r"attention_dropout must be 0 .* got 0.1: call model.eval\(\)"):
-        model(tokens())
+        model(tokens(2, T))
 
 
 # Autocast
@@ -110,7 +106,7 @@ def test_dropout_of_attention_weights_is_refused():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_of_an_fp32_model_works(kind, dtype):
-    model, ids = tiny_model("qwen3"), tokens()
+    model, ids = tiny_model("qwen3"), tokens(2, T)
     with torch.no_grad(), torch.autocast("cpu", dtype), attach(kind, model):
         assert model(ids).logits.dtype == dtype
         assert bool(model(ids).logits.isfinite().all())
@@ -118,7 +114,7 @@ def test_autocast_of_an_fp32_model_works(kind, dtype):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "qwen3_5", "gemma3"])
 def test_autocast_is_as_close_to_fp32_as_dense_attention_under_autocast_is(name):
-    model, ids = tiny_model(name), tokens()
+    model, ids = tiny_model(name), tokens(2, T)
     with torch.no_grad():
         exact = model(ids).logits
         with torch.autocast("cpu", torch.bfloat16):
@@ -132,7 +128,7 @@ def test_autocast_is_as_close_to_fp32_as_dense_attention_under_autocast_is(name)
 @torch.no_grad()
 def test_selection_under_autocast_is_made_in_fp32():
     """The mass of an oracle is fp32 whatever the model's dtype: under autocast its products stay so."""
-    model, ids = tiny_model("qwen3"), tokens()
+    model, ids = tiny_model("qwen3"), tokens(2, T)
     seen = []
     with torch.autocast("cpu", torch.bfloat16), attach("oracle", model, observe=lambda *what: seen.append(what)):
         model(ids)
@@ -143,7 +139,7 @@ def test_selection_under_autocast_is_made_in_fp32():
 
 @torch.no_grad()
 def test_a_cache_may_be_filled_under_autocast_and_continued_without():
-    model, ids = tiny_model("qwen3"), tokens()
+    model, ids = tiny_model("qwen3"), tokens(2, T)
     with attach("indexer", model):
         with torch.autocast("cpu", torch.bfloat16):
             cache = model(ids[:, :40], use_cache=True).past_key_values
@@ -249,7 +245,7 @@ def adapted():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_peft_model_gives_what_its_merged_weights_do(adapted, kind):
     wrapped, merged = adapted()
-    ids = tokens()
+    ids = tokens(2, T)
     before = wrapped(ids).logits
     with attach(kind, merged):
         expected = merged(ids).logits
@@ -272,7 +268,7 @@ def test_an_indexer_of_the_base_serves_its_lora(adapted, targets, wrapping):
     wrapped, _ = adapted(targets)
     given = wrapped if wrapping else wrapped.get_base_model()
     with SparsePrefill.attach(given, indexer, Budget(k=16, dense_below=0)):
-        assert bool(given(tokens()).logits.isfinite().all())
+        assert bool(given(tokens(2, T)).logits.isfinite().all())
 
 
 @torch.no_grad()
@@ -280,14 +276,14 @@ def test_generation_by_a_peft_model_is_sparse(adapted):
     wrapped, _ = adapted()
     seen = []
     with attach("indexer", wrapped, observe=lambda *what: seen.append(what)):
-        text = wrapped.generate(input_ids=tokens(), max_new_tokens=3, do_sample=False)
+        text = wrapped.generate(input_ids=tokens(2, T), max_new_tokens=3, do_sample=False)
     assert text.shape == (2, T + 3) and len(seen) == len(describe(wrapped.config).layers)
 
 
 def test_lora_is_trained_through_a_sparse_prefill(adapted):
     wrapped, _ = adapted(["q_proj", "v_proj"])
     with attach("indexer", wrapped):
-        found = loss_gradients(wrapped, tokens())
+        found = loss_gradients(wrapped, tokens(2, T))
     assert found and all("lora" in name and bool(g.any()) for name, g in found.items())
 
 
@@ -316,7 +312,7 @@ class Int8Linear(nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_with_int8_weights_is_served(kind):
-    model, ids = tiny_model("qwen3"), tokens()
+    model, ids = tiny_model("qwen3"), tokens(2, T)
     for layer in model.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(layer.self_attn, name, Int8Linear(getattr(layer.self_attn, name)))
@@ -334,7 +330,7 @@ def test_an_indexer_of_the_whole_weights_serves_them_in_int8():
     for layer in model.model.layers:
         layer.self_attn.q_proj = Int8Linear(layer.self_attn.q_proj)
     with SparsePrefill.attach(model, indexer, Budget(k=16, dense_below=0)):
-        assert bool(model(tokens()).logits.isfinite().all())
+        assert bool(model(tokens(2, T)).logits.isfinite().all())
 
 
 # What is not finite
@@ -350,7 +346,7 @@ def test_an_index_that_is_not_finite_names_its_layer(part, value):
     with SparsePrefill.attach(model, indexer, Budget(k=16, dense_below=0)) as attached:
         getattr(attached.indexer.layers[str(layer)], part).weight[3, 5] = value  # attaching refuses one that has it already
         with pytest.raises(FloatingPointError, match=f"index queries and keys of layer {layer} must be finite, got NaN or Inf"):
-            model(tokens())
+            model(tokens(2, T))
 
 
 @torch.no_grad()
@@ -359,4 +355,4 @@ def test_an_oracle_whose_scores_are_not_finite_names_its_layer():
     layer = describe(model.config).layers[1]
     model.model.layers[layer].self_attn.k_proj.weight[3, 5] = float("nan")
     with attach("oracle", model), pytest.raises(FloatingPointError, match=f"scores of layer {layer} must be finite"):
-        model(tokens())
+        model(tokens(2, T))

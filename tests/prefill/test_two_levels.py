@@ -6,32 +6,17 @@ from transformers import DynamicCache
 
 from npu_sparse import Budget, Indexer, SparsePrefill, ascendc, ops, selectors
 from npu_sparse.ops import KernelUnavailableError, dispatch
-from npu_sparse.testing import tiny_model
+from npu_sparse.testing import tiny_model, tokens
 
 T = 300
 BUDGET = Budget(k=24, block=16, sink=2, recent=4, candidates=32, key_block=16)
 every_model = pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_5"])
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-
-    def get(name):
-        return made.setdefault(name, made.get(name) or tiny_model(name))
-
-    return get
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")
 def ids():
-    return torch.randint(1, 90, (2, T), generator=torch.Generator().manual_seed(0))
+    return tokens(2, T)
 
 
 def prefill(model, budget, ids, **inputs):

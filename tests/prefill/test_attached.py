@@ -21,12 +21,7 @@ KINDS = {
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
 every_model = pytest.mark.parametrize("name", ["llama", "qwen3_5", "qwen3_5_wrapper", "gemma3"])
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture

@@ -11,32 +11,17 @@ from npu_sparse.indexer import AdapterError, IndexerConfig, PartitionHead
 from npu_sparse.models.architectures import attention_modules
 from npu_sparse.ops.masks import keys_seen
 from npu_sparse.selectors import learns_partition
-from npu_sparse.testing import naive_index_partition, normal, padding, tiny_model
+from npu_sparse.testing import naive_index_partition, normal, padding, tiny_model, tokens
 
 T = 150
 BUDGET = Budget(k=24, block=16, sink=2, recent=4, reduce="softmax_max")
 every_model = pytest.mark.parametrize("name", ["llama", "gemma3", "qwen3_5"])
-
-
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
-@pytest.fixture(scope="module")
-def models():
-    made = {}
-
-    def get(name):
-        return made.setdefault(name, made.get(name) or tiny_model(name))
-
-    return get
+pytestmark = pytest.mark.usefixtures("no_gradients")
 
 
 @pytest.fixture(scope="module")
 def ids():
-    return torch.randint(1, 90, (2, T), generator=torch.Generator().manual_seed(0))
+    return tokens(2, T)
 
 
 def indexer_for(model, partition=True, **options):

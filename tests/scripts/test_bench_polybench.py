@@ -155,3 +155,99 @@ def test_unknown_kernel_and_empty_directory_are_refused(bench, monkeypatch, tmp_
     with pytest.raises(SystemExit, match="--polybench must be a directory of PolyBench/C sources"):
         run(bench, monkeypatch, "--output", tmp_path / "runs", "--polybench", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+FAKE_POLYCC = """#!{python}
+import pathlib, sys
+arguments = sys.argv[1:]
+text = pathlib.Path(arguments[0]).read_text()
+output = pathlib.Path(arguments[arguments.index("-o") + 1])
+sizes = pathlib.Path("tile.sizes")
+with open({log!r}, "a") as log:
+    print(*[a for a in arguments if a.startswith("--")], sizes.read_text().split()[:4] if sizes.exists() else "", file=log)
+if "--innerpar" in arguments:
+    sys.exit("no schedule for this one")
+if "--lastwriter" in arguments:
+    sys.exit(0)  # and no output
+if "--maxfuse" in arguments:
+    text = text.replace("1.5;", "1.25;")
+if "--notile" in arguments:
+    text = text.replace("x[i] *=", "for (volatile int on = 1; on;) x[i] *=")
+text = text.replace("#pragma scop", "#pragma ivdep\\n#pragma vector always").replace("#pragma endscop", "")
+output.write_text(text)
+"""
+FAKE_CLANG = """#!{python}
+import os, sys
+kept = [a for n, a in enumerate(sys.argv[1:], 1) if a != "-mllvm" and sys.argv[n - 1] != "-mllvm"]
+with open({log!r}, "a") as log:
+    print("-polly" in sys.argv, "-ffp-contract=off" in kept, file=log)
+os.execvp("gcc", ["gcc", *kept])
+"""
+
+
+def program(path, text: str):
+    path.write_text(text.format(python=sys.executable, log=str(path.with_suffix(".log"))))
+    path.chmod(0o755)
+    return path
+
+
+def test_others_run_beside_and_what_is_wrong_of_them_is_named(bench, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(bench, "shipped", lambda size: {"scale": bench.Kernel("scale", SCALE, {"n": 3000})})
+    polycc, clang = program(tmp_path / "polycc", FAKE_POLYCC), program(tmp_path / "clang", FAKE_CLANG)
+    options = ["--output", tmp_path / "runs", "--strategies", "pluto", "--presets", "cpu-vector", "--tiles", "0"]
+    options += ["--timeout", "2", "--pluto", polycc, "--polly", clang]
+    run(bench, monkeypatch, *options)
+    report = json.loads((tmp_path / "runs" / "report.json").read_text())
+    [record] = report["kernels"]
+    failures = {failure.split(":")[0].removesuffix(" (one thread)"): failure for failure in record["failures"]}
+    assert set(failures) == {f"polycc {name}" for name in ("notile", "maxfuse", "innerpar", "lastwriter")}
+    assert "no schedule for this one" in failures["polycc innerpar"] and "exit status 0" in failures["polycc lastwriter"]
+    assert "element 0 of x" in failures["polycc maxfuse"] and "within 2 s" in failures["polycc notile"]
+    assert record["chosen"]["polycc"] in ("polycc default", "polycc 32,32,256") and record["chosen"]["Polly"] == "Polly 0"
+    assert set(record["times"]) == set(record["times_one"]) == {"original", *filter(None, record["chosen"].values())}
+    assert {"clang", "polycc default", "cpu-vector preset"} <= set(record["speedup"])
+    for name in ("cpu-vector preset over polycc", "tuned over polycc default", "tuned over Polly"):
+        ours, theirs = (record["times"][record["chosen"][column]] for column in name.split(" over "))
+        assert report["means"][name]["cpu_geomean"] == pytest.approx(theirs["cpu"] / ours["cpu"])
+    asked = (tmp_path / "polycc.log").read_text()
+    assert "--tile --parallel ['32', '32', '256', '256']" in asked and "--notile --parallel --nounrolljam" in asked
+    assert set((tmp_path / "clang.log").read_text().splitlines()) == {"True True", "False True"}
+    shown = capsys.readouterr().out
+    assert all(f"## {title}\n" in shown for title in ("Wall", "CPU time of the busiest thread", "One thread, CPU time"))
+
+    again = len(asked.splitlines())  # a finished kernel is not measured again: polycc is only asked whether it works
+    run(bench, monkeypatch, *options)
+    assert len((tmp_path / "polycc.log").read_text().splitlines()) == again + 1
+
+
+def test_short_measures_the_original_the_preset_and_plutos_default_once(bench, monkeypatch, tmp_path):
+    odd = bench.Kernel("odd", SCALE.replace("x[i] *=", "x[i*i] *="), {"n": 30})
+    monkeypatch.setattr(bench, "shipped", lambda size: {"scale": bench.Kernel("scale", SCALE, {"n": 30}), "odd": odd})
+    run(bench, monkeypatch, "--output", tmp_path / "runs", "--short", "--pluto", program(tmp_path / "polycc", FAKE_POLYCC))
+    report = json.loads((tmp_path / "runs" / "report.json").read_text())
+    record, refused = report["kernels"]
+    assert set(record["chosen"].values()) == {"cpu-vector preset", "polycc default"} and record["tuning"] == {}
+    assert set(record["times"]) == {"original", "cpu-vector preset", "polycc default"} and record["failures"] == []
+    assert all(len(times["wall_s"]) == 2 for times in record["times"].values())
+    assert refused["speedup"] == {} and "i*i" in refused["failures"][0].replace(" ", "")  # and the others went on
+    assert report["means"]["cpu-vector preset over polycc default"]["kernels"] == 1
+
+
+def test_what_breaks_in_one_candidate_is_left_out_and_the_rest_stays_interleaved(bench, monkeypatch, tmp_path):
+    sources = {"original": SCALE, "good": SCALE, "traps": SCALE.replace("x[i] *=", "__builtin_trap(), x[i] *=")}
+    sources |= {"polycc writes elsewhere": SCALE.replace("x[i] *= 1.5", "x[i] *= i ? 2.5 : 1.5"), "does not compile": "int"}
+    monkeypatch.setattr(sys, "argv", ["x", "--timeout", "5"])
+    found, failures = bench._timed(parse_c(SCALE), sources, {"n": 30}, bench._arguments(), 3)
+    assert set(found) == {"original", "good"} and all(len(times["wall_s"]) == 3 for times in found.values())
+    assert {failure.split(":")[0] for failure in failures} == set(sources) - set(found)
+    with pytest.raises(ValueError, match="in original"):
+        bench._timed(parse_c(SCALE), {"original": sources["traps"], "good": SCALE}, {"n": 30}, bench._arguments(), 1)
+
+
+@pytest.mark.parametrize("option", ["--pluto", "--polly"])
+def test_others_that_are_not_there_or_do_not_work_are_refused_first(bench, monkeypatch, tmp_path, capsys, option):
+    broken = program(tmp_path / "false", "#!/bin/false")
+    for name, problem in ((tmp_path / "none", "must be the path of a program"), (broken, "must be a")):
+        with pytest.raises(SystemExit):
+            run(bench, monkeypatch, "--output", tmp_path / "runs", option, name)
+        assert f"{option} {problem}" in capsys.readouterr().err and not (tmp_path / "runs").exists()

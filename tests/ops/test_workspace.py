@@ -9,7 +9,7 @@ import torch
 from npu_sparse import Budget, Indexer, SparsePrefill, cli, selectors
 from npu_sparse.measure.quality import EvalConfig
 from npu_sparse.ops import workspace
-from npu_sparse.testing import tiny_model, tiny_tokenizer
+from npu_sparse.testing import tiny_model, tiny_tokenizer, tokens
 
 T = 1500
 BUDGET = Budget(k=24, block=1)
@@ -31,7 +31,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def ids():
-    return torch.randint(1, 90, (1, T), generator=torch.Generator().manual_seed(0))
+    return tokens(1, T)
 
 
 def plant(monkeypatch, error=None, most_bytes=LITTLE):

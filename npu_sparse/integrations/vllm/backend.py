@@ -1,0 +1,62 @@
+"""The attention backend that vLLM selected, with requests that run sparse.
+
+A subclass of whichever it is, and its instances swapped layer by layer, because not every platform honours a selection of one's
+own: the CPU's and Ascend's ignore it.
+"""
+
+import functools
+
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
+
+from .plan import make_plan
+from .refusals import check_pages
+
+
+@functools.cache
+def sparse_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
+    """The subclass of an attention backend. Raises ValueError where its pages cannot be read."""
+    check_pages(backend.get_name(), None)
+    base_builder, base_impl = backend.get_builder_cls(), backend.get_impl_cls()
+
+    class Builder(base_builder):
+        supports_update_block_table = False  # a copy of the metadata with another block table would keep the old one's plan
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            check_pages(backend.get_name(), getattr(self, "isa", None))
+            layers = self.vllm_config.compilation_config.static_forward_context
+            self._dense_below = layers[self.layer_names[0]].npu_sparse.attached.budget.dense_below
+
+        @classmethod
+        def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
+            # A full graph of a mixed batch would hold the support of the batch that it was captured with.
+            support = super().get_cudagraph_support(vllm_config, kv_cache_spec)
+            return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda one: one.value)
+
+        def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
+            metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+            build_dense = functools.partial(base_builder.build, self, 0)
+            metadata.npu_sparse = make_plan(common_attn_metadata, self._dense_below, build_dense)
+            return metadata
+
+    class Impl(base_impl):
+        def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
+            plan = getattr(attn_metadata, "npu_sparse", None)
+            if plan is None:
+                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            if plan.dense is not None:
+                rows = plan.dense_rows
+                part = output.new_empty((len(rows), *output.shape[1:]))
+                super().forward(layer, query[rows], key[rows], value[rows], kv_cache, plan.dense, part, *args, **kwargs)
+                output[rows] = part
+            for request in plan.requests:
+                layer.npu_sparse.attend(request, plan, query, key, value, kv_cache, output)
+            return output
+
+    class Sparse(backend):
+        get_builder_cls = staticmethod(lambda: Builder)
+        get_impl_cls = staticmethod(lambda: Impl)
+
+    for cls, base in ((Builder, base_builder), (Impl, base_impl), (Sparse, backend)):  # layers are grouped by these names
+        cls.__name__ = cls.__qualname__ = f"NpuSparse{base.__name__}"
+    return Sparse

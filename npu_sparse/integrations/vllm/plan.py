@@ -1,0 +1,102 @@
+"""Which requests of a batch run sparse."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request whose queries run sparse in this batch.
+
+    Attributes:
+        row: its row in the batch.
+        start, stop: its queries are rows [start, stop) of the batch's tokens.
+        length: tokens of its context, these queries included.
+    """
+
+    row: int
+    start: int
+    stop: int
+    length: int
+
+    @property
+    def queries(self) -> int:
+        return self.stop - self.start
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What runs sparse in a batch.
+
+    Attributes:
+        requests: those that do.
+        block_table: int32 `[requests of the batch, pages]` of the keys and values.
+        dense: the backend's metadata of all other requests, None where there is none.
+        dense_rows: int64 rows of their tokens.
+    """
+
+    requests: tuple[Request, ...]
+    block_table: Tensor
+    dense: object = None
+    dense_rows: Tensor | None = None
+
+
+def make_plan(common, dense_below: int, build) -> Plan | None:
+    """The Plan of a batch by vLLM's CommonAttentionMetadata; None where nothing of it runs sparse.
+
+    A request runs sparse while its prompt is read, by more than one token at a time, at a context of at least `dense_below`
+    tokens. `build(common)` is the backend's own metadata of the other requests.
+    """
+    if common.max_query_len <= 1 or common.max_seq_len < dense_below:
+        return None
+    sparse, dense = divided(
+        common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist(),
+        None if common.is_prefilling is None else common.is_prefilling.tolist(), common.num_reqs, dense_below,
+    )  # fmt: skip
+    if not sparse:
+        return None
+    if not dense:
+        return Plan(sparse, common.block_table_tensor)
+    rows, subset = part_of(common, dense)
+    return Plan(sparse, common.block_table_tensor, build(subset), rows)
+
+
+def divided(starts, lengths, prefilling, requests: int, dense_below: int) -> tuple[tuple[Request, ...], tuple[int, ...]]:
+    """`(the requests that run sparse, the rows of those that run dense)`; a row without tokens is neither.
+
+    prefilling: whether each request still reads its prompt, None = all do.
+    """
+    sparse, dense = [], []
+    for row in range(requests):
+        request = Request(row, starts[row], starts[row + 1], lengths[row])
+        if request.queries > 1 and request.length >= dense_below and (prefilling is None or prefilling[row]):
+            sparse.append(request)
+        elif request.queries:
+            dense.append(row)
+    return tuple(sparse), tuple(dense)
+
+
+def part_of(common, chosen: tuple[int, ...]):
+    """`(rows of their tokens, the metadata)` of some requests of a batch."""
+    device = common.query_start_loc.device
+    starts = common.query_start_loc_cpu
+    rows = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in chosen])
+    on_host = torch.tensor(chosen)
+    counts = (starts[1:] - starts[:-1])[on_host]
+    begins = torch.cat([starts.new_zeros(1), counts.cumsum(0, dtype=starts.dtype)])
+    lengths = common.seq_lens_cpu_upper_bound[on_host]
+    rows, on_device = rows.to(device), on_host.to(device)
+    changes = dict(
+        query_start_loc=begins.to(device), query_start_loc_cpu=begins, seq_lens=common.seq_lens[on_device],
+        seq_lens_cpu_upper_bound=lengths, num_reqs=len(chosen), num_actual_tokens=len(rows), max_query_len=int(counts.max()),
+        max_seq_len=int(lengths.max()), block_table_tensor=common.block_table_tensor[on_device],
+        slot_mapping=common.slot_mapping[rows],
+        is_prefilling=None if common.is_prefilling is None else common.is_prefilling[on_host],
+        positions=None if common.positions is None else common.positions[..., rows],
+    )  # fmt: skip
+    # what earlier builders remembered of the whole batch, and deprecated copies of it
+    remembered = ("_num_computed_tokens_cache", "_token_to_req_indices_cache", "_seq_lens_cpu", "_num_computed_tokens_cpu")
+    changes |= {name: None for name in remembered if hasattr(common, name)}
+    return rows, common.replace(**changes)
