@@ -146,7 +146,7 @@ def test_rounds_by_length():
 
 @pytest.mark.skipif("NPU_SPARSE_RUNTIME_STUB" in os.environ, reason="torch_npu is there")
 def test_without_torch_npu_one_sentence_says_where_to_look(tmp_path):
-    refused = run(*TINY, "--device", "npu", "--lengths", "48", "--output", str(tmp_path / "run"))
+    refused = run(*TINY, "--device", "npu", "--lengths", "48", "--sparse", "16:8", "--output", str(tmp_path / "run"))
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].endswith("see docs/ascend.md")
     assert refused.stderr.strip().splitlines()[-1].startswith("error: device 'npu' must have torch_npu and CANN")

@@ -56,8 +56,8 @@ class TtftConfig:
 
     Attributes:
         model: hub id, directory, GGUF file or demo name; none where `shape` is given.
-        shape: random weights of a true shape in place of a model: qwen3.5-0.8b, qwen3.5-9b or qwen3.5-tiny. Times are those of
-            the checkpoint, quality is not; the prompt is random.
+        shape: random weights of a true shape in place of a model, such as qwen3.5-0.8b, qwen3.5-9b or qwen2.5-0.5b. Times are
+            those of the checkpoint, quality is not; the prompt is random.
         adapter: directory of the indexer; None = an untrained one (evidence: untrained, runtime only).
         heads: index heads of an untrained indexer.
         dim: d_idx of an untrained indexer.

@@ -204,10 +204,10 @@ def _subject(config: TtftConfig, model, tokenizer, indexer) -> Subject:
     if model is None and config.shape is not None:
         import torch
 
-        from .shapes import SHAPES, qwen35
+        from .shapes import drawn
 
         device_ready(config.device)
-        model = qwen35(SHAPES[config.shape], dtype=getattr(torch, config.dtype), device=config.device, seed=config.seed)
+        model = drawn(config.shape, dtype=getattr(torch, config.dtype), device=config.device, seed=config.seed)
     subject = load_subject(config, config.variants, model, tokenizer, indexer)
     if config.prompt == "text":
         subject = with_tokenizer(subject, config)

@@ -14,6 +14,7 @@ from npu_sparse.measure.ttft import STAGES, TtftConfig, page, run_ttft, time_to_
 from npu_sparse.measure.ttft import run as ttft
 from npu_sparse.measure.ttft.config import LAYERS
 from npu_sparse.measure.ttft.run import LeftOutError
+from npu_sparse.measure.ttft.shapes import SHAPES, drawn
 from npu_sparse.measure.variants import Subject
 from npu_sparse.models.architectures import text_config
 from npu_sparse.runs.store import RunError, read_stage
@@ -336,6 +337,11 @@ def test_random_weights_are_said_wherever_figures_are(compared):
     assert "nothing here says anything about quality" in (compared[0] / "report.md").read_text()
 
 
+def test_every_shape_is_a_model_of_its_family():
+    for shape, family in (("qwen3.5-tiny", "qwen3_5_text"), ("qwen2.5-tiny", "qwen2")):
+        assert shape in SHAPES and drawn(shape, dtype=torch.float32, device="cpu").config.model_type == family
+
+
 def test_the_dense_implementation_is_that_of_the_row_and_afterwards_the_models_own(model, tmp_path, monkeypatch):
     seen, clock = [], ttft.time_to_first_token
 
@@ -386,7 +392,7 @@ def test_another_failure_is_raised_after_the_others_are_measured(model, indexer,
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"shape": "llama-7b"}, "shape must be one of qwen3.5-0.8b, qwen3.5-9b, qwen3.5-tiny, got 'llama-7b'"),
+        ({"shape": "llama-7b"}, "shape must be one of qwen3.5-0.8b, qwen3.5-9b, .*, got 'llama-7b'"),
         ({"model": "m"}, "must have a model or a shape, and not both, got 'm' and 'qwen3.5-tiny'"),
         ({"shape": None}, "must have a model or a shape, and not both, got '' and None"),
         ({"prompt": "text"}, "prompt must be random where a shape has no tokenizer"),
