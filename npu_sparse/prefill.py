@@ -61,7 +61,7 @@ class SparsePrefill:
         self.model, self.selector, self.budget = model, selector, budget
         self.architecture = describe(model.config)
         self.impl, self.stage, self.observe, self.workspace_mib = impl, stage, observe, workspace.check(workspace_mib)
-        self.native = text_config(model)._attn_implementation
+        self.implementation = text_config(model)._attn_implementation
         self.indexer: Indexer | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
         self._selects = selecting_layers(budget, self.architecture.layers)
@@ -117,7 +117,7 @@ class SparsePrefill:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.model.set_attn_implementation(attention_selection(self.model, self.native))
+        self.model.set_attn_implementation(attention_selection(self.model, self.implementation))
 
     def __enter__(self) -> "SparsePrefill":
         return self
@@ -142,7 +142,7 @@ class SparsePrefill:
         return noted(cache, length)
 
     def _check(self) -> None:
-        if self.native.startswith(PREFIX):
+        if self.implementation.startswith(PREFIX):
             raise ValueError("model must not be attached twice: detach() the first SparsePrefill")
         check_layers(self.budget, self.architecture.layers)
         if self.budget.candidates and self.selector.indexer is None:
@@ -159,7 +159,7 @@ class SparsePrefill:
     def _patch(self) -> None:
         modules, text = attention_modules(self.model), decoder(self.model)
         _forget_copied_hooks(self.model)
-        name = register_sparse(self.native, self.budget.dense_below)
+        name = register_sparse(self.implementation, self.budget.dense_below)
         self.model.set_attn_implementation(attention_selection(self.model, name))
         self._decoder_arguments = tuple(inspect.signature(text.forward).parameters)
         self._attached_as = name, _kind(text)
