@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import islpy as isl
 
 from npu_sparse.schedule.config import Config, Tiling
+from npu_sparse.schedule.distribute import distribute
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Node, Plan, Sequence
 from npu_sparse.schedule.scop import Scop, Statement
 from npu_sparse.schedule.solve.costs import step
@@ -22,6 +23,8 @@ def apply(plan: Plan, config: Config) -> Plan:
         root = _vectorise(root, names, plan.scop, config)
     if config.tiling.sizes:
         root = tile(root, config.tiling)
+        if config.tiling.distribute:
+            root = distribute(root, plan.scop, strides)
     if config.tiling.unroll_jam > 1:
         root = unroll_and_jam(root, names, plan.scop, config.tiling.unroll_jam)
     return plan.with_root(_parallelise(root, names, plan.scop, config, outer=0))
@@ -98,11 +101,11 @@ def _gain(loop: Loop, statements: list[Statement], combines: bool = False) -> in
     gain = 0
     for statement in statements:
         if loop.exprs[statement.name] in statement.iterators:
-            gain += _strides(statement, statement.iterators.index(loop.exprs[statement.name]))
+            gain += strides(statement, statement.iterators.index(loop.exprs[statement.name]))
     return gain
 
 
-def _strides(statement: Statement, place: int) -> int:
+def strides(statement: Statement, place: int) -> int:
     """Accesses along which the iterator is contiguous, minus those in which it jumps, weighted like the cost contiguity."""
     total = 0
     for access, weight in [*((a, 3) for a in statement.writes), *((a, 1) for a in statement.reads)]:
