@@ -17,20 +17,21 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
-from . import compiled
+from . import cann, compiled
 from .checkpoints import cache_dir
 from .errors import ActionableError
 
 TARGETS = {"emulated": "cpu", "npu": "npu"}  # target -> the device type that its library serves
 OPERATORS = ("index_scores", "index_partition", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
 SOURCES = Path(__file__).resolve().parent / "ascendc_sources"
-ARCHITECTURE = "dav-2201"  # Ascend 910B and 910C: Atlas A2 and A3
 _SOURCE_SUFFIXES = (".h", ".cpp")
-_BISHENG_FOLDERS = ("bin", "compiler/ccec_compiler/bin", "tools/bisheng_compiler/bin")
 # torch's headers want C++20; a kernel is C++17, like everything that CANN's compiler reads
 _BINDING = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
 _EMULATION = ["-std=c++17", "-O2", "-fPIC", "-pthread"]
-_KERNELS = ["-x", "asc", f"--npu-arch={ARCHITECTURE}", "-std=c++17", "-O3", "-shared", "-fPIC"]
+# The kernels order their own instructions. What bisheng would add by default takes event ids that they use, and time; the
+# emulation, which checks every hazard, has none of it either
+_KERNELS = ["-x", "asc", f"--npu-arch={cann.ARCHITECTURE}", "-std=c++17", "-O3", "--cce-auto-sync=off", "-shared", "-fPIC"]
+_TASK_TYPE_MACRO = "-DNPU_SPARSE_TASK_TYPE_MACRO"  # for CANN before `__mix__`
 
 
 class BuildError(ActionableError, RuntimeError):
@@ -38,11 +39,12 @@ class BuildError(ActionableError, RuntimeError):
 
 
 def library(target: str) -> Path:
-    """Where the library of these sources, this torch and this compiler is kept, built or not."""
+    """Where the library of these sources, this torch and this compiler (or CANN) is kept, built or not."""
     if target not in TARGETS:
         raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     made_of = hashlib.sha256()
-    for part in (target, _version("torch"), _version("torch-npu") if target == "npu" else "", platform.machine()):
+    of_npu = (_version("torch-npu"), cann.installed_version()) if target == "npu" else ()
+    for part in (target, _version("torch"), *of_npu, platform.machine()):
         made_of.update(f"{part}\n".encode())
     for flags in (_BINDING, _EMULATION, _KERNELS):
         made_of.update(" ".join(flags).encode())
@@ -81,7 +83,10 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
 
 
 def load(target: str) -> dict[str, Callable]:
-    """Loads the built library of a target: its kernel of every operator. Raises BuildError where it is not built."""
+    """Loads the built library of a target: its kernel of every operator.
+
+    Raises BuildError where it is not built, or not for the card that is there.
+    """
     import torch
 
     path = library(target)
@@ -90,6 +95,8 @@ def load(target: str) -> dict[str, Callable]:
         raise BuildError(f"the {target} library {wrong}: run `npu-sparse build {target}` (it is kept at {path})")
     torch.ops.load_library(path)
     namespace = getattr(torch.ops, f"npu_sparse_{target}")
+    if refusal := cann.unserved(namespace.soc_name()):
+        raise BuildError(refusal)
     return {op: getattr(namespace, op).default for op in OPERATORS}
 
 
@@ -133,17 +140,21 @@ def _emulated_commands(out: Path) -> tuple[list[list[str]], list[str]]:
 
 
 def _npu_commands(out: Path) -> tuple[list[list[str]], list[str]]:
-    gxx, torch, (bisheng, cann) = _gxx(), _package("torch"), _cann()
+    gxx, torch, toolkit = _gxx(), _package("torch"), _cann()
     torch_npu = _package("torch_npu")
-    headers = [f"-I{folder}" for folder in (torch_npu / "include", torch_npu / "include/third_party/acl/inc", cann / "include")]
+    root = toolkit.root
+    headers = [f"-I{folder}" for folder in (torch_npu / "include", torch_npu / "include/third_party/acl/inc", root / "include")]
     kernels = out / "libnpu_sparse_kernels.so"
+    older = [] if toolkit.has_attributes else [_TASK_TYPE_MACRO]
     commands = [
         [*_binding_command(gxx, torch, out, "npu"), "-DNPU_SPARSE_ON_CARD", *headers],
-        [bisheng, *_KERNELS, f"-I{SOURCES / 'ascendc'}", f"-I{cann / 'include'}", str(SOURCES / "torch/launch_npu.cpp"),
-         f"-L{cann / 'lib64'}", "-lascendcl", "-o", str(kernels)],
+        [gxx, *_BINDING, f"-I{SOURCES / 'ascendc'}", *headers, "-c", str(SOURCES / "torch/card.cpp"), "-o", str(out / "card.o")],
+        [str(toolkit.bisheng), *_KERNELS, *older, f"-I{SOURCES / 'ascendc'}", f"-I{root / 'include'}",
+         str(SOURCES / "torch/launch_npu.cpp"), f"-L{root / 'lib64'}", "-lascendcl", "-o", str(kernels)],
     ]  # fmt: skip
-    libraries = [str(kernels), f"-L{torch_npu / 'lib'}", "-ltorch_npu", f"-L{cann / 'lib64'}", "-lascendcl"]
-    return commands, [gxx, "-shared", str(out / "binding.o"), *_torch_libraries(torch), *libraries]
+    objects = [str(out / "binding.o"), str(out / "card.o")]
+    libraries = [str(kernels), f"-L{torch_npu / 'lib'}", "-ltorch_npu", f"-L{root / 'lib64'}", "-lascendcl"]
+    return commands, [gxx, "-shared", *objects, *_torch_libraries(torch), *libraries]
 
 
 _COMMANDS = {"emulated": _emulated_commands, "npu": _npu_commands}  # what compiles a target's objects, and what links them
@@ -167,19 +178,12 @@ def _gxx() -> str:
     return found
 
 
-def _cann() -> tuple[str, Path]:
-    """bisheng and the root of the CANN toolkit."""
-    home = os.environ.get("ASCEND_HOME_PATH")
-    looked = [Path(home)] if home else [Path("/usr/local/Ascend/ascend-toolkit/latest"), Path("/usr/local/Ascend/cann")]
-    for root in looked:
-        for folder in _BISHENG_FOLDERS:
-            if (root / folder / "bisheng").is_file() and (root / "include").is_dir():
-                return str(root / folder / "bisheng"), root
-    said = "which ASCEND_HOME_PATH names" if home else "as ASCEND_HOME_PATH is not set"
-    raise BuildError(
-        f"no CANN toolkit: looked for include/ and bisheng (in {', '.join(_BISHENG_FOLDERS)}) in {', '.join(map(str, looked))}, "
-        f"{said}; install CANN and run `source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
-    )
+def _cann() -> cann.Toolkit:
+    try:
+        cann.check_cards()
+        return cann.find()
+    except cann.CannError as error:
+        raise BuildError(str(error)) from error
 
 
 def _package(name: str) -> Path:

@@ -18,7 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from npu_sparse import __version__, ascendc, checkpoints
+from npu_sparse import __version__, ascendc, cann, checkpoints
 
 # The oldest that pyproject.toml accepts; None for what is optional.
 PACKAGES = {
@@ -122,12 +122,6 @@ def _version(package: str) -> str | None:
         return "unknown"
 
 
-def _numbers(version: str | None) -> tuple[int, ...]:
-    """The first two numbers of a version, () if it does not begin with any."""
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    return tuple(map(int, found.groups())) if found else ()
-
-
 def _read(path: str | Path) -> str:
     try:
         return Path(path).read_text(errors="replace")
@@ -188,16 +182,23 @@ def _cuda(packages: dict[str, str | None], smi: str | None) -> dict[str, Any]:
 
 def _npu(packages: dict[str, str | None], smi: str | None) -> dict[str, Any]:
     devices = sorted(str(path) for path in Path("/dev").glob("davinci[0-9]*"))
-    chips = re.findall(r"\b(Ascend\s?\S+)\s*$", smi or "", re.M)
+    chips = cann.chips(smi or "")
+    refusals = [cann.unserved(chip, told_by_smi=True) for chip in chips]
     home = os.environ.get("ASCEND_HOME_PATH")
+    there = Path(home) if home and Path(home).is_dir() else None
+    version = cann.version(there) if there else None
     torch, torch_npu = packages["torch"], packages["torch_npu"]
     if not devices:
         reason = "no Ascend NPU on this machine"
+    elif chips and all(refusals):
+        reason = refusals[0]
     elif not home:
         reason = "CANN is not set up in this shell: ASCEND_HOME_PATH is not set"
     elif not Path(home).is_dir():
         reason = f"ASCEND_HOME_PATH must be a directory, got {home}"
-    elif torch and torch_npu and _numbers(torch) != _numbers(torch_npu):
+    elif version and cann.numbers(version) < cann.OLDEST:
+        reason = f"CANN must be {'.'.join(map(str, cann.OLDEST))} or newer, got {version}"
+    elif torch and torch_npu and cann.numbers(torch) != cann.numbers(torch_npu):
         reason = f"torch_npu {torch_npu} and torch {torch} must have the same major and minor version"
     else:
         reason = _lacking("torch", packages) or _lacking("torch_npu", packages)
@@ -205,7 +206,7 @@ def _npu(packages: dict[str, str | None], smi: str | None) -> dict[str, Any]:
         "runs": reason is None,
         "reason": reason,
         "devices": [f"{path} {chip}" for path, chip in zip(devices, chips)] if len(chips) == len(devices) else devices,
-        "cann": _cann(Path(home)) if home and Path(home).is_dir() else None,
+        "cann": (version or f"in {there}") if there else None,
         "npu_smi": smi is not None,
     }
 
@@ -219,17 +220,11 @@ def _emulation(packages: dict[str, str | None]) -> dict[str, Any]:
     return {"runs": reason is None, "reason": reason, "library": str(library) if reason is None else None}
 
 
-def _cann(home: Path) -> str:
-    texts = (_read(path) for path in (home / "version.cfg", *sorted(home.glob("*/ascend_toolkit_install.info"))))
-    found = (re.search(r"version\w*\s*=\s*\[?[^\d\n]*(\d+(?:\.\w+)+)", text) for text in texts)
-    return next((match.group(1) for match in found if match), f"in {home}")
-
-
 def _lacking(package: str, packages: dict[str, str | None]) -> str | None:
     version, oldest = packages[package], PACKAGES[package]
     if version is None:
         return f"{package} is not installed"
-    if oldest and _numbers(version) and _numbers(version) < oldest:
+    if oldest and cann.numbers(version) and cann.numbers(version) < oldest:
         return f"{package} must be {'.'.join(map(str, oldest))} or newer, got {version}"
     return None
 
@@ -270,9 +265,10 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
         why = "transformers runs linear-attention layers much faster with it"
         items += [("flash-linear-attention", why, f"{pip} flash-linear-attention")]
     if npu["devices"] and npu["cann"] is None:
-        items += [("CANN", npu["reason"], "source /usr/local/Ascend/ascend-toolkit/set_env.sh")]
+        why = f"{npu['reason']} (CANN is usually in {' or '.join(cann.ROOTS)})"
+        items += [("CANN", why, f"source {cann.set_env()}")]
     if npu["devices"] and (packages["torch_npu"] is None or "must have the same" in (npu["reason"] or "")):
-        release = ".".join(map(str, _numbers(packages["torch"])))
+        release = ".".join(map(str, cann.numbers(packages["torch"])))
         pin = f"torch-npu=={release}.*" if release else "torch-npu"
         items += [("torch_npu", "torch reaches the NPU through it", f"{pip} '{pin}'")]
     if found["emulation"]["reason"] == "its library is not built":

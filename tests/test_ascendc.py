@@ -1,6 +1,7 @@
 """Building and loading the AscendC libraries; the compiler is a script wherever what it makes does not matter."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,12 @@ def compiler(monkeypatch, tmp_path):
 
 def calls(record: Path) -> list[str]:
     return record.read_text().splitlines() if record.exists() else []
+
+
+def made_by(call: str) -> str:
+    """The name of the file that a recorded call makes."""
+    words = call.split()
+    return Path(words[words.index("-o") + 1]).name
 
 
 def test_a_library_is_built_once(compiler):
@@ -138,19 +145,148 @@ def test_without_cann_the_places_are_named(compiler, monkeypatch, tmp_path, caps
     assert f"in {tmp_path / 'cann'}, which ASCEND_HOME_PATH names" in capsys.readouterr().err
 
 
-def test_the_npu_library_is_made_of_every_kernel_by_bisheng(compiler, monkeypatch, tmp_path):
-    record = compiler()
-    bisheng = tmp_path / "cann/bin/bisheng"
-    (tmp_path / "cann/include").mkdir(parents=True)
-    bisheng.parent.mkdir()
-    shutil.copy(tmp_path / "bin/g++", bisheng)
-    monkeypatch.setenv("ASCEND_HOME_PATH", str(tmp_path / "cann"))
-    monkeypatch.setattr(ascendc, "_package", lambda name: tmp_path / name)  # torch_npu need not be there
-    assert ascendc.build("npu", report=lambda line: None).read_text() == "made\n"
-    kernels = next(call for call in calls(record) if "launch_npu.cpp" in call)
-    assert "-x asc --npu-arch=dav-2201" in kernels and "-shared -fPIC" in kernels
-    source = (ascendc.SOURCES / "torch/launch_npu.cpp").read_text()
-    assert all(f"LAUNCH({op}, " in source and f'#include "{op}/{op}.h"' in source for op in ascendc.OPERATORS)
+@pytest.fixture
+def toolkit(compiler, monkeypatch, tmp_path):
+    """`toolkit(version)` puts a CANN of that version, whose bisheng records as the compiler does, where ASCEND_HOME_PATH says."""
+
+    def put(version: str) -> Path:
+        record, root = compiler(), tmp_path / f"cann-{version}"
+        (root / "include").mkdir(parents=True)
+        (root / "bin").mkdir()
+        shutil.copy(tmp_path / "bin/g++", root / "bin/bisheng")
+        (root / "bin/bisheng").write_text((root / "bin/bisheng").read_text().replace('echo "$@"', 'echo bisheng "$@"'))
+        info = root / "x86_64-linux/ascend_toolkit_install.info"
+        info.parent.mkdir()
+        info.write_text(f"package_name=Ascend-cann-toolkit\nversion={version}\n")
+        monkeypatch.setenv("ASCEND_HOME_PATH", str(root))
+        monkeypatch.setattr(ascendc, "_package", lambda name: tmp_path / name)  # torch_npu need not be there
+        return record
+
+    return put
+
+
+def test_the_npu_library_is_compiled_with_these_flags_and_no_others(toolkit, tmp_path):
+    record = toolkit("9.1.0")
+    path = ascendc.build("npu", report=lambda line: None)
+    assert path.read_text() == "made\n"
+    root, out, sources = tmp_path / "cann-9.1.0", path.parent, ascendc.SOURCES
+    found = {made_by(line): line.split() for line in calls(record)}
+    acl = [f"-I{tmp_path}/torch_npu/include", f"-I{tmp_path}/torch_npu/include/third_party/acl/inc", f"-I{root}/include"]
+    assert found.pop("libnpu_sparse_kernels.so") == [
+        "bisheng", "-x", "asc", "--npu-arch=dav-2201", "-std=c++17", "-O3", "--cce-auto-sync=off", "-shared", "-fPIC",
+        f"-I{sources}/ascendc", f"-I{root}/include", f"{sources}/torch/launch_npu.cpp", f"-L{root}/lib64", "-lascendcl", "-o",
+        f"{out}/libnpu_sparse_kernels.so",
+    ]  # fmt: skip
+    host = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
+    assert found.pop("card.o") == [
+        *host, f"-I{sources}/ascendc", *acl, "-c", f"{sources}/torch/card.cpp", "-o", f"{out}/card.o"
+    ]  # fmt: skip
+    assert found.pop("binding.o") == [
+        *host, "-DNPU_SPARSE_NAMESPACE=npu_sparse_npu", f"-I{tmp_path}/torch/include", f"-I{sources}/ascendc", "-c",
+        f"{sources}/torch/binding.cpp", "-o", f"{out}/binding.o", "-DNPU_SPARSE_ON_CARD", *acl,
+    ]  # fmt: skip
+    (link,) = found.values()
+    torch_lib = f"{tmp_path}/torch/lib"
+    assert link[:-1] == [
+        "-shared", f"{out}/binding.o", f"{out}/card.o", f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10",
+        f"-Wl,-rpath,{torch_lib}", f"{out}/libnpu_sparse_kernels.so", f"-L{tmp_path}/torch_npu/lib", "-ltorch_npu",
+        f"-L{root}/lib64", "-lascendcl", "-o",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("version, macro", [("8.5.0", True), ("9.0.0", True), ("9.1.0-beta.2", False), ("10.0.0", False)])
+def test_an_older_cann_gets_the_macro_in_place_of_attributes(toolkit, version, macro):
+    record = toolkit(version)
+    ascendc.build("npu", report=lambda line: None)
+    (kernels,) = (call for call in calls(record) if call.startswith("bisheng"))
+    assert ("-DNPU_SPARSE_TASK_TYPE_MACRO" in kernels.split()) == macro
+
+
+def test_another_cann_makes_another_library(toolkit):
+    paths = []
+    for version in ("9.1.0", "9.2.0"):
+        toolkit(version)
+        paths.append(ascendc.library("npu"))
+    assert paths[0] != paths[1]
+    assert ascendc.library("emulated") == ascendc.library("emulated")
+
+
+def test_a_cann_that_is_too_old_is_refused(toolkit, capsys):
+    toolkit("8.3.RC1")
+    assert cli.main(["build", "npu"]) == cli.FAILURE
+    assert "error: CANN must be 8.5 or newer, got 8.3.RC1 in " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chip, built", [("Ascend 910B3", True), ("Ascend910", True), ("Ascend 310P3", False)])
+def test_a_card_that_the_kernels_are_not_for_stops_the_build(toolkit, tmp_path, capsys, chip, built):
+    toolkit("9.1.0")
+    smi = tmp_path / "bin/npu-smi"
+    smi.write_text(f'#!/bin/sh\necho "NPU ID  Chip ID  Chip Name"; echo "0  0  {chip}"; echo "0  1  Mcu"\n')
+    smi.chmod(0o755)
+    assert cli.main(["build", "npu"]) == (0 if built else cli.FAILURE)
+    said = capsys.readouterr().err
+    assert built or "the card must be an Ascend 910B (Atlas A2) or 910C (Atlas A3)" in said and "got Ascend 310P3" in said
+
+
+# What the device compiler sees of the kernels
+
+
+ENTRY = re.compile(r'extern "C" ([^;{}]*?)\bvoid npu_sparse_(\w+)\(([^)]*)\)\s*\{([^}]*)')
+MIXED, BATCHED = "__global__ __mix__(1, 2)", "__schedmode__(1) __global__ __mix__(1, 2)"
+ENTRIES = {
+    "index_scores": (MIXED, 7, "IndexScoresTiling"),
+    "index_partition": (MIXED, 6, "IndexPartitionTiling"),
+    "select_tokens": ("__schedmode__(1) __global__ __mix__(0, 1)", 5, "SelectTokensTiling"),
+    "select_by_index": (BATCHED, 8, "SelectByIndexTiling"),
+    "sparse_attention": (MIXED, 7, "SparseAttentionTiling"),
+    "attention_mass": (MIXED, 5, "AttentionMassTiling"),
+}
+
+
+@pytest.fixture
+def preprocessed(tmp_path):
+    """`preprocessed(*flags)`: launch_npu.cpp as bisheng reads it, without what CANN's own headers would put there."""
+    if shutil.which("g++") is None:
+        pytest.skip("sources are preprocessed by g++: not found")
+    (tmp_path / "kernel_operator.h").write_text("")
+
+    def run(*flags: str) -> str:
+        source = ascendc.SOURCES / "torch/launch_npu.cpp"
+        command = ["g++", "-E", "-P", "-std=c++17", *flags, f"-I{tmp_path}", f"-I{ascendc.SOURCES / 'ascendc'}", str(source)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    return run
+
+
+def test_every_entry_has_its_attributes_and_its_tiling_by_value(preprocessed):
+    text = preprocessed()
+    found = {}
+    for attributes, op, parameters, body in ENTRY.findall(text):
+        *addresses, tiling = [" ".join(parameter.split()) for parameter in parameters.split(",")]
+        assert all(address.startswith("GM_ADDR ") for address in addresses) and "KERNEL_TASK_TYPE" not in body
+        found[op] = (" ".join(attributes.split()), len(addresses), tiling.removeprefix("npu_sparse_ascendc::").split()[0])
+        launch = re.search(rf"npu_sparse_{op}<<<blocks, nullptr, stream>>>\((.*?), tiling\);", text).group(1)
+        assert launch.split(", ") == [f"static_cast<GM_ADDR>(arguments[{i}].data)" for i in range(len(addresses))]
+    assert found == ENTRIES and set(found) == set(ascendc.OPERATORS)
+
+
+def test_kernels_whose_blocks_wait_for_each_other_start_together():
+    for op, (attributes, *_) in ENTRIES.items():
+        waits = "SyncAll" in (ascendc.SOURCES / f"ascendc/{op}/{op}.h").read_text()
+        assert waits == ("__schedmode__(1)" in attributes), op
+
+
+def test_with_the_older_macro_the_kernel_type_stands_in_the_body(preprocessed):
+    entries = ENTRY.findall(preprocessed("-DNPU_SPARSE_TASK_TYPE_MACRO"))
+    assert {op for _, op, _, _ in entries} == set(ascendc.OPERATORS)
+    for attributes, op, _, body in entries:
+        wanted = "KERNEL_TYPE_MIX_AIV_1_0" if op == "select_tokens" else "KERNEL_TYPE_MIX_AIC_1_2"
+        assert attributes.split() == ["__global__", "__aicore__"] and f"KERNEL_TASK_TYPE_DEFAULT({wanted});" in body
+
+
+def test_cmake_compiles_the_kernels_with_the_same_flags():
+    text = (ascendc.SOURCES / "CMakeLists.txt").read_text()
+    assert " ".join(ascendc._KERNELS) in " ".join(text.split())
 
 
 def test_an_unknown_target_is_a_mistake(capsys):

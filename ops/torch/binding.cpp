@@ -4,8 +4,6 @@
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
-#include <cstring>
-
 #include "attention_mass/tiling.h"
 #include "index_partition/tiling.h"
 #include "index_scores/tiling.h"
@@ -23,7 +21,8 @@
 namespace npu_sparse_ascendc {
 
 #ifndef NPU_SPARSE_ON_CARD
-uint32_t DeviceCores() { return Hardware{}.cores; }  // the emulation is of a 910B3
+uint32_t StreamCores(void*) { return Hardware{}.cores; }  // the emulation is of a 910B3
+std::string SocName() { return "Ascend910B3"; }
 #endif
 
 namespace {
@@ -33,7 +32,9 @@ using OptionalTensor = std::optional<Tensor>;
 
 #ifdef NPU_SPARSE_ON_CARD
 bool IsServed(const c10::Device& device) { return device.is_privateuseone(); }
-void* CurrentStream() { return c10_npu::getCurrentNPUStream().stream(true); }  // with what torch_npu has queued before it
+// The current stream, after what torch_npu's own queue on the host still holds for it has been handed to the runtime. That waits for
+// a thread of this process, never for the card.
+void* CurrentStream() { return c10_npu::getCurrentNPUStream().stream(true); }
 #else
 // Under the runtime stub of the tests the memory of an `npu` tensor is host memory too.
 bool HasRuntimeStub()
@@ -49,7 +50,7 @@ void* CurrentStream() { return nullptr; }
 Hardware DeviceHardware()
 {
     Hardware hardware;
-    hardware.cores = DeviceCores();
+    hardware.cores = StreamCores(CurrentStream());
     return hardware;
 }
 
@@ -122,18 +123,18 @@ OptionalTensor Contiguous(const OptionalTensor& tensor)
 }
 
 // Workspace and tiling follow a kernel's own arguments.
+//
+// The workspace, and contiguous copies of the inputs, are given back when the call returns, while the kernel may not even have
+// begun. Their blocks belong to the current stream: torch_npu's allocator hands them to work of the same stream alone, which the
+// card runs after this kernel; a kernel of another stream gets other blocks. So streams need not wait for each other here. An
+// input that another stream has made is the caller's to order, as for every operator of torch.
 template <typename Tiling>
-void Run(Launcher launch, KernelUnits units, uint32_t blocks, uint64_t workspaceBytes, const Tiling& tiling,
+void Run(Launcher<Tiling> launch, KernelUnits units, uint32_t blocks, uint64_t workspaceBytes, const Tiling& tiling,
          std::vector<GmArgument> arguments, const Tensor& like)
 {
-    const auto bytes = like.options().dtype(at::kByte);
-    const Tensor workspace = like.new_empty({static_cast<int64_t>(workspaceBytes)}, bytes);
-    const Tensor onHost = like.new_empty({static_cast<int64_t>(sizeof(Tiling))}, bytes.device(at::kCPU));
-    std::memcpy(onHost.data_ptr(), &tiling, sizeof(Tiling));
-    const Tensor onDevice = onHost.to(like.device());
+    const Tensor workspace = like.new_empty({static_cast<int64_t>(workspaceBytes)}, like.options().dtype(at::kByte));
     arguments.push_back(Out("workspace", workspace));
-    arguments.push_back(In("tiling", onDevice));
-    launch(blocks, units, CurrentStream(), arguments);
+    launch(blocks, units, CurrentStream(), arguments, tiling);
 }
 
 ScoreProblem ScoreProblemOf(const Tensor& qi, const Tensor& ki, const OptionalTensor& w, int64_t block, c10::string_view reduce,
@@ -338,6 +339,7 @@ TORCH_LIBRARY(NPU_SPARSE_NAMESPACE, m)
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SparseAttention)));
     m.def("attention_mass(Tensor q, Tensor k, float scale, int block, str reduce, bool per_kv, Tensor? valid) -> Tensor",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(AttentionMass)));
+    m.def("soc_name() -> str", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SocName)));
 }
 
 }  // namespace

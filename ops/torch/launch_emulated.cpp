@@ -10,11 +10,21 @@
 #define TEXT(name) #name
 #define TEXT_OF(name) TEXT(name)
 
+// Of the runtime stub of the tests, where it is loaded: keeps the books of launches.
+extern "C" __attribute__((weak)) void npu_sparse_launched(void* stream, uint32_t blocks, const void* workspace);
+
 namespace npu_sparse_ascendc {
 namespace {
 
-template <typename... Parameters, size_t... I>
-void Run(const emulation::LaunchOptions& options, void (*kernel)(Parameters...), const std::vector<GmArgument>& arguments,
+template <typename... Parameters>
+using Last = std::tuple_element_t<sizeof...(Parameters) - 1, std::tuple<Parameters...>>;
+
+template <typename... Parameters>
+Last<Parameters...> TilingOf(void (*)(Parameters...));
+using Tiling = decltype(TilingOf(&NAMED(npu_sparse_, NPU_SPARSE_OPERATOR)));
+
+template <typename Kernel, size_t... I>
+void Run(const emulation::LaunchOptions& options, Kernel* kernel, const std::vector<GmArgument>& arguments, const Tiling& tiling,
          std::index_sequence<I...>)
 {
     const auto gm = [&](const GmArgument& argument) {
@@ -23,27 +33,31 @@ void Run(const emulation::LaunchOptions& options, void (*kernel)(Parameters...),
                                                                    : emulation::GmUse::Read;
         return emulation::Gm(argument.data, argument.bytes, argument.name, use);
     };
-    emulation::Launch(options, kernel, gm(arguments[I])...);
+    emulation::Launch(options, kernel, gm(arguments[I])..., tiling);
 }
 
 template <typename... Parameters>
-void Run(const emulation::LaunchOptions& options, void (*kernel)(Parameters...), const std::vector<GmArgument>& arguments)
+void Run(const emulation::LaunchOptions& options, void (*kernel)(Parameters...), const std::vector<GmArgument>& arguments,
+         const Tiling& tiling)
 {
-    if (arguments.size() != sizeof...(Parameters)) {
+    if (arguments.size() + 1 != sizeof...(Parameters)) {
         throw std::logic_error(std::string(options.kernel) + " must be launched with as many arguments as it has parameters");
     }
-    Run(options, kernel, arguments, std::index_sequence_for<Parameters...>{});
+    Run(options, kernel, arguments, tiling, std::make_index_sequence<sizeof...(Parameters) - 1>{});
 }
 
 }  // namespace
 
-void NAMED(launch_, NPU_SPARSE_OPERATOR)(uint32_t blocks, KernelUnits units, void*, const std::vector<GmArgument>& arguments)
+void NAMED(launch_, NPU_SPARSE_OPERATOR)(uint32_t blocks, KernelUnits units, void* stream,
+                                         const std::vector<GmArgument>& arguments, const Tiling& tiling)
 {
     emulation::LaunchOptions options;
     options.kernel = TEXT_OF(NPU_SPARSE_OPERATOR);
     options.blocks = blocks;
+    options.entry = true;
     options.type = units == KernelUnits::VECTOR ? KERNEL_TYPE_MIX_AIV_1_0 : KERNEL_TYPE_MIX_AIC_1_2;
-    Run(options, &NAMED(npu_sparse_, NPU_SPARSE_OPERATOR), arguments);
+    if (npu_sparse_launched != nullptr) npu_sparse_launched(stream, blocks, arguments.back().data);
+    Run(options, &NAMED(npu_sparse_, NPU_SPARSE_OPERATOR), arguments, tiling);
 }
 
 }  // namespace npu_sparse_ascendc

@@ -1,10 +1,6 @@
 // The kernels on the card. Compiled by CANN's bisheng alone (-x asc), which makes device code of the headers and host code of
 // the launches below.
 
-#include <stdexcept>
-#include <string>
-
-#include "acl/acl.h"
 #include "attention_mass/attention_mass.h"
 #include "index_partition/index_partition.h"
 #include "index_scores/index_scores.h"
@@ -15,29 +11,18 @@
 
 namespace npu_sparse_ascendc {
 
-uint32_t DeviceCores()
-{
-    int32_t device = 0;
-    int64_t cores = 0;
-    if (aclrtGetDevice(&device) != ACL_SUCCESS ||
-        aclGetDeviceCapability(device, ACL_DEVICE_INFO_AI_CORE_NUM, &cores) != ACL_SUCCESS || cores < 1) {
-        throw std::runtime_error(std::string("the card must tell how many AI cores it has: ") + aclGetRecentErrMsg());
-    }
-    return static_cast<uint32_t>(cores);
-}
-
 #define GM(i) static_cast<GM_ADDR>(arguments[i].data)
-#define LAUNCH(op, ...)                                                                                           \
-    void launch_##op(uint32_t blocks, KernelUnits, void* stream, const std::vector<GmArgument>& arguments)        \
-    {                                                                                                             \
-        npu_sparse_##op<<<blocks, nullptr, stream>>>(__VA_ARGS__);                                                \
+#define LAUNCH(op, Tiling, ...)                                                                                              \
+    void launch_##op(uint32_t blocks, KernelUnits, void* stream, const std::vector<GmArgument>& arguments, const Tiling& tiling) \
+    {                                                                                                                        \
+        npu_sparse_##op<<<blocks, nullptr, stream>>>(__VA_ARGS__, tiling);                                                   \
     }
 
-LAUNCH(index_scores, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
-LAUNCH(index_partition, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6))
-LAUNCH(select_tokens, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5))
-LAUNCH(select_by_index, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7), GM(8))
-LAUNCH(sparse_attention, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
-LAUNCH(attention_mass, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5))
+LAUNCH(index_scores, IndexScoresTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6))
+LAUNCH(index_partition, IndexPartitionTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5))
+LAUNCH(select_tokens, SelectTokensTiling, GM(0), GM(1), GM(2), GM(3), GM(4))
+LAUNCH(select_by_index, SelectByIndexTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
+LAUNCH(sparse_attention, SparseAttentionTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6))
+LAUNCH(attention_mass, AttentionMassTiling, GM(0), GM(1), GM(2), GM(3), GM(4))
 
 }  // namespace npu_sparse_ascendc

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import npu_sparse
-from npu_sparse import Budget, Indexer, SparsePrefill, ops, selectors
+from npu_sparse import Budget, Indexer, SparsePrefill, ascendc, ops, selectors
 from npu_sparse.ops import dispatch
 from npu_sparse.testing import attention_inputs, index_inputs, padding, ragged_scores, random_support, tiny_model, tokens
 
@@ -128,6 +128,107 @@ def test_the_library_refuses_tensors_of_other_devices():
     q = torch.ones(1, 2, 4, 16, dtype=torch.float16, device="meta")
     with pytest.raises(ValueError, match="q must be on a device that this library serves, got meta"):
         torch.ops.npu_sparse_emulated.attention_mass(q, q, 1.0, 1, "max", False, None)
+
+
+@pytest.fixture(scope="module")
+def card(stub_device, runtime):
+    """The library for the card as torch calls it: torch_npu's streams and allocator, with the emulated kernels in it."""
+    torch.ops.load_library(os.path.join(os.environ["NPU_SPARSE_RUNTIME_STUB"], "libnpu_sparse_card.so"))
+    for name in ("npu_sparse_copies", "npu_sparse_waits", "npu_sparse_launches"):
+        runtime[name].restype = ctypes.c_uint64
+    return torch.ops.npu_sparse_card
+
+
+@pytest.fixture
+def launched(runtime):
+    """`launched(call)`: what `call()` launched, as (stream, blocks, workspace)."""
+
+    def run(call):
+        before = runtime.npu_sparse_launches()
+        call()
+        found = []
+        for i in range(before, runtime.npu_sparse_launches()):
+            stream, blocks, workspace = ctypes.c_void_p(), ctypes.c_uint32(), ctypes.c_void_p()
+            runtime.npu_sparse_launch(ctypes.c_size_t(i), *map(ctypes.byref, (stream, blocks, workspace)))
+            found.append((stream.value, blocks.value, workspace.value))
+        return found
+
+    return run
+
+
+def card_arguments():
+    """Arguments of every operator of the library for the card, on `npu`, and whether its blocks are vector cores."""
+    half = {"dtype": torch.float16, "device": "npu"}
+    qi, ki = torch.ones(1, 1, 700, 64, **half), torch.ones(1, 700, 64, **half)
+    q, k = torch.ones(1, 4, 700, 32, **half), torch.ones(1, 2, 700, 32, **half)
+    indices = torch.zeros(1, 1, 700, 3, dtype=torch.int32, device="npu")
+    return {
+        "index_scores": (qi, ki, None, 1, "max", None, None),
+        "index_partition": (qi, ki, None, None),
+        "select_tokens": (torch.ones(1, 1, 700, 700, device="npu"), 9, 0, 0, 1, 700, None),
+        "select_by_index": (qi, ki, None, 9, 8, "max", 0, 0, None, None),
+        "sparse_attention": (q, k, k, indices, torch.ones(1, 1, 700, dtype=torch.int32, device="npu"), 1, 0.2),
+        "attention_mass": (q, k, 0.2, 64, "max", False, None),
+    }
+
+
+@pytest.mark.parametrize("op", ascendc.OPERATORS)
+def test_the_library_for_the_card_copies_nothing_and_waits_for_nothing(card, runtime, launched, op):
+    arguments = card_arguments()[op]
+    torch.npu.synchronize()
+    before = runtime.npu_sparse_copies(), runtime.npu_sparse_waits()
+    ((stream, blocks, _),) = launched(lambda: getattr(card, op)(*arguments))
+    assert (runtime.npu_sparse_copies(), runtime.npu_sparse_waits()) == before
+    assert stream == torch.npu.current_stream().npu_stream and blocks > 1
+
+
+@pytest.mark.parametrize("op", ascendc.OPERATORS)
+def test_the_library_for_the_card_agrees_with_the_emulated_one(card, op):
+    arguments = card_arguments()[op]
+    found = getattr(card, op)(*arguments)
+    expected = getattr(torch.ops.npu_sparse_emulated, op)(*arguments)
+    for a, b in zip(*((each,) if isinstance(each, torch.Tensor) else each for each in (found, expected)), strict=True):
+        assert torch.equal(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("op", ascendc.OPERATORS)
+def test_a_stream_gets_as_many_blocks_as_it_may_use_cores(card, runtime, launched, op):
+    arguments, stream = card_arguments()[op], torch.npu.Stream()
+    with torch.npu.stream(stream):
+        ((_, whole, _),) = launched(lambda: getattr(card, op)(*arguments))
+        for kind, cores in ((0, 2), (1, 4)):
+            assert runtime.aclrtSetStreamResLimit(ctypes.c_void_p(stream.npu_stream), kind, cores) == 0
+        ((used, limited, _),) = launched(lambda: getattr(card, op)(*arguments))
+        assert runtime.aclrtResetStreamResLimit(ctypes.c_void_p(stream.npu_stream)) == 0
+    most = 4 if op == "select_tokens" else 2
+    assert limited == most < whole <= (40 if op == "select_tokens" else 20) and used == stream.npu_stream
+
+
+def test_a_stream_without_two_vector_cores_is_refused(card, runtime):
+    arguments, stream = card_arguments()["attention_mass"], torch.npu.Stream()
+    assert runtime.aclrtSetStreamResLimit(ctypes.c_void_p(stream.npu_stream), 1, 1) == 0
+    with torch.npu.stream(stream), pytest.raises(RuntimeError, match="a cube core and two vector cores at least, got 20 and 1"):
+        card.attention_mass(*arguments)
+    assert runtime.aclrtResetStreamResLimit(ctypes.c_void_p(stream.npu_stream)) == 0
+
+
+def test_workspaces_of_two_streams_are_never_the_same_memory(card, launched):
+    """The workspace is freed when a call returns, before its kernel has run: only work of the same stream may get it."""
+    arguments, streams = card_arguments()["sparse_attention"], [torch.npu.Stream() for _ in range(2)]
+
+    def work():
+        for stream in (*streams, *streams):
+            with torch.npu.stream(stream):
+                card.sparse_attention(*arguments)
+
+    found = launched(work)
+    assert [stream for stream, _, _ in found] == [stream.npu_stream for stream in (*streams, *streams)]
+    first, second, third, fourth = (workspace for _, _, workspace in found)
+    assert first != second and (third, fourth) == (first, second)  # again what the same stream has had
+
+
+def test_the_library_names_the_chip(card):
+    assert card.soc_name() == "Ascend910B3"
 
 
 def prefill(name: str, kind: str, device: str):

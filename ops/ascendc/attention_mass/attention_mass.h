@@ -510,15 +510,13 @@ __aicore__ inline void RunAttentionMass(const AttentionMassTiling& tiling, GM_AD
 }  // namespace npu_sparse_ascendc
 
 // mass is fp32 [B, Hs, Nq, Tk]; valid is uint8 [B, Tk] or null. MakeAttentionMassTiling and AttentionMassWorkspace say the rest.
-extern "C" __global__ __aicore__ void npu_sparse_attention_mass(GM_ADDR q, GM_ADDR k, GM_ADDR valid, GM_ADDR mass,
-                                                                GM_ADDR workspace, GM_ADDR tiling)
+extern "C" MIXED_KERNEL void npu_sparse_attention_mass(GM_ADDR q, GM_ADDR k, GM_ADDR valid, GM_ADDR mass, GM_ADDR workspace,
+                                                       npu_sparse_ascendc::AttentionMassTiling tiling)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
-    npu_sparse_ascendc::AttentionMassTiling local;
-    npu_sparse_ascendc::ReadTiling(local, tiling);
-    if (local.bfloat16) {
-        npu_sparse_ascendc::RunAttentionMass<bfloat16_t>(local, q, k, valid, mass, workspace);
+    TASK_TYPE(KERNEL_TYPE_MIX_AIC_1_2);
+    if (tiling.bfloat16) {
+        npu_sparse_ascendc::RunAttentionMass<bfloat16_t>(tiling, q, k, valid, mass, workspace);
     } else {
-        npu_sparse_ascendc::RunAttentionMass<half>(local, q, k, valid, mass, workspace);
+        npu_sparse_ascendc::RunAttentionMass<half>(tiling, q, k, valid, mass, workspace);
     }
 }

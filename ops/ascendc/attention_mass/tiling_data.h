@@ -24,6 +24,5 @@ struct AttentionMassTiling {
     uint32_t cores;         // launch this many blocks
     uint32_t coreBytes;     // of the workspace
 };
-static_assert(sizeof(AttentionMassTiling) % 8 == 0, "a whole number of 8-byte words");
 
 }  // namespace npu_sparse_ascendc

@@ -1,6 +1,7 @@
 // Small things every kernel of this folder needs.
 #pragma once
 
+#include "entry.h"
 #include "kernel_operator.h"
 
 namespace npu_sparse_ascendc {
@@ -19,17 +20,6 @@ __aicore__ inline uint32_t Least(uint32_t a, uint32_t b) { return a < b ? a : b;
 __aicore__ inline uint32_t Most(uint32_t a, uint32_t b) { return a > b ? a : b; }
 __aicore__ inline uint32_t Aligned(uint32_t value, uint32_t unit) { return (value + unit - 1) / unit * unit; }
 __aicore__ inline uint32_t Above(uint32_t value, uint32_t floor) { return value > floor ? value - floor : 0; }
-
-// The host's tiling, word by word from GM.
-template <typename Tiling>
-__aicore__ inline void ReadTiling(Tiling& tiling, GM_ADDR address)
-{
-    auto from = reinterpret_cast<__gm__ uint32_t*>(address);
-    auto to = reinterpret_cast<uint32_t*>(&tiling);
-    for (uint32_t i = 0; i < sizeof(Tiling) / sizeof(uint32_t); i++) {
-        to[i] = from[i];
-    }
-}
 
 // What the first pipe has been given is done before the second goes on.
 template <HardEvent event>

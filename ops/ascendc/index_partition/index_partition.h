@@ -44,15 +44,13 @@ __aicore__ inline void IndexPartition(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR
 }  // namespace npu_sparse_ascendc
 
 // qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi] or null, valid uint8 [B, Tk] or null; partition fp32 [B, Tq].
-extern "C" __global__ __aicore__ void npu_sparse_index_partition(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid,
-                                                                 GM_ADDR partition, GM_ADDR workspace, GM_ADDR tiling)
+extern "C" MIXED_KERNEL void npu_sparse_index_partition(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid, GM_ADDR partition,
+                                                        GM_ADDR workspace, npu_sparse_ascendc::IndexPartitionTiling tiling)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
-    npu_sparse_ascendc::IndexPartitionTiling data;
-    npu_sparse_ascendc::ReadTiling(data, tiling);
-    if (data.score.bfloat16) {
-        npu_sparse_ascendc::IndexPartition<bfloat16_t>(qi, ki, w, valid, partition, workspace, data);
+    TASK_TYPE(KERNEL_TYPE_MIX_AIC_1_2);
+    if (tiling.score.bfloat16) {
+        npu_sparse_ascendc::IndexPartition<bfloat16_t>(qi, ki, w, valid, partition, workspace, tiling);
     } else {
-        npu_sparse_ascendc::IndexPartition<half>(qi, ki, w, valid, partition, workspace, data);
+        npu_sparse_ascendc::IndexPartition<half>(qi, ki, w, valid, partition, workspace, tiling);
     }
 }

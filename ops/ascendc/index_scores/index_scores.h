@@ -88,16 +88,14 @@ __aicore__ inline void IndexScores(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR va
 
 // qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi] or null, valid uint8 [B, Tk] or null, partition fp32 [B, Tq] or null; scores
 // fp32 [B, Nq, Tk].
-extern "C" __global__ __aicore__ void npu_sparse_index_scores(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid,
-                                                              GM_ADDR partition, GM_ADDR scores, GM_ADDR workspace,
-                                                              GM_ADDR tiling)
+extern "C" MIXED_KERNEL void npu_sparse_index_scores(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid, GM_ADDR partition,
+                                                     GM_ADDR scores, GM_ADDR workspace,
+                                                     npu_sparse_ascendc::IndexScoresTiling tiling)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
-    npu_sparse_ascendc::IndexScoresTiling data;
-    npu_sparse_ascendc::ReadTiling(data, tiling);
-    if (data.score.bfloat16) {
-        npu_sparse_ascendc::IndexScores<bfloat16_t>(qi, ki, w, valid, partition, scores, workspace, data);
+    TASK_TYPE(KERNEL_TYPE_MIX_AIC_1_2);
+    if (tiling.score.bfloat16) {
+        npu_sparse_ascendc::IndexScores<bfloat16_t>(qi, ki, w, valid, partition, scores, workspace, tiling);
     } else {
-        npu_sparse_ascendc::IndexScores<half>(qi, ki, w, valid, partition, scores, workspace, data);
+        npu_sparse_ascendc::IndexScores<half>(qi, ki, w, valid, partition, scores, workspace, tiling);
     }
 }

@@ -118,16 +118,15 @@ __aicore__ inline void SelectByIndex(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR 
 
 // qi [B, Hi, Tq, Di], ki [B, Tk, Di], w [B, Tq, Hi] or null, valid uint8 [B, Tk] or null, partition fp32 [B, Tq] or null;
 // indices int32 [B, 1, Nq, min(k, Tk)], count int32 [B, 1, Nq].
-extern "C" __global__ __aicore__ void npu_sparse_select_by_index(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid,
-                                                                 GM_ADDR partition, GM_ADDR indices, GM_ADDR count,
-                                                                 GM_ADDR workspace, GM_ADDR tiling)
+extern "C" BATCHED_MIXED_KERNEL void npu_sparse_select_by_index(GM_ADDR qi, GM_ADDR ki, GM_ADDR w, GM_ADDR valid,
+                                                                GM_ADDR partition, GM_ADDR indices, GM_ADDR count,
+                                                                GM_ADDR workspace,
+                                                                npu_sparse_ascendc::SelectByIndexTiling tiling)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
-    npu_sparse_ascendc::SelectByIndexTiling data;
-    npu_sparse_ascendc::ReadTiling(data, tiling);
-    if (data.score.bfloat16) {
-        npu_sparse_ascendc::SelectByIndex<bfloat16_t>(qi, ki, w, valid, partition, indices, count, workspace, data);
+    TASK_TYPE(KERNEL_TYPE_MIX_AIC_1_2);
+    if (tiling.score.bfloat16) {
+        npu_sparse_ascendc::SelectByIndex<bfloat16_t>(qi, ki, w, valid, partition, indices, count, workspace, tiling);
     } else {
-        npu_sparse_ascendc::SelectByIndex<half>(qi, ki, w, valid, partition, indices, count, workspace, data);
+        npu_sparse_ascendc::SelectByIndex<half>(qi, ki, w, valid, partition, indices, count, workspace, tiling);
     }
 }

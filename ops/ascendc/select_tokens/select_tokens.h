@@ -125,14 +125,12 @@ private:
 }  // namespace npu_sparse_ascendc
 
 // scores fp32 [B, Hs, Nq, Tk], valid uint8 [B, Tk] or null; indices int32 [B, Hs, Nq, min(k, Tk)], count int32 [B, Hs, Nq].
-extern "C" __global__ __aicore__ void npu_sparse_select_tokens(GM_ADDR scores, GM_ADDR valid, GM_ADDR indices, GM_ADDR count,
-                                                               GM_ADDR workspace, GM_ADDR tiling)
+extern "C" BATCHED_VECTOR_KERNEL void npu_sparse_select_tokens(GM_ADDR scores, GM_ADDR valid, GM_ADDR indices, GM_ADDR count,
+                                                               GM_ADDR workspace, npu_sparse_ascendc::SelectTokensTiling tiling)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIV_1_0);
-    npu_sparse_ascendc::SelectTokensTiling data;
-    npu_sparse_ascendc::ReadTiling(data, tiling);
+    TASK_TYPE(KERNEL_TYPE_MIX_AIV_1_0);
     AscendC::TPipe pipe;
     npu_sparse_ascendc::SelectTokens op;
-    op.Init(&pipe, data, scores, valid, indices, count, workspace);
+    op.Init(&pipe, tiling, scores, valid, indices, count, workspace);
     op.Process();
 }

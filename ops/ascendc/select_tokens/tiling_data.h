@@ -15,7 +15,6 @@ struct SelectTokensTiling {
     uint32_t hasValid;
     uint32_t splits;   // items a row's keys are cut into
     uint32_t cores;    // AIV cores, and blocks of the launch
-    uint32_t reserved;
 };
 
 }  // namespace npu_sparse_ascendc

@@ -914,15 +914,14 @@ __aicore__ inline void RunSparseAttention(const SparseAttentionTiling& tiling, G
 }  // namespace npu_sparse_ascendc
 
 // out is [B, Tq, Hq, Dv] in memory; MakeSparseAttentionTiling and SparseAttentionWorkspace say the rest.
-extern "C" __global__ __aicore__ void npu_sparse_sparse_attention(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR indices, GM_ADDR count,
-                                                                  GM_ADDR out, GM_ADDR workspace, GM_ADDR tiling)
+extern "C" MIXED_KERNEL void npu_sparse_sparse_attention(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR indices, GM_ADDR count,
+                                                         GM_ADDR out, GM_ADDR workspace,
+                                                         npu_sparse_ascendc::SparseAttentionTiling tiling)
 {
-    KERNEL_TASK_TYPE_DEFAULT(KERNEL_TYPE_MIX_AIC_1_2);
-    npu_sparse_ascendc::SparseAttentionTiling local;
-    npu_sparse_ascendc::ReadTiling(local, tiling);
-    if (local.bfloat16) {
-        npu_sparse_ascendc::RunSparseAttention<bfloat16_t>(local, q, k, v, indices, count, out, workspace);
+    TASK_TYPE(KERNEL_TYPE_MIX_AIC_1_2);
+    if (tiling.bfloat16) {
+        npu_sparse_ascendc::RunSparseAttention<bfloat16_t>(tiling, q, k, v, indices, count, out, workspace);
     } else {
-        npu_sparse_ascendc::RunSparseAttention<half>(local, q, k, v, indices, count, out, workspace);
+        npu_sparse_ascendc::RunSparseAttention<half>(tiling, q, k, v, indices, count, out, workspace);
     }
 }

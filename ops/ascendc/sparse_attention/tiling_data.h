@@ -33,8 +33,6 @@ struct SparseAttentionTiling {
     uint32_t tilesPerBlock;  // tiles that share one support
     uint32_t tiles;          // over batch, KV heads and blocks
     uint32_t cores;          // launch this many blocks
-    uint32_t unused;         // fills the last 8-byte word
 };
-static_assert(sizeof(SparseAttentionTiling) % 8 == 0, "a whole number of 8-byte words");
 
 }  // namespace npu_sparse_ascendc

@@ -213,6 +213,8 @@ emulation::LaunchOptions Options(const Run& run, const char* kernel, uint32_t bl
     emulation::LaunchOptions options;
     options.kernel = kernel;
     options.blocks = blocks;
+    options.entry = true;
+    options.cardCores = run.cores;
     options.seed = run.seed;
     return options;
 }
@@ -240,7 +242,7 @@ std::vector<uint16_t> LaunchAttention(const AttentionCase& c, const Run& run = {
     emulation::Launch(Options(run, "sparse_attention", SparseAttentionBlocks(tiling)), npu_sparse_sparse_attention, In(c.q, "q"),
                       In(c.k, "k"), In(c.v, "v"), In(c.indices, "indices"), In(c.count, "count"), Out(out, "out"),
                       Gm(nullptr, SparseAttentionWorkspace(tiling), "workspace", GmUse::Workspace),
-                      Gm(&tiling, sizeof tiling, "tiling", GmUse::Read));
+                      tiling);
     return out;
 }
 
@@ -477,7 +479,7 @@ std::vector<float> LaunchMass(const MassCase& c, const Run& run = {})
     emulation::Launch(Options(run, "attention_mass", AttentionMassBlocks(tiling)), npu_sparse_attention_mass, In(c.q, "q"),
                       In(c.k, "k"), In(c.valid, "valid"), Out(mass, "mass"),
                       Gm(nullptr, AttentionMassWorkspace(tiling), "workspace", GmUse::Workspace),
-                      Gm(&tiling, sizeof tiling, "tiling", GmUse::Read));
+                      tiling);
     return mass;
 }
 

@@ -273,14 +273,6 @@ emulation::GmArgument Workspace(uint64_t bytes)
     return emulation::Gm(nullptr, bytes, "workspace", emulation::GmUse::Workspace);
 }
 
-template <typename Tiling>
-std::vector<uint8_t> Bytes(const Tiling& tiling)
-{
-    std::vector<uint8_t> bytes(sizeof tiling);
-    std::memcpy(bytes.data(), &tiling, sizeof tiling);
-    return bytes;
-}
-
 Hardware Card(const Case& c)
 {
     Hardware hardware;
@@ -293,15 +285,16 @@ std::vector<float> RunScores(const Case& c, const Inputs& in, uint64_t seed = 0)
     const IndexScoresProblem problem = Score(c);
     Expect(CheckIndexScores(problem).empty(), CheckIndexScores(problem));
     const IndexScoresTiling tiling = MakeIndexScoresTiling(problem, Card(c));
-    const std::vector<uint8_t> data = Bytes(tiling);
     std::vector<float> scores(static_cast<size_t>(c.B) * c.Rows() * c.Tk, 12345.0f);
     emulation::LaunchOptions options;
     options.kernel = "index_scores";
+    options.entry = true;
+    options.cardCores = c.cores;
     options.blocks = IndexScoresBlocks(tiling);
     options.seed = seed;
     emulation::Launch(options, npu_sparse_index_scores, Read(in.qi, "qi"), Read(in.ki, "ki"), Read(in.w, "w"),
                       Read(in.valid, "valid"), Read(in.partition, "partition"), Write(scores, "scores"),
-                      Workspace(IndexScoresWorkspace(tiling)), Read(data, "tiling"));
+                      Workspace(IndexScoresWorkspace(tiling)), tiling);
     return scores;
 }
 
@@ -321,15 +314,16 @@ Selection RunFused(const Case& c, const Inputs& in, uint64_t seed = 0)
     problem.recent = c.recent;
     Expect(CheckSelectByIndex(problem).empty(), CheckSelectByIndex(problem));
     const SelectByIndexTiling tiling = MakeSelectByIndexTiling(problem, Card(c));
-    const std::vector<uint8_t> data = Bytes(tiling);
     Selection selection(static_cast<size_t>(c.B) * c.Rows(), std::min(c.k, c.Tk));
     emulation::LaunchOptions options;
     options.kernel = "select_by_index";
+    options.entry = true;
+    options.cardCores = c.cores;
     options.blocks = SelectByIndexBlocks(tiling);
     options.seed = seed;
     emulation::Launch(options, npu_sparse_select_by_index, Read(in.qi, "qi"), Read(in.ki, "ki"), Read(in.w, "w"),
                       Read(in.valid, "valid"), Read(in.partition, "partition"), Write(selection.indices, "indices"),
-                      Write(selection.count, "count"), Workspace(SelectByIndexWorkspace(tiling)), Read(data, "tiling"));
+                      Write(selection.count, "count"), Workspace(SelectByIndexWorkspace(tiling)), tiling);
     return selection;
 }
 
@@ -349,16 +343,17 @@ Selection RunSelect(const Case& c, uint32_t heads, const std::vector<float>& sco
     problem.hasValid = !valid.empty();
     Expect(CheckSelectTokens(problem).empty(), CheckSelectTokens(problem));
     const SelectTokensTiling tiling = MakeSelectTokensTiling(problem, Card(c));
-    const std::vector<uint8_t> data = Bytes(tiling);
     Selection selection(static_cast<size_t>(c.B) * heads * c.Rows(), std::min(c.k, c.Tk));
     emulation::LaunchOptions options;
     options.kernel = "select_tokens";
+    options.entry = true;
+    options.cardCores = c.cores;
     options.blocks = SelectTokensBlocks(tiling);
     options.type = KERNEL_TYPE_MIX_AIV_1_0;
     options.seed = seed;
     emulation::Launch(options, npu_sparse_select_tokens, Read(scores, "scores"), Read(valid, "valid"),
                       Write(selection.indices, "indices"), Write(selection.count, "count"),
-                      Workspace(SelectTokensWorkspace(tiling)), Read(data, "tiling"));
+                      Workspace(SelectTokensWorkspace(tiling)), tiling);
     return selection;
 }
 
@@ -600,15 +595,16 @@ std::vector<float> RunPartition(const Case& c, const Inputs& in, uint64_t seed =
     const IndexPartitionProblem problem = Score(c);
     Expect(CheckIndexPartition(problem).empty(), CheckIndexPartition(problem));
     const IndexPartitionTiling tiling = MakeIndexPartitionTiling(problem, Card(c));
-    const std::vector<uint8_t> data = Bytes(tiling);
     std::vector<float> partition(static_cast<size_t>(c.B) * c.Tq, 12345.0f);
     emulation::LaunchOptions options;
     options.kernel = "index_partition";
+    options.entry = true;
+    options.cardCores = c.cores;
     options.blocks = IndexPartitionBlocks(tiling);
     options.seed = seed;
     emulation::Launch(options, npu_sparse_index_partition, Read(in.qi, "qi"), Read(in.ki, "ki"), Read(in.w, "w"),
                       Read(in.valid, "valid"), Write(partition, "partition"), Workspace(IndexPartitionWorkspace(tiling)),
-                      Read(data, "tiling"));
+                      tiling);
     return partition;
 }
 

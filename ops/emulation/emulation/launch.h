@@ -12,6 +12,8 @@ struct LaunchOptions {
     const char* kernel = "kernel";      // named in faults
     uint32_t blocks = 1;
     KernelType type = KERNEL_TYPE_MIX_AIC_1_2;
+    uint32_t cardCores = 20;            // AI cores of the card, each with two vector cores: blocks may be more
+    bool entry = false;                 // an entry of the library: must have attributes (elsewhere they are checked where they are)
     uint64_t seed = 0;                  // 0: program order; else a random order of cores and, within flags and barriers, of pipes
     Trace* trace = nullptr;
     bool hazards = true;                // false only for long performance traces of a kernel whose tests run with it on
@@ -150,6 +152,24 @@ auto KernelArgument(Machine& machine, std::deque<Region>& owned, const Argument&
     else return argument;
 }
 
+// The cores that the host counts on are those that the kernel's attributes ask for.
+inline void CheckAttributes(const LaunchOptions& options, const Attributes& attributes) {
+    const auto fail = [&](const std::string& text) {
+        throw Fault(5, FaultText(options.kernel, 5, text, Where("launch", 0), "host"));
+    };
+#ifndef NPU_SPARSE_TASK_TYPE_MACRO
+    if (options.entry && !attributes.known) fail("an entry must say its cores by __mix__(cube, vector), got none");
+#endif
+    const KernelType asked = attributes.cube == 0     ? KERNEL_TYPE_MIX_AIV_1_0
+                             : attributes.vector == 0 ? KERNEL_TYPE_MIX_AIC_1_0
+                             : attributes.vector == 1 ? KERNEL_TYPE_MIX_AIC_1_1
+                                                      : KERNEL_TYPE_MIX_AIC_1_2;
+    if (attributes.known && asked != options.type) {
+        fail("the launch must be for the cores of __mix__(" + std::to_string(attributes.cube) + ", " +
+             std::to_string(attributes.vector) + "), got " + kTypeNames[options.type]);
+    }
+}
+
 // Runs `kernel` on options.blocks blocks; throws Fault when it breaks a rule.
 template <class Kernel, class... Arguments>
 void Launch(const LaunchOptions& options, Kernel kernel, const Arguments&... arguments) {
@@ -159,6 +179,9 @@ void Launch(const LaunchOptions& options, Kernel kernel, const Arguments&... arg
     machine.kernel = options.kernel;
     machine.type = options.type;
     machine.blocks = options.blocks;
+    machine.cardCores = options.cardCores;
+    machine.attributes = AttributesOf(kernel);
+    CheckAttributes(options, machine.attributes);
     machine.hazards = options.hazards;
     machine.trace = options.trace;
     machine.seed = options.seed;

@@ -1,6 +1,7 @@
 // Continues core.h: the launch, handing over between cores, the checks of an instruction, flags and barriers.
 #pragma once
 
+#include "attributes.h"
 #include "core.h"
 
 enum KernelMetaType {
@@ -14,12 +15,15 @@ enum KernelMetaType {
 
 namespace emulation {
 
+constexpr const char* kTypeNames[] = {"AIV_ONLY", "AIC_ONLY", "MIX_AIV_1_0", "MIX_AIC_1_0", "MIX_AIC_1_1", "MIX_AIC_1_2"};
+
 using KernelType = KernelMetaType;
 
 struct Machine {
     std::string kernel;
     KernelType type = KERNEL_TYPE_MIX_AIC_1_2;
-    uint32_t blocks = 1;
+    uint32_t blocks = 1, cardCores = 20;
+    Attributes attributes;
     bool hazards = true;
     Trace* trace = nullptr;
     uint64_t seed = 0;
@@ -549,6 +553,21 @@ inline void CheckSynchronises(const char* call, Where where) {
     });
 }
 
+// Blocks that wait for each other must all be on the card's cores at once.
+inline void CheckTogether(const char* call, Where where) {
+    const Machine& machine = *Current().machine;
+    const bool vectorOnly = machine.type == KERNEL_TYPE_MIX_AIV_1_0;
+    const uint32_t cores = vectorOnly ? 2 * machine.cardCores : machine.cardCores;
+    Require(machine.blocks <= cores, 8, where, [&] {
+        return std::string(call) + " must be on at most " + std::to_string(cores) + (vectorOnly ? " vector" : " AI") +
+               " cores, as many as the card has, got " + std::to_string(machine.blocks) + " blocks";
+    });
+    Require(!machine.attributes.known || machine.attributes.together, 8, where, [&] {
+        return std::string(call) + " must be in a kernel of __schedmode__(1): without it blocks of two streams can wait for "
+                                   "each other's cores";
+    });
+}
+
 inline void CheckCrossId(int id, int mode, const char* call, Where where) {
     CheckSynchronises(call, where);
     Require(id >= 0 && id <= 15 && (id < 11 || id > 14), 7, where, [&] {
@@ -564,6 +583,7 @@ inline void CheckCrossId(int id, int mode, const char* call, Where where) {
 
 inline void SynchroniseAll(bool vectorOnly, Where where) {
     CheckSynchronises("SyncAll", where);
+    CheckTogether("SyncAll", where);
     Require(!vectorOnly || !Current().cube, 5, where,
             [] { return std::string("SyncAll<true> must be called on vector cores only"); });
     Barrier(PIPE_ALL, where);

@@ -27,6 +27,7 @@ void PipeBarrier(Where where = {}) {
 template <uint8_t modeId, pipe_t pipe>
 void CrossCoreSetFlag(uint16_t id, Where where = {}) {
     emulation::CheckCrossId(id, modeId, "CrossCoreSetFlag", where);
+    if constexpr (modeId == 0) emulation::CheckTogether("CrossCoreSetFlag of mode 0", where);
     emulation::CrossSetFlag(modeId, pipe, id, where);
 }
 

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <string>
 #include <unistd.h>
+#include <vector>
 
 #include "acl/acl.h"
 #include "acl/acl_op_compiler.h"
@@ -30,6 +31,12 @@ std::map<int, std::string> compileOptions;  // kept, and used by nobody: nothing
 std::map<int, int64_t> systemOptions;  // 0 (off) until set
 int context;  // its address is the one context
 thread_local const char* lastError = "";
+std::map<std::pair<aclrtStream, int>, uint32_t> streamLimits;  // cores, where a limit was set
+
+// What the tests count: copies, waits for the device, and launches of our kernels.
+struct Launched { void* stream; uint32_t blocks; const void* workspace; };
+std::vector<Launched> launches;
+uint64_t copies = 0, waits = 0;
 
 aclError Refuse(aclError code, const char* why)
 {
@@ -72,6 +79,21 @@ aclError Copy(void* destination, size_t room, const void* source, size_t count)
 }  // namespace
 
 extern "C" {
+
+void npu_sparse_launched(void* stream, uint32_t blocks, const void* workspace)
+{
+    std::lock_guard<std::mutex> guard(lock);
+    launches.push_back({stream, blocks, workspace});
+}
+uint64_t npu_sparse_copies() { return copies; }
+uint64_t npu_sparse_waits() { return waits; }
+size_t npu_sparse_launches() { return launches.size(); }
+void npu_sparse_launch(size_t i, void** stream, uint32_t* blocks, const void** workspace)
+{
+    *stream = launches[i].stream;
+    *blocks = launches[i].blocks;
+    *workspace = launches[i].workspace;
+}
 
 int npu_sparse_runtime_stub = 1;  // by this symbol a process knows that its device memory is host memory
 
@@ -153,10 +175,12 @@ aclError aclrtGetMemInfo(aclrtMemAttr, size_t* unused, size_t* total)
 }
 aclError aclrtMemcpy(void* destination, size_t room, const void* source, size_t count, aclrtMemcpyKind)
 {
+    ++copies;
     return Copy(destination, room, source, count);
 }
 aclError aclrtMemcpyAsync(void* destination, size_t room, const void* source, size_t count, aclrtMemcpyKind, aclrtStream)
 {
+    ++copies;
     return Copy(destination, room, source, count);
 }
 aclError aclrtMemset(void* pointer, size_t room, int32_t value, size_t count)
@@ -170,8 +194,24 @@ aclError aclrtMemset(void* pointer, size_t room, int32_t value, size_t count)
 aclError aclrtCreateStream(aclrtStream* stream) { *stream = new char; return ACL_SUCCESS; }
 aclError aclrtCreateStreamWithConfig(aclrtStream* stream, uint32_t, uint32_t) { return aclrtCreateStream(stream); }
 aclError aclrtDestroyStream(aclrtStream stream) { delete static_cast<char*>(stream); return ACL_SUCCESS; }
-aclError aclrtSynchronizeStream(aclrtStream) { return ACL_SUCCESS; }
-aclError aclrtSynchronizeDevice() { return ACL_SUCCESS; }
+aclError aclrtSynchronizeStream(aclrtStream) { ++waits; return ACL_SUCCESS; }
+aclError aclrtSynchronizeDevice() { ++waits; return ACL_SUCCESS; }
+aclError aclrtSetStreamResLimit(aclrtStream stream, aclrtDevResLimitType type, uint32_t value)
+{
+    streamLimits[{stream, type}] = value;
+    return ACL_SUCCESS;
+}
+aclError aclrtResetStreamResLimit(aclrtStream stream)
+{
+    for (int type : {ACL_RT_DEV_RES_CUBE_CORE, ACL_RT_DEV_RES_VECTOR_CORE}) streamLimits.erase({stream, type});
+    return ACL_SUCCESS;
+}
+aclError aclrtGetStreamResLimit(aclrtStream stream, aclrtDevResLimitType type, uint32_t* value)
+{
+    const auto found = streamLimits.find({stream, type});
+    *value = found != streamLimits.end() ? found->second : type == ACL_RT_DEV_RES_CUBE_CORE ? 20 : 40;  // of a 910B3
+    return ACL_SUCCESS;
+}
 
 aclError aclrtCreateEventExWithFlag(aclrtEvent* event, uint32_t) { *event = new Event; return ACL_SUCCESS; }
 aclError aclrtDestroyEvent(aclrtEvent event) { delete static_cast<Event*>(event); return ACL_SUCCESS; }

@@ -711,6 +711,55 @@ const std::vector<Case> kCases = {
     }, 2},
 };
 
+// ---- what a kernel's attributes say: entries, as the device compiler takes them ----
+
+__global__ __aicore__ void Plain(GM_ADDR, GM_ADDR, GM_ADDR) {}
+__global__ __mix__(1, 2) void Mixed(GM_ADDR, GM_ADDR, GM_ADDR) {}
+__global__ __mix__(0, 1) void Alone(GM_ADDR, GM_ADDR, GM_ADDR) {
+    SyncAll();  // caught: sync_all_of_blocks_that_start_alone
+}
+__schedmode__(1) __global__ __mix__(0, 1) void Together(GM_ADDR, GM_ADDR, GM_ADDR) {
+    SyncAll();  // caught: sync_all_of_more_blocks_than_vector_cores
+}
+__global__ __mix__(1, 2) __schedmode__(1) void MixedTogether(GM_ADDR, GM_ADDR, GM_ADDR) {
+    if ASCEND_IS_AIV SyncAll();  // caught: sync_all_of_more_blocks_than_cores
+}
+__schedmode__(1) __global__ __mix__(0, 1) void FlagsTogether(GM_ADDR, GM_ADDR, GM_ADDR) {
+    CrossCoreSetFlag<0, PIPE_MTE3>(0);  // caught: flags_of_more_blocks_than_cores
+    CrossCoreWaitFlag(0);
+}
+
+using Entry = void (*)(GM_ADDR, GM_ADDR, GM_ADDR);
+
+struct EntryCase {
+    const char* name;
+    int rule;
+    KernelMetaType type;
+    Entry planted, honest;
+    uint32_t plantedBlocks = 2, honestBlocks = 2;
+};
+
+const std::vector<EntryCase> kEntryCases = {
+    {"launch_on_other_cores", 5, kVectorMix, Mixed, Together},
+    {"entry_without_attributes", 5, kVectorMix, Plain, Together},
+    {"sync_all_of_blocks_that_start_alone", 8, kVectorMix, Alone, Together},
+    {"sync_all_of_more_blocks_than_vector_cores", 8, kVectorMix, Together, Together, 41, 40},
+    {"sync_all_of_more_blocks_than_cores", 8, kMix, MixedTogether, MixedTogether, 21, 20},
+    {"flags_of_more_blocks_than_cores", 8, kVectorMix, FlagsTogether, FlagsTogether, 41, 40},
+};
+
+void Run(const EntryCase& c, bool planted, uint64_t seed) {
+    emulation::LaunchOptions options;
+    options.kernel = c.name;
+    options.blocks = planted ? c.plantedBlocks : c.honestBlocks;
+    options.type = c.type;
+    options.entry = true;
+    options.seed = seed;
+    std::vector<float> values(kCount);
+    const auto gm = emulation::Gm(values.data(), kCount * 4, "in", emulation::GmUse::Read);
+    emulation::Launch(options, planted ? c.planted : c.honest, gm, gm, gm);
+}
+
 // ---- 11: the seed really changes the order. Run without hazard detection: the planted kernel's result depends on the order.
 // ----
 
@@ -837,6 +886,7 @@ int WrongRoundings(bool planted) {
 int main(int argc, char** argv) {
     if (argc == 2 && std::string(argv[1]) == "--list") {
         for (const Case& c : kCases) std::printf("%s %d\n", c.name, c.rule);
+        for (const EntryCase& c : kEntryCases) std::printf("%s %d\n", c.name, c.rule);
         return 0;
     }
     if (argc < 3) return 2;
@@ -859,18 +909,18 @@ int main(int argc, char** argv) {
         std::printf("%d %d\n", WrongRoundings<half>(planted), WrongRoundings<bfloat16_t>(planted));
         return 0;
     }
-    const auto run = [&](const Case& c, uint64_t seed) {
+    const auto report = [&](const char* which, const std::function<void()>& run) {
+        if (name != which && name != "all") return;
         try {
-            Run(c.name, c.type, c.blocks, c.kernel, planted, seed, true);
-            std::printf("%s: clean\n", c.name);
+            run();
+            std::printf("%s: clean\n", which);
         } catch (const emulation::Fault& fault) {
-            std::printf("%s: %d: %s\n", c.name, fault.rule, fault.what());
+            std::printf("%s: %d: %s\n", which, fault.rule, fault.what());
         }
         std::fflush(stdout);
     };
     const uint64_t seed = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 0;
-    for (const Case& c : kCases) {
-        if (name == c.name || name == "all") run(c, seed);
-    }
+    for (const Case& c : kCases) report(c.name, [&] { Run(c.name, c.type, c.blocks, c.kernel, planted, seed, true); });
+    for (const EntryCase& c : kEntryCases) report(c.name, [&] { Run(c, planted, seed); });
     return 0;
 }

@@ -67,11 +67,12 @@ void Record(const char* name, const char* path, Kernel* kernel, uint32_t blocks,
     emulation::LaunchOptions options;
     options.kernel = name;
     options.blocks = blocks;
+    options.entry = true;
     options.trace = &trace;
     options.hazards = false;
     std::vector<uint8_t> space(std::max<uint64_t>(workspace, 512));
     emulation::Launch(options, kernel, arguments..., Gm(space.data(), space.size(), "workspace", GmUse::Workspace),
-                      Gm(&tiling, sizeof(tiling), "tiling", GmUse::Read));
+                      tiling);
     if (!emulation::WriteTrace(trace, path)) throw std::runtime_error(std::string("cannot write ") + path);
 }
 
