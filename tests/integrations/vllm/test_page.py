@@ -56,7 +56,7 @@ def test_every_setting_that_is_refused_is_on_the_page():
 @pytest.mark.vllm
 def test_commands_are_parsed_by_vllm():
     pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
-    from vllm.entrypoints.openai.cli_args import make_arg_parser
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     assert len(commands()) >= 10
@@ -64,3 +64,11 @@ def test_commands_are_parsed_by_vllm():
         parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
         assert parsed.load_format == "npu_sparse"
         Options.parse(parsed.model_loader_extra_config)
+
+
+@pytest.mark.vllm
+def test_what_the_plugin_says_is_in_the_servers_log():
+    pytest.importorskip("vllm", reason="vLLM is not installed: make test-vllm")
+    from npu_sparse.integrations.vllm import attach
+
+    assert attach.logger.name.startswith("vllm."), "vLLM gives a handler and a level to its own name only"
