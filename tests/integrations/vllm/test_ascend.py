@@ -71,7 +71,8 @@ class AscendAttentionMetadataBuilder:
                 break
         return SimpleNamespace(
             starts=common.query_start_loc_cpu.tolist(), lengths=lengths[: common.num_reqs].tolist(),
-            tables=common.block_table_tensor, slots=common.slot_mapping[: common.num_actual_tokens], num_actual_tokens=common.num_actual_tokens,
+            tables=common.block_table_tensor, slots=common.slot_mapping[: common.num_actual_tokens],
+            num_actual_tokens=common.num_actual_tokens,
         )  # fmt: skip
 
 
