@@ -1,8 +1,8 @@
 """How large the slices are that operators work in where a result would need more memory than a long context leaves.
 
 `SparsePrefill.attach(workspace_mib=...)` makes it that of a model's forwards, each in its own thread, and of their backward
-passes. Every operator is called with it, so that a compiled graph has the size that it was traced with. No result depends on it. It is the size of one slice of scores; with what is made of it, an operator holds up to five
-times as much.
+passes. Every operator is called with it, so that a compiled graph has the size that it was traced with. No result depends on
+it. It is the size of one slice of scores; with what is made of it, an operator holds up to five times as much.
 """
 
 from collections.abc import Iterator
