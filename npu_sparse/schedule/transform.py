@@ -150,7 +150,7 @@ def unroll_and_jam(node: Node, names: tuple[str, ...], scop: Scop, factor: int) 
     if _depth(node.child) or not node.permutable:
         return replace(node, child=unroll_and_jam(node.child, names, scop, factor))
     last = len(node.loops) - 1
-    if not all(text.isidentifier() for loop in node.loops for text in loop.exprs.values()):
+    if not all(loop.exprs[name] in scop.statement(name).iterators for loop in node.loops for name in names):
         return node
     if node.loops[last].vector and not node.loops[last].coincident:
         return node  # what an outer loop carries would lie inside of the vector loop

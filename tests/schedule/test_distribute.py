@@ -1,8 +1,9 @@
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from npu_sparse.schedule import config, legality
+from npu_sparse.schedule import config, kernels, legality
 from npu_sparse.schedule.c.print import generate_file
 from npu_sparse.schedule.c.run import FLAGS, run
 from npu_sparse.schedule.config import Tiling
@@ -79,3 +80,12 @@ def test_a_loop_that_carries_something_for_its_statement_is_no_vector_loop():
     vectors = {name: [loop.vector for loop in own.loops] for (name,), own in band.child.children}
     assert vectors == {"S0": [False, True], "S1": [False, False]}
     check(text, scop, plan)
+
+
+def test_rows_that_are_parameters_take_no_register_tiles():
+    path = Path(next(iter(kernels.__path__))) / "correlation.c"
+    scop, text = parse_c(path), path.read_text()
+    plan = schedule(scop, replace(config.load("isl"), tiling=Tiling((5,), 2, True, 2)))
+    [band] = [band for band in distributed(plan) if any(loop.unroll for _, own in band.child.children for loop in own.loops)]
+    assert "n" in {text for _, own in band.child.children for loop in own.loops for text in loop.exprs.values()}
+    check(text, scop, plan, [{"m": 28, "n": 32}])
