@@ -33,6 +33,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend", help=f"run the tests of these back-ends alone ({', '.join(BACKENDS)}); one that cannot run here fails"
     )
+    parser.addoption("--headers", help="CANN's published headers: the AscendC kernels are type-checked against them")
 
 
 def required(config) -> list[str]:
