@@ -1,16 +1,22 @@
 """Modelled time of the AscendC operators on Ascend 910B, from the instruction streams that the host emulation executes.
 
-Nothing here is measured on a card. A trace (`ops/emulation/emulation/trace.h`) lists, per core, every instruction with its pipe
-and sizes and every flag, barrier and cross-core wait; `simulate` queues them on the pipes of a chip, in order, and reports when
-each pipe is busy. The constants are public figures where there are any, and assumptions otherwise; each says which:
+Nothing here is measured on a card of ours. A trace (`ops/emulation/emulation/trace.h`) lists, per core, every instruction
+with its pipe and sizes and every flag, barrier and cross-core wait; `simulate` queues them on the pipes of a chip, in order,
+and reports when each pipe is busy. The constants are public figures where there are any, and assumptions otherwise:
 
-* chips and bandwidths per core: the vendor's public product tables;
-* cycles and latencies of vector instructions, GM latencies: the public cost model of hicann/pypto (A2/A3);
+* chips, L2 and L0 bandwidths per core: the vendor's public product tables;
+* cycles and latencies of vector instructions, GM latencies, L0C's 128 and GM's 86 (87) bytes per cycle that bound Fixpipe:
+  the public cost model of hicann/pypto (A2/A3); the vendor's asc-devkit, too, gives 32 fp32 of L0C per cycle;
+* measured by others on 910B3 (microbenchmarks of shane-kshongmo/vTriton, `perfbound/calibration`): Fixpipe of 128 x 128 fp32
+  to GM at 143.5 GB/s, which those two bounds give within 1 %; 77.0 GB/s of HBM for each of 20 cores that read at once
+  (`Rates.hbm`); 28 to 30 cycles from one vector instruction of two repeats to the next (`Rates.vector_issue`);
+* `Rates.launch_us`: what the stream of the smallest published timing leaves of it (`npu_published`);
 * `Rates.dma`, `Rates.burst`, `Rates.issue`: assumptions, chosen so that 16 KB copies run near full rate and 512 B gathers do
   not, as the vendor's guides say. `scripts/model_npu.py` reports how much the result moves when they are halved and doubled.
 
-What is not modelled: contention of cores for L2 banks, instruction cache misses, clock throttling, launch overhead beyond
-`LAUNCH_US`. Times are therefore on the optimistic side, for dense and sparse alike.
+What is not modelled: contention of cores for L2 banks, instruction cache misses, clock throttling, the scalar unit's
+arithmetic. Times are therefore on the optimistic side, for dense and sparse alike: `npu_published.against_published` says by
+how much for a kernel that was timed, and no modelled time is published without it.
 """
 
 import json
@@ -20,7 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 PIPES = ("S", "V", "M", "MTE1", "MTE2", "MTE3", "FIX")
-LAUNCH_US = 10.0
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,9 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Rates:
-    """Bytes and cycles of one core. `dma`, `burst` and `issue` are assumptions, the rest public figures."""
+    """Bytes and cycles of one core: `dma`, `burst` and `issue` are assumptions, `launch_us` is fitted, others are public."""
 
-    hbm: float = 32.0  # bytes per cycle and core
+    hbm: float = 42.8  # bytes per cycle and core: 77.0 GB/s at 1.8 GHz, measured with all cores reading
     l2_read: float = 110.0
     l2_write: float = 86.0
     l0a: float = 256.0
@@ -69,7 +74,9 @@ class Rates:
     dma: float = 64.0  # cycles that a copy instruction holds its queue besides its bytes
     burst: float = 4.0
     issue: float = 4.0  # scalar cycles to issue one instruction
+    vector_issue: float = 28.0  # the same of a vector instruction, whose mask and count are set for it
     scalar: float = 12.0  # GetValue / SetValue on a local buffer, or in the scalar unit's data cache
+    launch_us: float = 12.8  # of a kernel, besides its stream
 
     def scaled(self, factor: float) -> "Rates":
         """The same with every assumption times `factor`."""
@@ -175,7 +182,7 @@ class _Core:
 
     def _replay(self, step: list, ready: float) -> float:
         kind, pipe = step[self.columns["step"]], step[self.columns["pipe"]]
-        self.scalar += self.rates.issue
+        self.scalar += self.rates.vector_issue if kind == "instruction" and pipe == "V" else self.rates.issue
         if kind in ("set", "cross_set"):
             return max(self.scalar, self.last[pipe]) if pipe in self.last else max(self.scalar, *self.last.values())
         if kind in ("wait", "cross_wait"):

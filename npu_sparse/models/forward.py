@@ -33,6 +33,7 @@ class ForwardContext:
         supports: of layers that others read, by layer.
         finite: `(layer, what, bool tensor)`: whether what a sparse layer computes with, such as its hidden states, is finite.
         masks: masks of the model's own implementation, made for queries that run dense in a forward that is sparse elsewhere.
+        positions: int32 `[B, R]` of exact rows, by the first, the one after the last, and B.
     """
 
     start: int
@@ -43,6 +44,7 @@ class ForwardContext:
     supports: dict[int, Support] = field(default_factory=dict)
     finite: list[tuple[int, str, Tensor]] = field(default_factory=list)
     masks: dict[int, Tensor | None] = field(default_factory=dict)
+    positions: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def note(self, layer: int, what: str, finite: Tensor) -> None:
         """Keeps a bool tensor that says whether `what` of a layer is finite, for one look at all of them after the forward."""
@@ -84,6 +86,11 @@ class ForwardContext:
 def is_sparse(queries: int, length: int, dense_below: int) -> bool:
     """True where a forward of `queries` tokens that ends at `length` runs sparse, if all its queries are the prompt's."""
     return queries > 1 and length >= dense_below
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded: nothing may wait for the device then, and what is read of it is not there yet."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def cache_of(arguments: Mapping):

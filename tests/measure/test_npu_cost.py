@@ -8,7 +8,7 @@ COLUMNS = ["step", "pipe", "opcode", "line", "id", "repeats", "m", "n", "k", "bu
 SPACES = ["UB", "L1", "L0A", "L0B", "L0C", "BT", "FB", "GM", "WORKSPACE"]
 FREE = cost.Rates(
     hbm=32, l2_read=64, read_latency=0, write_latency=0, load_latency=0, cube_latency=0, flag_latency=0, cross_latency=0, dma=0,
-    burst=0, issue=0, scalar=0,
+    burst=0, issue=0, vector_issue=0, scalar=0,
 )  # fmt: skip
 
 

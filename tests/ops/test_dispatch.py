@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_sparse import ascendc, ops
 from npu_sparse.ops import KernelUnavailableError, dispatch
@@ -88,10 +89,20 @@ def rows_backward_arguments(at, block=8):
     return dispatch.call("dense_rows", "reference", at.device, *inputs), *inputs
 
 
+def heads_arguments(at, block=8):
+    mixed = normal(2, 21, 3 * 16 + 16 + 3 + 1 + 4, dtype=at.dtype(), device=at.device)
+    parts = mixed.split([48, 16, 3, 1, 4], -1)
+    norm = normal(2, 16, dtype=at.dtype(), device=at.device, seed=2)
+    hidden, line = normal(2, 21, 24, dtype=at.dtype(), device=at.device, seed=3), torch.tensor([0.5, 1.5], device=at.device)
+    cos, sin = normal(2, 1, 21, 8, dtype=at.dtype(), device=at.device, seed=4)
+    return *parts[:3], parts[3][..., 0], hidden, cos, sin, *norm, line, 1e-5, block
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
     "dense_rows": rows_arguments,
     "dense_rows_backward": rows_backward_arguments,
+    "index_heads": heads_arguments,
     "index_kl": kl_arguments,
     "index_kl_backward": kl_backward_arguments,
     "index_partition": partition_arguments,
@@ -146,6 +157,13 @@ def sparse_attention(q, k, v, indices, count, block, scale, impl):
     return ops.sparse_attention(q, k, v, Support(indices, count, block), scale=scale, impl=impl)
 
 
+def index_heads(queries, keys, weights, dots, hidden, cos, sin, norm_weight, norm_bias, line, eps, start, impl):
+    return ops.index_heads(
+        queries, keys, weights, dots, hidden, cos, sin, norm_weight=norm_weight, norm_bias=norm_bias, line=line, eps=eps,
+        start=start, impl=impl,
+    )  # fmt: skip
+
+
 def index_kl(q, k, qi, ki, w, starts, stops, scale, impl):
     return ops.index_kl(q, k, qi, ki, w, segments=list(zip(starts, stops)), scale=scale, impl=impl)
 
@@ -176,8 +194,8 @@ def dense_rows_backward(*arguments, impl):
 
 
 FUNCTIONS = (
-    attention_mass, dense_rows, dense_rows_backward, index_kl, index_kl_backward, index_partition, index_scores, select_by_index,
-    select_tokens, select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail,
+    attention_mass, dense_rows, dense_rows_backward, index_heads, index_kl, index_kl_backward, index_partition, index_scores,
+    select_by_index, select_tokens, select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail,
     sparse_attention_with_tail_backward,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
@@ -331,6 +349,63 @@ def test_a_registered_kernel_is_what_runs(op, no_kernels):
     PUBLIC[op](*arguments, impl="reference")
     PUBLIC[op](*arguments, impl="auto")
     assert len(calls) == 1
+
+
+@everywhere
+def test_without_gradients_a_kernel_is_called_at_once_and_gives_the_same(op, no_kernels):
+    arguments = ARGUMENTS[op](CPU)
+    expected = PUBLIC[op](*arguments, impl="reference")
+    dispatched = []
+
+    class Listens(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            dispatched.append(str(function.overloadpacket))
+            return function(*args, **(kwargs or {}))
+
+    def kernel(*inputs):
+        assert not torch.is_grad_enabled()
+        return getattr(torch.ops.npu_sparse, f"{op}_reference")(*inputs)
+
+    dispatch.register_kernel(op, "cpu", kernel)
+    with torch.no_grad():
+        torch.testing.assert_close(PUBLIC[op](*arguments, impl="kernel"), expected, rtol=0, atol=0)
+        with torch.profiler.profile() as profile:
+            PUBLIC[op](*arguments, impl="kernel")
+        with Listens():
+            PUBLIC[op](*arguments, impl="kernel")
+    assert f"npu_sparse::{op}" in {event.name for event in profile.events()}  # who listens hears of it
+    assert f"npu_sparse.{op}" in dispatched
+
+
+@pytest.mark.parametrize("reason", ["gradients", "autocast", "subclass", "mode", "transform", "profiler"])
+def test_where_something_listens_a_kernel_is_dispatched(reason, no_kernels, monkeypatch):
+    from contextlib import nullcontext
+
+    arguments = list(ARGUMENTS["select_tokens"](CPU))
+
+    class Mine(torch.Tensor):
+        pass
+
+    if reason == "subclass":
+        arguments[0] = arguments[0].as_subclass(Mine)
+    around = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "mode": FakeTensorMode, "profiler": torch.profiler.profile,
+    }.get(reason, nullcontext)  # fmt: skip
+    found = []
+    with torch.no_grad() if reason != "gradients" else nullcontext():
+        assert dispatch._is_plain("cpu", tuple(ARGUMENTS["select_tokens"](CPU))) == (reason != "gradients")
+        with around():
+            if reason == "transform":
+                torch.func.vmap(lambda x: found.append(dispatch._is_plain("cpu", (x,))) or x)(torch.zeros(2, 3))
+            else:
+                found.append(dispatch._is_plain("cpu", tuple(arguments)))
+    assert found == [False]
+
+
+@everywhere
+def test_a_missing_kernel_is_an_error_without_gradients_too(op, no_kernels):
+    with torch.no_grad(), pytest.raises(KernelUnavailableError, match=rf"{op} has no kernel on 'cpu'"):
+        PUBLIC[op](*ARGUMENTS[op](CPU), impl="kernel")
 
 
 @everywhere
