@@ -391,5 +391,5 @@ def test_many_index_heads_with_a_large_k_are_refused_when_attaching(emulated):
     attach(nearest).detach()
     qi, ki, w = index_inputs(1, 64, 4100, 4100, 16, dtype=torch.float16)
     valid = torch.ones(1, 4100, dtype=torch.bool)
-    with pytest.raises(ValueError, match=rf"{refused.rpartition(' ')[0]} \(nearest: {nearest}\)"):  # the operator says the same
+    with pytest.raises(ValueError, match=re.escape(str(refusal.value))):  # the operator says the same
         emulated.select_by_index(qi, ki, w, 4032, 64, "max", 0, 0, valid, None)
