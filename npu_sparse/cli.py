@@ -176,6 +176,8 @@ def _schedule(
     include: Annotated[list[str] | None, typer.Option("-I", help="Directory of headers: gcc preprocesses the file.")] = None,
     define: Annotated[list[str] | None, typer.Option("-D", help="NAME or NAME=VALUE: gcc preprocesses the file.")] = None,
     pure: Annotated[str, typer.Option(help="g,h: functions without state and side effects that the loops may call.")] = "",
+    tuned: Annotated[Path | None, typer.Option(help="File of the fastest schedules found: not the strategy.")] = None,
+    search: Annotated[float, typer.Option(help="Seconds to look for the fastest schedule at --sizes.", min=0)] = 0,
 ) -> None:
     try:
         from npu_sparse.schedule.command import schedule_file
@@ -187,7 +189,7 @@ def _schedule(
         raise ValueError(f"sizes must be numbers, such as n=100,alpha=1.5, got {sizes!r}") from error
     text = schedule_file(
         source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop,
-        sizes=values, time_limit_s=time_limit,
+        sizes=values, time_limit_s=time_limit, tuned=tuned, search_s=search,
         pure=[name.strip() for name in pure.split(",") if name.strip()],
         cpp=[*(f"-I{path}" for path in include or ()), *(f"-D{macro}" for macro in define or ())],
     )  # fmt: skip
