@@ -63,6 +63,10 @@ COMMANDS = {
         "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
         "npu_sparse.measure.frontier", "FrontierConfig", "run_frontier",
     ),
+    "fit": Command(
+        "Fit a budget to a checkpoint: more keys for the layers, or the lengths, that lose attention without them.",
+        "npu_sparse.measure.fit", "FitConfig", "run_fit",
+    ),
     "lm-eval": Command("Lm-eval's own command line, with the model npu-sparse; its help: npu-sparse lm-eval run --help."),
     "lm-eval-tasks": Command(
         "Write long-context tasks as a folder for lm-eval's --include_path.",

@@ -20,7 +20,7 @@ from .budget import Budget
 from .checks import check_kernels, check_layers, selecting_layers
 from .indexer import Indexer, IndexHead
 from .layer import attend_sparsely
-from .models import crossover
+from .models import calibration, crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
 from .models.attention import LAYER, PREFIX, register_sparse
 from .models.forward import (
@@ -104,7 +104,7 @@ class SparsePrefill:
         if not isinstance(budget, Budget):
             raise TypeError(f"budget must be a Budget, got {type(budget).__name__}")
         if budget.dense_below == "auto":
-            budget = budget.replace(dense_below=crossover.dense_below(model, budget))
+            budget = budget.replace(dense_below=_decided(model, selector, budget, impl, workspace_mib))
         attached = cls(model, selector, budget, impl, stage or (lambda name: nullcontext()), observe, workspace_mib)
         attached._check()
         attached._patch()
@@ -259,6 +259,13 @@ class SparsePrefill:
                 forward.supports.clear()  # nobody reads them any more
             forward.supports[selecting] = support
         return support
+
+
+def _decided(model, selector: Selector, budget: Budget, impl: str, workspace_mib: int) -> int:
+    """What `dense_below="auto"` stands for: measured on this device, on a CPU looked up."""
+    if not calibration.measures(model.device):
+        return crossover.dense_below(model, budget)
+    return calibration.dense_below(model, selector, budget, impl=impl, workspace_mib=workspace_mib)
 
 
 @dataclass(frozen=True, eq=False)
