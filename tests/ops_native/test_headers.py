@@ -1,8 +1,8 @@
 """The kernels against CANN's published headers, where a user has them: `pytest --headers DIR tests/ops_native/test_headers.py`.
 
-DIR is a toolkit or a checkout of its sources, with include/basic_api and impl below it. g++ reads them with `headers/` in place of
-what the device compiler knows by itself. It knows no instructions, so that the bodies of CANN's own functions have errors; what
-counts are those in files of this project: a call that none of the published functions takes.
+DIR is a toolkit or a checkout of its sources, with include/basic_api and impl below it. g++ reads them with `headers/` in place
+of what the device compiler knows by itself. It knows no instructions, so that the bodies of CANN's own functions have errors;
+what counts are those in files of this project: a call that none of the published functions takes.
 """
 
 import re
@@ -33,7 +33,8 @@ def misuses(headers: Path, source: Path, project: Path, scratch: Path) -> list[s
     """The errors of a source that are in files under `project`, or that keep g++ from reading on."""
     for name in OF_THE_COMPILER:
         (scratch / name).write_text("#pragma once\n")
-    folders = (HERE / "headers", scratch, headers, headers / "include", headers / "include/basic_api", headers / "impl", project)
+    published = (headers, headers / "include", headers / "include/basic_api", headers / "impl")
+    folders = (HERE / "headers", scratch, *published, project)
     flags = ["-std=c++17", "-fsyntax-only", "-fpermissive", "-w", "-fmax-errors=0", "-D__NPU_ARCH__=2201", "-DASCENDC_CPU_DEBUG=1"]
     command = ["g++", *flags, *(f"-I{folder}" for folder in folders), "-include", "kernel_operator.h", str(source)]
     said = subprocess.run(command, capture_output=True, text=True).stderr
