@@ -35,8 +35,9 @@ def misuses(headers: Path, source: Path, project: Path, scratch: Path) -> list[s
         (scratch / name).write_text("#pragma once\n")
     published = (headers, headers / "include", headers / "include/basic_api", headers / "impl")
     folders = (HERE / "headers", scratch, *published, project)
-    flags = ["-std=c++17", "-fsyntax-only", "-fpermissive", "-w", "-fmax-errors=0", "-D__NPU_ARCH__=2201", "-DASCENDC_CPU_DEBUG=1"]
-    command = ["g++", *flags, *(f"-I{folder}" for folder in folders), "-include", "kernel_operator.h", str(source)]
+    flags = ["-std=c++17", "-fsyntax-only", "-fpermissive", "-w", "-fmax-errors=0"]
+    defined = ["-D__NPU_ARCH__=2201", "-DASCENDC_CPU_DEBUG=1"]
+    command = ["g++", *flags, *defined, *(f"-I{folder}" for folder in folders), "-include", "kernel_operator.h", str(source)]
     said = subprocess.run(command, capture_output=True, text=True).stderr
     errors = re.findall(r"^(.+?):(\d+):\d+: ((?:fatal )?error: .*)$", said, re.M)
     return [
