@@ -15,8 +15,11 @@ FILES = {
     for path in sorted(ROOT.rglob("*.py"))
 }
 # From below to above: what is loaded with a module stands before it. Imports within functions are left to the test for circles.
-ORDER = """__init__ errors boundary budget support runs tasks cann checkpoints compiled ascendc ops indexer models selectors exact_end
-layer checks prefill peers testing measure oracle distill demo integrations schedule doctor bench native cli __main__""".split()
+ORDER = """
+__init__ errors boundary budget support runs tasks cann checkpoints compiled ascendc ops indexer models selectors
+exact_end layer checks prefill peers testing measure oracle distill demo integrations schedule doctor bench native cli
+__main__
+""".split()
 MOST_LINES = 500
 
 
