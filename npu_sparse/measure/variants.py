@@ -70,6 +70,10 @@ class Subject:
 
         return identity(self.model)
 
+    def inputs(self) -> dict:
+        """`{"base", "adapter"}`: what all records of a run must agree in; "adapter" is `adapter_fingerprint` or None."""
+        return {"base": self.base(), "adapter": None if self.indexer is None else adapter_fingerprint(self.indexer)}
+
 
 def variant_named(name: str) -> Variant:
     """The Variant of a name such as "oracle" or "indexer-shared:candidates=2048"; ValueError where there is none."""
