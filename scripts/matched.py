@@ -70,7 +70,7 @@ def arguments(words=None) -> argparse.Namespace:
     args.tasks, args.texts, args.dense = split(args.tasks), split(args.texts), split(args.dense)
     args.timed = [int(length) for length in split(args.timed)]
     for spec in (*args.variants, *args.scored):
-        parsed(spec)
+        variants.variant_named(variant(spec))
     return args
 
 
