@@ -63,6 +63,10 @@ COMMANDS = {
         "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
         "npu_sparse.measure.frontier", "FrontierConfig", "run_frontier",
     ),
+    "fit": Command(
+        "Fit a budget to a checkpoint: more keys for the layers, or the lengths, that lose attention without them.",
+        "npu_sparse.measure.fit", "FitConfig", "run_fit",
+    ),
     "lm-eval": Command("Lm-eval's own command line, with the model npu-sparse; its help: npu-sparse lm-eval run --help."),
     "lm-eval-tasks": Command(
         "Write long-context tasks as a folder for lm-eval's --include_path.",
@@ -176,6 +180,8 @@ def _schedule(
     include: Annotated[list[str] | None, typer.Option("-I", help="Directory of headers: gcc preprocesses the file.")] = None,
     define: Annotated[list[str] | None, typer.Option("-D", help="NAME or NAME=VALUE: gcc preprocesses the file.")] = None,
     pure: Annotated[str, typer.Option(help="g,h: functions without state and side effects that the loops may call.")] = "",
+    tuned: Annotated[Path | None, typer.Option(help="File of the fastest schedules found: not the strategy.")] = None,
+    search: Annotated[float, typer.Option(help="Seconds to look for the fastest schedule at --sizes.", min=0)] = 0,
 ) -> None:
     try:
         from npu_sparse.schedule.command import schedule_file
@@ -187,7 +193,7 @@ def _schedule(
         raise ValueError(f"sizes must be numbers, such as n=100,alpha=1.5, got {sizes!r}") from error
     text = schedule_file(
         source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop,
-        sizes=values, time_limit_s=time_limit,
+        sizes=values, time_limit_s=time_limit, tuned=tuned, search_s=search,
         pure=[name.strip() for name in pure.split(",") if name.strip()],
         cpp=[*(f"-I{path}" for path in include or ()), *(f"-D{macro}" for macro in define or ())],
     )  # fmt: skip

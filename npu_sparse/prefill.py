@@ -275,10 +275,13 @@ class _Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
-        if torch.compiler.is_compiling():
-            workspace.use(self.attached.workspace_mib)
-            return self._attend(q, k, v, mask, scale)
-        with workspace.sized(self.attached.workspace_mib << 20):
+        size = self.attached.workspace_mib << 20
+        if torch.compiler.is_dynamo_compiling():
+            before = workspace.while_traced(size)
+            out = self._attend(q, k, v, mask, scale)
+            workspace.while_traced(before)
+            return out
+        with workspace.sized(size):
             return self._attend(q, k, v, mask, scale)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -84,7 +84,7 @@ def call(op: str, impl: str, device_type: str, *args):
     gradients = nullcontext() if op in _DIFFERENTIABLE else torch.no_grad()
     cast = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
     with gradients, cast:
-        return run(*args)
+        return run(*args, workspace=workspace.size())
 
 
 def _is_plain(device_type: str, args: tuple) -> bool:
@@ -109,14 +109,16 @@ def define(
     """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
 
     `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one. It is a
-    constant to autograd until `differentiate` says otherwise.
+    constant to autograd until `differentiate` says otherwise. Both entries take one more argument than `signature` says, the
+    bytes of a slice (`workspace=`); 0, the default, means those of this thread.
     """
+    arguments, result = signature.split(") ->")
     for name in (op, f"{op}_reference"):
-        torch.library.define(f"npu_sparse::{name}", signature)
-        torch.library.register_fake(f"npu_sparse::{name}", fake)
-    torch.library.impl(f"npu_sparse::{op}_reference", "CompositeExplicitAutograd", reference)
+        torch.library.define(f"npu_sparse::{name}", f"{arguments}, *, int workspace=0) ->{result}")
+        torch.library.register_fake(f"npu_sparse::{name}", lambda *args, workspace=0: fake(*args))
+    torch.library.impl(f"npu_sparse::{op}_reference", "CompositeExplicitAutograd", _in_slices(reference))
     for device_type, key in KERNEL_KEYS.items():
-        torch.library.impl(f"npu_sparse::{op}", key, _kernel_or_error(op, device_type))
+        torch.library.impl(f"npu_sparse::{op}", key, _in_slices(_kernel_or_error(op, device_type)))
     OPERATORS[op] = folder or op
     _DEVICES[op] = devices
 
@@ -125,8 +127,8 @@ def differentiate(op: str, remember: Callable, backward: Callable) -> None:
     """Gives both entries of an operator gradients: torch.library.register_autograd's `setup_context` and `backward`, the latter
     made by `backward(suffix)` for the entry's suffix. A backward pass works in slices of its forward's size."""
 
-    def setup_context(ctx, inputs, output):
-        ctx.workspace = workspace.size()
+    def setup_context(ctx, inputs, keyword_only_inputs, output):
+        ctx.workspace = keyword_only_inputs["workspace"] or workspace.size()
         remember(ctx, inputs, output)
 
     def sized(run: Callable) -> Callable:
@@ -220,12 +222,20 @@ def _kernel(op: str, device_type: str) -> Callable | None:
     return _KERNELS.get((op, device_type))
 
 
+def _in_slices(run: Callable) -> Callable:
+    def sized(*args, **sizes):
+        with workspace.sized(sizes.get("workspace") or workspace.size()):
+            return run(*args)
+
+    return sized
+
+
 def _kernel_or_error(op: str, device_type: str) -> Callable:
-    def run(*args, **kwargs):
+    def run(*args):
         kernel = _kernel(op, device_type)
         if kernel is None:
             raise _unavailable(op, device_type)
-        return kernel(*args, **kwargs)
+        return kernel(*args)
 
     return run
 

@@ -21,7 +21,7 @@ from .branch import OP, Attached, IndexBranch, hook
 from .options import Options
 from .refusals import check_engine, check_stage
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.npu_sparse")  # vLLM shows what is below its own name
 
 
 def prepare(vllm_config, options: Options) -> Attached:

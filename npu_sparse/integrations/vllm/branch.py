@@ -20,6 +20,7 @@ from ...ops import workspace
 from ...ops.masks import keys_seen
 from ...selectors import ByIndexer, LayerInputs
 from ...support import Support
+from . import ascend
 from .key_cache import IndexKeys
 from .pages import read_kv
 from .plan import Plan, Request
@@ -64,7 +65,8 @@ class IndexBranch(nn.Module):
     def __init__(self, attached: Attached, layer: int, attention, rotary, vllm_config):
         super().__init__()
         self.attached, self.layer, self.layer_name = attached, layer, attention.layer_name
-        self.backend, self.scale = attention.attn_backend.get_name(), attention.impl.scale
+        backend = attention.attn_backend
+        self.backend, self.scale = ascend.NAME if ascend.owns(backend) else backend.get_name(), attention.impl.scale
         self.selects = attached.selects[layer] == layer
         self.shared = self.selects and layer in [of for one, of in attached.selects.items() if one != of]
         self.head: IndexHead | None = attached.indexer.layers[str(layer)] if self.selects else None
