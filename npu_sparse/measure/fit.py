@@ -27,7 +27,7 @@ from ..prefill import SparsePrefill
 from ..runs.machine import chosen_dtype, machine, machine_line
 from ..runs.page import markdown_table, say
 from ..runs.store import Cells, open_stage, write_json, write_text
-from ..selectors import ByIndexer, Dense, LayerInputs
+from ..selectors import ByIndexer, LayerInputs
 from ..support import Support
 from ..tasks import documents, encode, generate
 from ..tasks.catalogue import task_named
@@ -38,7 +38,6 @@ OBJECTIVES = ("square", "mean")
 COSTS = ("keys", "time")
 UNITS = 2000  # of cost that the dynamic programme tells apart
 TIMINGS = 5
-DENSE = Budget(block=128)
 
 
 @dataclass(frozen=True)
@@ -229,7 +228,7 @@ class _Measuring:
             self.rows.append({"layer": inputs.layer, "k": k, **row})
         if inputs.layer == self.timed:
             self.seconds = {str(k): self._seconds(inputs, support) for k, support in supports.items()}
-        return Dense().select(inputs, DENSE.replace(block=budget.block))
+        return _everything(T, block, inputs.q.device)
 
     @staticmethod
     def _seconds(inputs: LayerInputs, support: Support) -> float:
@@ -242,6 +241,14 @@ class _Measuring:
             synchronize(inputs.q.device)
             times.append(time.perf_counter() - began)
         return median(times)
+
+
+def _everything(length: int, block: int, device: torch.device) -> Support:
+    """The Support that holds every key its block sees: no selection has to sort them."""
+    count = (torch.arange(-(-length // block), device=device) + 1).mul(block).clamp(max=length)
+    keys = torch.arange(length, device=device).expand(len(count), -1)
+    indices = keys.masked_fill(keys >= count[:, None], -1)
+    return Support(indices[None, None].int(), count[None, None].int(), block)
 
 
 def spend(losses: Mapping[int, Mapping[int, float]], costs: Mapping[int, float], total: float) -> dict[int, int]:

@@ -9,6 +9,7 @@ import torch
 from npu_sparse import Budget, Indexer, SparsePrefill
 from npu_sparse.measure import fit
 from npu_sparse.measure.fit import FitConfig, lost_mass, run_fit, spend
+from npu_sparse.selectors import Dense, LayerInputs
 
 LADDER = (8, 16, 32)
 
@@ -135,3 +136,11 @@ def test_a_start_that_does_not_fit_is_one_sentence(model, tokenizer, indexer, tm
 def test_fit_needs_an_adapter(model, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="adapter must name an indexer's directory, got none"):
         run_fit(config(), tmp_path / "run", model=model, tokenizer=tokenizer)
+
+
+@pytest.mark.parametrize(("length", "block"), [(64, 8), (70, 16), (5, 1), (3, 64)])
+def test_support_of_everything_is_the_dense_selectors(length, block):
+    q = torch.zeros(1, 2, length, 8)
+    chosen = Dense().select(LayerInputs(layer=0, q=q, k=q, v=q, scale=1.0, impl="reference"), Budget(block=block))
+    made = fit._everything(length, block, q.device)
+    assert torch.equal(made.indices, chosen.indices) and torch.equal(made.count, chosen.count) and made.block == chosen.block
