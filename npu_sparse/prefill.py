@@ -150,8 +150,8 @@ class SparsePrefill:
                 f"candidates must be 0 for a selector without an indexer, got {self.budget.candidates} for {self.selector.name!r}"
             )
         self._learns = learns_partition(self.budget, self.selector.indexer)
-        check_kernels(self.budget, self.impl, self.model.device.type, self.model.dtype, self.architecture)
         indexer = self.selector.indexer
+        check_kernels(self.budget, self.impl, self.model.device.type, self.model.dtype, self.architecture, indexer)
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)

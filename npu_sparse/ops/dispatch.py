@@ -206,6 +206,16 @@ def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **
             raise ValueError(f"{name} must be at most {most} for the kernels on {device_type!r}, got {value}")
 
 
+def check_selection(device_type: str, *, heads: int, dim: int, k: int, block: int, reduce: str) -> None:
+    """Raises ValueError where the kernels of this device cannot select by an index of these sizes, whatever the prompt.
+
+    Sizes that are served one by one may not fit together, as many index heads and a large k; the kernels' own library says it.
+    """
+    tell = _kernel("selection_refusal", device_type)
+    if tell is not None and (refusal := tell(heads, dim, k, block, reduce)):
+        raise ValueError(refusal)
+
+
 def register_loader(device_type: str, load: Callable[[], dict[str, Callable]]) -> None:
     """Tells where the kernels of a device come from: `load()` gives those there are, by operator, and may be asked again."""
     _LOADERS[device_type] = load
