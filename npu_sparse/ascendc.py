@@ -83,7 +83,8 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
 
 
 def load(target: str) -> dict[str, Callable]:
-    """Loads the built library of a target: its kernel of every operator, and `selection_refusal`, which tells of limits before.
+    """Loads the built library of a target: its kernel of every operator, those that are made of them, and `selection_refusal`,
+    which tells of limits before.
 
     Raises BuildError where it is not built, or not for the card that is there.
     """
@@ -97,7 +98,10 @@ def load(target: str) -> dict[str, Callable]:
     namespace = getattr(torch.ops, f"npu_sparse_{target}")
     if refusal := cann.unserved(namespace.soc_name()):
         raise BuildError(refusal)
-    return {name: getattr(namespace, name).default for name in (*OPERATORS, "selection_refusal")}
+    from .ops.dense_rows.by_support import through
+
+    kernels = {name: getattr(namespace, name).default for name in (*OPERATORS, "selection_refusal")}
+    return {**kernels, "dense_rows": through(kernels["sparse_attention"])}
 
 
 def load_if_built(device_type: str) -> dict[str, Callable]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from npu_sparse import Indexer, checkpoints, cli
 from npu_sparse.ops import dispatch
+from npu_sparse.schedule.c.others import PLUTO
 from npu_sparse.schedule.command import schedule_file
 from npu_sparse.testing import Backend, tiny_model
 
@@ -203,6 +204,7 @@ def test_options_in_prose_exist():
             module = importlib.import_module(command.module)
             fields = getattr(module, command.config).__dataclass_fields__
             known |= {f"--{name.replace('_', '-')}" for name in (*fields, "output", "shard", "workers")}
+    known |= {option for variant in PLUTO.values() for option in variant.options}  # polycc's, which the scheduler's page names
     known |= {f"--{name.replace('_', '-').removesuffix('-s')}" for name in inspect.signature(schedule_file).parameters}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r"\"(--[a-z][a-z-]*)\"", script.read_text()))
@@ -237,3 +239,14 @@ def test_the_documentation_is_there():
     names = {page.name for page in PAGES}
     assert names >= {"quickstart.md", "concepts.md", "architecture.md", "add-an-op.md", "benchmarking.md"}
     assert COMMANDS
+
+
+def test_every_page_is_linked_on_the_front():
+    front = {path for path in TARGET.findall(prose(ROOT / "README.md")) + LINK.findall(prose(ROOT / "README.md"))}
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - front == set()
+
+
+def test_every_shipped_adapter_is_named_in_the_quickstart():
+    sentence = re.search(r"Adapters for (.+?) come with\s+the package", prose(ROOT / "docs" / "quickstart.md"), re.S)[1]
+    shipped = {path.parent.name for path in (ROOT / "npu_sparse" / "adapters").glob("*/config.json")}
+    assert set(re.findall(r"`([^`]+)`", sentence)) == shipped
