@@ -226,7 +226,7 @@ private:
         const uint32_t queryLoads = (queries + t.queriesPerLoad - 1) / t.queriesPerLoad;
         const uint32_t query = QueriesOfLoad(load, t.heads, queryLoads) * t.queriesPerLoad;
         const uint32_t count = Least(t.queriesPerLoad, queries - query);
-        const uint64_t row = static_cast<uint64_t>(HeadOfLoad(load, t.heads, queryLoads)) * t.queriesPerSub + query;
+        const uint64_t row = static_cast<uint64_t>(HeadOfLoad(load, t.heads, queryLoads)) * queries + query;
         const uint16_t blocks = Aligned(keys, FRACTAL) / BLOCK_FLOATS;
         const uint16_t gap = t.keysPerStep / BLOCK_FLOATS - blocks;
         LocalTensor<float> products = productsUb.template AllocTensor<float>();
