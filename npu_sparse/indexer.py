@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .boundary import read_json, reading, reason
 from .budget import Budget
 from .errors import USER_ERROR, ActionableError
+from .ops.index_heads.reference import rotary_for, rotate
 from .runs.store import replace_files
 
 FORMAT = 1
@@ -132,24 +133,6 @@ class IndexHead(nn.Module):
         for tensor in weights:
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def rotary_for(table: Tensor, dim: int) -> Tensor:
-    """The model's cos or sin table `[..., R]` cut to at most `dim` dimensions, keeping the whole range of frequencies."""
-    R = table.shape[-1]
-    if R <= dim:
-        return table
-    half = table[..., [i * (R // 2) // (dim // 2) for i in range(dim // 2)]]
-    return torch.cat([half, half], -1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding (half-split) of the first `cos.shape[-1]` dimensions of x; the rest pass through."""
-    R = cos.shape[-1]
-    turned, rest = x[..., :R], x[..., R:]
-    half = torch.cat([-turned[..., R // 2 :], turned[..., : R // 2]], -1)
-    turned = turned * cos.to(x.dtype) + half * sin.to(x.dtype)
-    return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
 
 
 class Indexer(nn.Module):

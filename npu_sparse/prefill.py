@@ -18,14 +18,26 @@ from torch import Tensor
 
 from .budget import Budget
 from .checks import check_kernels, check_layers, selecting_layers
-from .indexer import Indexer
+from .indexer import Indexer, IndexHead
 from .layer import attend_sparsely
 from .models import crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
 from .models.attention import LAYER, PREFIX, register_sparse
-from .models.forward import CANDIDATES, FORWARD, PROMPT_LENGTH, ForwardContext, cache_of, is_sparse, noted, prompt_length_of
+from .models.forward import (
+    CANDIDATES,
+    FORWARD,
+    PROMPT_LENGTH,
+    ForwardContext,
+    cache_of,
+    is_capturing,
+    is_sparse,
+    noted,
+    prompt_length_of,
+)
 from .models.index_cache import IndexKeyCache
+from .models.index_head import FusedIndexHead, Index
 from .ops import workspace
+from .ops.dispatch import runs_kernel
 from .ops.masks import keys_seen
 from .selectors import ByIndexer, LayerInputs, Selector, learns_partition
 from .support import Support
@@ -49,7 +61,7 @@ class SparsePrefill:
         self.model, self.selector, self.budget = model, selector, budget
         self.architecture = describe(model.config)
         self.impl, self.stage, self.observe, self.workspace_mib = impl, stage, observe, workspace.check(workspace_mib)
-        self.native = text_config(model)._attn_implementation
+        self.implementation = text_config(model)._attn_implementation
         self.indexer: Indexer | None = None  # the selector's, as a copy with the model's dtype and device
         self._handles = []
         self._selects = selecting_layers(budget, self.architecture.layers)
@@ -105,7 +117,7 @@ class SparsePrefill:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.model.set_attn_implementation(attention_selection(self.model, self.native))
+        self.model.set_attn_implementation(attention_selection(self.model, self.implementation))
 
     def __enter__(self) -> "SparsePrefill":
         return self
@@ -130,7 +142,7 @@ class SparsePrefill:
         return noted(cache, length)
 
     def _check(self) -> None:
-        if self.native.startswith(PREFIX):
+        if self.implementation.startswith(PREFIX):
             raise ValueError("model must not be attached twice: detach() the first SparsePrefill")
         check_layers(self.budget, self.architecture.layers)
         if self.budget.candidates and self.selector.indexer is None:
@@ -147,7 +159,7 @@ class SparsePrefill:
     def _patch(self) -> None:
         modules, text = attention_modules(self.model), decoder(self.model)
         _forget_copied_hooks(self.model)
-        name = register_sparse(self.native, self.budget.dense_below)
+        name = register_sparse(self.implementation, self.budget.dense_below)
         self.model.set_attn_implementation(attention_selection(self.model, name))
         self._decoder_arguments = tuple(inspect.signature(text.forward).parameters)
         self._attached_as = name, _kind(text)
@@ -193,6 +205,9 @@ class SparsePrefill:
         selects = self._selects[layer] == layer
         head = None if self.indexer is None or not selects else self.indexer.layers[str(layer)]
         maker = None if head is None else head.key_maker()
+        fused = None
+        if head is not None and runs_kernel("index_heads", self.impl, self.model.device.type):
+            fused = FusedIndexHead(head, self.impl)
 
         def before_attention(module, args, kwargs):
             hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -203,18 +218,23 @@ class SparsePrefill:
                 if head is not None and cache is not None:
                     IndexKeyCache.of(cache, layer).remember(hidden, cos, sin, head, maker)
                 return args, {**kwargs, LAYER: None}
-            index = learns_from = None
-            forward.note(layer, "hidden states", _is_finite(hidden))
-            if head is not None:
+            index = learns_from = partition = None
+            if head is None:
+                forward.note(layer, "hidden states", _is_finite(hidden))
+            else:
                 with self.stage("projection"), torch.no_grad():
-                    qi, ki, w = head(hidden, cos, sin)
-                    forward.note(layer, "index queries and keys", _is_finite(qi, ki, *(() if w is None else (w,))))
+                    made = fused(hidden, cos, sin, forward.start) if fused is not None else _made(head, hidden, cos, sin)
+                    for what, finite in made.finite:
+                        forward.note(layer, what, finite)
+                    qi, ki, w = made.queries, made.keys, made.weights
                     if cache is not None:
                         ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head, maker)
                     ki, w = ki.to(qi.dtype), None if w is None else w.to(qi.dtype)  # autocast leaves norms in fp32
                     index = (qi[:, :, :first], ki[:, : forward.end], None if w is None else w[:, :first])
-                learns_from = hidden[:, :first].detach() if self._learns else None
-            return args, {**kwargs, LAYER: _Layer(self, layer, forward, index, learns_from)}
+                if self._learns:
+                    learns_from = hidden[:, :first].detach()
+                    partition = None if made.partition is None else made.partition[:, :first]
+            return args, {**kwargs, LAYER: _Layer(self, layer, forward, index, learns_from, partition)}
 
         return before_attention
 
@@ -250,6 +270,7 @@ class _Layer:
     forward: ForwardContext
     index: tuple[Tensor, Tensor, Tensor | None] | None
     learns_from: Tensor | None  # the hidden states that log-partitions are predicted from, where they are
+    unpadded: Tensor | None = None  # those log-partitions, where they are known already and nothing is padding
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if mask is not None and mask.ndim != 2:
@@ -263,8 +284,8 @@ class _Layer:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         attached = self.attached
         valid = None if mask is None else mask[:, : k.shape[2]]
-        partition = None
-        if self.learns_from is not None:
+        partition = self.unpadded if valid is None else None
+        if self.learns_from is not None and partition is None:
             with attached.stage("projection"), torch.no_grad():
                 head = attached.indexer.layers[str(self.layer)].partition
                 partition = head(self.learns_from, keys_seen(q.shape[2], k.shape[2], valid, q.device))
@@ -330,9 +351,18 @@ def _check_finite(module, args, kwargs, output) -> None:
     forward = kwargs.get(FORWARD)
     if forward is None or not forward.finite:
         return
-    if not bool(torch.stack([flag for _, _, flag in forward.finite]).all()):
-        layer, what = next((layer, what) for layer, what, flag in forward.finite if not bool(flag))
+    if is_capturing(module.norm.weight.device):
+        return  # what is recorded must not wait for the device
+    if not bool(torch.cat([flag.flatten() for _, _, flag in forward.finite]).all()):
+        layer, what = next((layer, what) for layer, what, flag in forward.finite if not bool(flag.all()))
         raise FloatingPointError(f"{what} of layer {layer} must be finite, got NaN or Inf")
+
+
+def _made(head: IndexHead, hidden: Tensor, cos: Tensor, sin: Tensor) -> Index:
+    """What an index head makes, step by step."""
+    qi, ki, w = head(hidden, cos, sin)
+    finite = _is_finite(qi, ki, *(() if w is None else (w,)))
+    return Index(qi, ki, w, None, (("hidden states", _is_finite(hidden)), ("index queries and keys", finite)))
 
 
 def _is_finite(*tensors: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ class Tap:
 @torch.no_grad()
 def tap(model, ids: Tensor, receive: Callable[[Tap], None]) -> None:
     """Runs the decoder densely over `ids` `[B, T]` and calls `receive` at every full-attention layer, in order."""
-    native = text_config(model)._attn_implementation
+    implementation = text_config(model)._attn_implementation
 
     def around(dense, module, query, key, value, mask, *, scaling, npu_sparse_tap=None, **kwargs):
         if npu_sparse_tap is not None:
@@ -44,7 +44,7 @@ def tap(model, ids: Tensor, receive: Callable[[Tap], None]) -> None:
 
         return hook
 
-    name = register_around(native, "tap", around)
+    name = register_around(implementation, "tap", around)
     modules = attention_modules(model)
     handles = []
     try:
@@ -55,4 +55,4 @@ def tap(model, ids: Tensor, receive: Callable[[Tap], None]) -> None:
     finally:
         for handle in handles:
             handle.remove()
-        model.set_attn_implementation(attention_selection(model, native))
+        model.set_attn_implementation(attention_selection(model, implementation))

@@ -152,19 +152,19 @@ def dense_attention_timed(model, stage):
     from ..models.architectures import attention_modules, attention_selection, text_config
     from ..models.attention import register_around
 
-    native = text_config(model)._attn_implementation
+    implementation = text_config(model)._attn_implementation
     timed = set(attention_modules(model).values())
 
     def around(dense, module, *args, **kwargs):
         with stage("attention") if module in timed else nullcontext():
             return dense(module, *args, **kwargs)
 
-    name = register_around(native, "timed", around)
+    name = register_around(implementation, "timed", around)
     model.set_attn_implementation(attention_selection(model, name))
     try:
         yield
     finally:
-        model.set_attn_implementation(attention_selection(model, native))
+        model.set_attn_implementation(attention_selection(model, implementation))
 
 
 def amdahl_ceiling(total_s: float, attention_s: float) -> float:

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .forward import ForwardContext, is_sparse
+from .forward import ForwardContext, is_capturing, is_sparse
 
 LAYER = "npu_sparse_layer"  # the keyword under which an attention function receives its SparseLayer
 PREFIX = "npu_sparse"  # of the names that attached models select their attention and mask functions by
@@ -25,12 +25,12 @@ class SparseLayer(Protocol):
         """`[B, Tq, Hq, Dv]` of q `[B, Hq, Tq, D]`, k `[B, Hkv, Tk, D]`, v `[B, Hkv, Tk, Dv]`; mask: bool `[B, Tk]` padding."""
 
 
-def register_sparse(native: str, dense_below: int) -> str:
-    """Registers the attention and mask functions that fall back to implementation `native`; returns their name.
+def register_sparse(implementation: str, dense_below: int) -> str:
+    """Registers the attention and mask functions that fall back to `implementation`; returns their name.
 
     The functions hold no model: what they need to know is in their name, and torch.compile can follow them.
     """
-    name = f"{PREFIX}_{native}_from_{dense_below}"
+    name = f"{PREFIX}_{implementation}_from_{dense_below}"
 
     def attention(
         module, query, key, value, attention_mask, *, scaling=None, npu_sparse_layer=_UNHOOKED, npu_sparse_forward=None, **kwargs
@@ -38,7 +38,7 @@ def register_sparse(native: str, dense_below: int) -> str:
         if npu_sparse_layer is _UNHOOKED and kwargs.get("sliding_window") is None:
             raise ValueError("model shares its config with one that is attached: make it with copy.deepcopy(config)")
         forward = npu_sparse_forward
-        dense = dense_attention(native, module)
+        dense = dense_attention(implementation, module)
         if npu_sparse_layer is _UNHOOKED or not forward.is_masked_sparse:
             return dense(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         if kwargs.get("dropout"):
@@ -48,31 +48,31 @@ def register_sparse(native: str, dense_below: int) -> str:
             q, k, v = query[:, :, :first], key[:, :, : forward.end], value[:, :, : forward.end]  # a static cache is longer
             parts.append(npu_sparse_layer.attend(q, k, v, attention_mask, scaling))
         if first < query.shape[2]:
-            mask = _late_mask(native, module, forward, query, key, attention_mask)
+            mask = _late_mask(implementation, module, forward, query, key, attention_mask)
             parts.append(dense(module, query[:, :, first:], key, value, mask, scaling=scaling, **kwargs)[0])
         return parts[0] if len(parts) == 1 else torch.cat(parts, 1), None
 
     def mask(**kwargs):
-        return _mask(native, dense_below, **kwargs)
+        return _mask(implementation, dense_below, **kwargs)
 
     _register(name, attention, mask)
     return name
 
 
-def register_around(native: str, label: str, around: Callable) -> str:
-    """Registers implementation `native` with something around it; returns its name. Masks are those of `native`.
+def register_around(implementation: str, label: str, around: Callable) -> str:
+    """Registers `implementation` with something around it; returns its name. Masks are those of `implementation`.
 
     around: called as `around(dense, module, q, k, v, mask, **kwargs)`, where `dense(module, q, k, v, mask, **kwargs)` is the
     model's own attention; returns what that returns.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-    name = f"{PREFIX}_{label}_{native}"
+    name = f"{PREFIX}_{label}_{implementation}"
 
     def attention(module, *args, **kwargs):
-        return around(dense_attention(native, module), module, *args, **kwargs)
+        return around(dense_attention(implementation, module), module, *args, **kwargs)
 
-    _register(name, attention, ALL_MASK_ATTENTION_FUNCTIONS[native])
+    _register(name, attention, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
     return name
 
 
@@ -89,13 +89,13 @@ def register_dense(name: str, function: Callable[[Tensor, Tensor, Tensor, float]
     return name
 
 
-def dense_attention(native: str, module) -> Callable:
-    """transformers' attention function of implementation `native` for this module."""
+def dense_attention(implementation: str, module) -> Callable:
+    """transformers' attention function of `implementation` for this module."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    if native == "eager":
+    if implementation == "eager":
         return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS[native]
+    return ALL_ATTENTION_FUNCTIONS[implementation]
 
 
 def _register(name: str, attention: Callable, mask: Callable) -> None:
@@ -105,15 +105,15 @@ def _register(name: str, attention: Callable, mask: Callable) -> None:
     AttentionMaskInterface.register(name, mask)
 
 
-def _mask(native: str, dense_below: int, **kwargs):
-    """The mask of one forward: native where it runs dense, else 2-D `[B, length]` bool where padded, or None."""
+def _mask(implementation: str, dense_below: int, **kwargs):
+    """The mask of one forward: `implementation`'s where it runs dense, else 2-D `[B, length]` bool where padded, or None."""
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
     queries, offset = kwargs["q_length"], kwargs["q_offset"]
     length = queries if queries == 1 else int(offset) + queries
     windowed = kwargs.get("local_size") is not None
     if windowed or not is_sparse(queries, length, dense_below):
-        return ALL_MASK_ATTENTION_FUNCTIONS[native](**kwargs)
+        return ALL_MASK_ATTENTION_FUNCTIONS[implementation](**kwargs)
     if kwargs["mask_function"] is not causal_mask_function:
         raise ValueError(
             "sparse prefill takes one causal sequence per row; packed or custom masks are not supported "
@@ -127,13 +127,13 @@ def _mask(native: str, dense_below: int, **kwargs):
             f"attention_mask must cover all {length} tokens, those in the cache too, got {tuple(padding.shape)}"
         )
     padding = padding[:, :length].bool()
-    if not torch.compiler.is_compiling() and bool(padding.all()):
+    if not torch.compiler.is_compiling() and not is_capturing(padding.device) and bool(padding.all()):
         return None
     return padding
 
 
-def _late_mask(native: str, module, forward: ForwardContext, query: Tensor, key: Tensor, padding: Tensor | None):
-    """The mask that `native` takes for the queries after the prompt's end, where `_mask` left only the padding.
+def _late_mask(implementation: str, module, forward: ForwardContext, query: Tensor, key: Tensor, padding: Tensor | None):
+    """The mask that `implementation` takes for the queries after the prompt's end, where `_mask` left only the padding.
 
     The same for all layers of a forward: made once.
     """
@@ -143,7 +143,7 @@ def _late_mask(native: str, module, forward: ForwardContext, query: Tensor, key:
     if padding is not None and padding.ndim == 4:
         return padding[:, :, first:]
     if held not in forward.masks:
-        forward.masks[held] = ALL_MASK_ATTENTION_FUNCTIONS[native](
+        forward.masks[held] = ALL_MASK_ATTENTION_FUNCTIONS[implementation](
             batch_size=query.shape[0], q_length=forward.queries - first, kv_length=held, q_offset=forward.start + first,
             kv_offset=0, mask_function=causal_mask_function, attention_mask=padding, allow_is_causal_skip=True,
             dtype=query.dtype, device=query.device, config=module.config, use_vmap=False,

@@ -86,6 +86,11 @@ def is_sparse(queries: int, length: int, dense_below: int) -> bool:
     return queries > 1 and length >= dense_below
 
 
+def is_capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being recorded: nothing may wait for the device then, and what is read of it is not there yet."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def cache_of(arguments: Mapping):
     """The cache among a forward's keywords: its name is `past_key_values` until transformers 5.24."""
     cache = arguments.get("cache")

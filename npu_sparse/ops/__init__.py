@@ -5,6 +5,7 @@ from . import dispatch
 from .attention_mass import attention_mass
 from .dense_rows import dense_rows
 from .dispatch import KernelUnavailableError
+from .index_heads import index_heads
 from .index_kl import index_kl
 from .index_scores import index_partition, index_scores, select_by_index
 from .select_tokens import select_tokens
@@ -19,6 +20,7 @@ __all__ = [
     "KernelUnavailableError",
     "attention_mass",
     "dense_rows",
+    "index_heads",
     "index_kl",
     "index_partition",
     "index_scores",

@@ -122,6 +122,11 @@ def has_kernels_for(op: str, device_type: str) -> bool:
     return device_type in _DEVICES[op]
 
 
+def runs_kernel(op: str, impl: str, device_type: str) -> bool:
+    """True where `impl` means a kernel on this device and `op` has one that this machine can run."""
+    return uses_kernel(impl, device_type) and _kernel(op, device_type) is not None
+
+
 def register_kernel(op: str, device_type: str, kernel: Callable) -> None:
     """Makes `kernel` the implementation of `op` on "cuda", "npu" or "cpu" (the emulation)."""
     _KERNELS[op, device_type] = kernel

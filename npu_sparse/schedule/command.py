@@ -18,7 +18,7 @@ from ..runs.store import write_text
 
 def schedule_file(
     source: Path,
-    strategy: str,
+    strategy: str | config.Config,
     *,
     function: str = "",
     output: Path | None = None,
@@ -31,7 +31,7 @@ def schedule_file(
     pure: Collection[str] = (),
     cpp: Collection[str] = (),
 ) -> str:
-    """Schedules the SCoPs of a function of a C file by a shipped strategy or a YAML file; returns what is to be printed.
+    """Schedules the SCoPs of a function of a C file by a shipped strategy, a YAML file or a Config; returns what to print.
 
     That is the generated C without `output`, the schedule tree with `tree`, and with `sizes` (a value for every scalar argument
     of the function) a comparison of the original and the generated program, run with 1, 2 and 4 threads within `time_limit_s`
@@ -39,7 +39,7 @@ def schedule_file(
 
     Raises ValueError in one sentence for any mistake; nothing is written then.
     """
-    settings = config.load(strategy)
+    settings = strategy if isinstance(strategy, config.Config) else config.load(strategy)
     options = {"function": function or None, "cpp": tuple(cpp) or None, "pure": pure}
     text = generated = read_c(source)
     count = count_regions(text if not cpp else run_cpp(source, tuple(cpp)), str(source), function or None)

@@ -88,10 +88,20 @@ def rows_backward_arguments(at, block=8):
     return dispatch.call("dense_rows", "reference", at.device, *inputs), *inputs
 
 
+def heads_arguments(at, block=8):
+    mixed = normal(2, 21, 3 * 16 + 16 + 3 + 1 + 4, dtype=at.dtype(), device=at.device)
+    parts = mixed.split([48, 16, 3, 1, 4], -1)
+    norm = normal(2, 16, dtype=at.dtype(), device=at.device, seed=2)
+    hidden, line = normal(2, 21, 24, dtype=at.dtype(), device=at.device, seed=3), torch.tensor([0.5, 1.5], device=at.device)
+    cos, sin = normal(2, 1, 21, 8, dtype=at.dtype(), device=at.device, seed=4)
+    return *parts[:3], parts[3][..., 0], hidden, cos, sin, *norm, line, 1e-5, block
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
     "dense_rows": rows_arguments,
     "dense_rows_backward": rows_backward_arguments,
+    "index_heads": heads_arguments,
     "index_kl": kl_arguments,
     "index_kl_backward": kl_backward_arguments,
     "index_partition": partition_arguments,
@@ -146,6 +156,13 @@ def sparse_attention(q, k, v, indices, count, block, scale, impl):
     return ops.sparse_attention(q, k, v, Support(indices, count, block), scale=scale, impl=impl)
 
 
+def index_heads(queries, keys, weights, dots, hidden, cos, sin, norm_weight, norm_bias, line, eps, start, impl):
+    return ops.index_heads(
+        queries, keys, weights, dots, hidden, cos, sin, norm_weight=norm_weight, norm_bias=norm_bias, line=line, eps=eps,
+        start=start, impl=impl,
+    )  # fmt: skip
+
+
 def index_kl(q, k, qi, ki, w, starts, stops, scale, impl):
     return ops.index_kl(q, k, qi, ki, w, segments=list(zip(starts, stops)), scale=scale, impl=impl)
 
@@ -176,8 +193,8 @@ def dense_rows_backward(*arguments, impl):
 
 
 FUNCTIONS = (
-    attention_mass, dense_rows, dense_rows_backward, index_kl, index_kl_backward, index_partition, index_scores, select_by_index,
-    select_tokens, select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail,
+    attention_mass, dense_rows, dense_rows_backward, index_heads, index_kl, index_kl_backward, index_partition, index_scores,
+    select_by_index, select_tokens, select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail,
     sparse_attention_with_tail_backward,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}

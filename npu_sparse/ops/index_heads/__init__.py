@@ -1,0 +1,3 @@
+from .op import index_heads
+
+__all__ = ["index_heads"]
