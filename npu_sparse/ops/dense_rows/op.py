@@ -20,7 +20,6 @@ dispatch.define(
     "(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, Tensor? valid) -> Tensor",
     reference,
     _fake,
-    devices=("cuda",),
 )
 
 
@@ -69,7 +68,7 @@ def dense_rows(
         k: `[B, Hkv, Tk, D]`, v: `[B, Hkv, Tk, Dv]`. Invalid keys may hold anything, and so may those beyond every row's position.
         positions: int32 `[B, R]`, each less than Tk: what a row sees ends there.
         valid: bool `[B, Tk]`, False for padding; None = all valid.
-        impl: "auto", "reference" or "kernel"; kernels exist for cuda only.
+        impl: "auto", "reference" or "kernel".
     """
     check_tensor("q", q, (None, None, None, None), FLOATS)
     B, Hq, R, D = q.shape
