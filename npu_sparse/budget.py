@@ -38,7 +38,8 @@ class Budget:
             (`ops.sparse_attention_with_tail`). False = they are dropped and the support is renormalised (the paper).
         share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer selects.
         dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit. "auto" = the length from
-            which this budget was measured to be faster on the model's device (`crossover.dense_below`), decided when attaching.
+            which this budget is measured to be no slower, decided when attaching (`calibration.dense_below`, once per device and
+            model; on a CPU and in vLLM `crossover.dense_below`, from a table).
         exact_last: the last `exact_last` queries of a prompt read every key (`ops.dense_rows`): those at positions from the
             prompt's length less `exact_last` on, whichever chunk holds them. As many as the prompt has, or more: all of it is
             dense. 0 = none.

@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from .budget import Budget
+from .indexer import Indexer
 from .models.architectures import Architecture
-from .ops.dispatch import check_limits, require_kernel, require_kernels, uses_kernel
+from .ops.dispatch import check_limits, check_selection, require_kernel, require_kernels, uses_kernel
 
 
 def selecting_layers(budget: Budget, layers: Sequence[int]) -> dict[int, int]:
@@ -35,8 +36,13 @@ def check_layers(budget: Budget, layers: Sequence[int]) -> None:
         )
 
 
-def check_kernels(budget: Budget, impl: str, device_type: str, dtype: torch.dtype, architecture: Architecture) -> None:
-    """Raises KernelUnavailableError or ValueError where the kernels that `impl` means on a device cannot serve a budget."""
+def check_kernels(
+    budget: Budget, impl: str, device_type: str, dtype: torch.dtype, architecture: Architecture, indexer: Indexer | None = None
+) -> None:
+    """Raises KernelUnavailableError or ValueError where the kernels that `impl` means on a device cannot serve a budget.
+
+    With an indexer, also where they cannot select by it for this budget.
+    """
     if not uses_kernel(impl, device_type):
         return
     require_kernels(device_type)
@@ -49,3 +55,6 @@ def check_kernels(budget: Budget, impl: str, device_type: str, dtype: torch.dtyp
     tiers = budget.k if isinstance(budget.k, Mapping) else (0,)
     most_k = max(budget.k_for(start, layer) for start in tiers for layer in architecture.layers)
     check_limits(device_type, dtype=dtype, block=budget.block, k=most_k, head_dim=architecture.head_dim)
+    if indexer is not None and not budget.candidates:
+        sizes = {"heads": indexer.config.heads, "dim": indexer.config.dim, "block": budget.block, "reduce": budget.reduce}
+        check_selection(device_type, k=most_k, **sizes)

@@ -16,9 +16,16 @@ from typing import Annotated
 
 import typer
 
-from .errors import FAILURE, USER_ERROR, ActionableError
+from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError
 
 FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # now --budget
+RUN_OPTIONS = {  # of a stage's function and not of its config: they change no figure
+    "workers": (int, 0, "Processes that prepare batches ahead."),
+    "shard": (str, "0/1", "I/N: compute every N-th cell, beginning with the I-th (from 0)."),
+    "budget_s": (float | None, None, "Seconds: stop after a length where the next would end later, with exit status 3."),
+    "profile": (Path | None, None, "Directory for a chrome trace of one prefill of every variant and length."),
+    "crossover": (Path | None, None, "File of measured lengths for dense_below=auto to add to."),
+}
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
 INTERRUPTED = 130  # typer's exit status of a command that Ctrl-C ended
 
@@ -55,6 +62,10 @@ COMMANDS = {
     "frontier": Command(
         "Quality against TTFT for the same model, length, budget, indexer and path: one table, one figure.",
         "npu_sparse.measure.frontier", "FrontierConfig", "run_frontier",
+    ),
+    "fit": Command(
+        "Fit a budget to a checkpoint: more keys for the layers, or the lengths, that lose attention without them.",
+        "npu_sparse.measure.fit", "FitConfig", "run_fit",
     ),
     "lm-eval": Command("Lm-eval's own command line, with the model npu-sparse; its help: npu-sparse lm-eval run --help."),
     "lm-eval-tasks": Command(
@@ -169,6 +180,8 @@ def _schedule(
     include: Annotated[list[str] | None, typer.Option("-I", help="Directory of headers: gcc preprocesses the file.")] = None,
     define: Annotated[list[str] | None, typer.Option("-D", help="NAME or NAME=VALUE: gcc preprocesses the file.")] = None,
     pure: Annotated[str, typer.Option(help="g,h: functions without state and side effects that the loops may call.")] = "",
+    tuned: Annotated[Path | None, typer.Option(help="File of the fastest schedules found: not the strategy.")] = None,
+    search: Annotated[float, typer.Option(help="Seconds to look for the fastest schedule at --sizes.", min=0)] = 0,
 ) -> None:
     try:
         from npu_sparse.schedule.command import schedule_file
@@ -180,7 +193,7 @@ def _schedule(
         raise ValueError(f"sizes must be numbers, such as n=100,alpha=1.5, got {sizes!r}") from error
     text = schedule_file(
         source, strategy, output=output, function=function, separate=separate, tree=tree, draw=draw, export=openscop,
-        sizes=values, time_limit_s=time_limit,
+        sizes=values, time_limit_s=time_limit, tuned=tuned, search_s=search,
         pure=[name.strip() for name in pure.split(",") if name.strip()],
         cpp=[*(f"-I{path}" for path in include or ()), *(f"-D{macro}" for macro in define or ())],
     )  # fmt: skip
@@ -204,8 +217,8 @@ def _stage(name: str, command: Command):
     hints = typing.get_type_hints(config_class)
 
     def stage(**options) -> None:
-        output = options.pop("output") or Path("runs") / f"{name}-{Path(options['model']).name}"
-        extra = {key: options.pop(key) for key in ("shard", "workers") if key in options and key not in hints}
+        output = options.pop("output") or Path("runs") / f"{name}-{Path(options['model'] or options.get('shape') or '').name}"
+        extra = {key: options.pop(key) for key in RUN_OPTIONS if key in options and key not in hints}
         if "shard" in extra:
             extra["shard"] = _shard(extra["shard"])
         former = {key: options.pop(key) for key in list(options) if key in FORMER and key not in hints}
@@ -214,14 +227,17 @@ def _stage(name: str, command: Command):
             base = options["budget"]
             options["budget"] = f"{base},{changes}".strip(",") if isinstance(base, str) else _budget(changes, base)
         config = config_class(**options)
-        if run(config, output, **extra):  # of several processes only the first has a report
+        result = run(config, output, **extra)
+        if result:  # of several processes only the first has a report
             _show(output)
+            if "budget_s" in extra and result["missing"]:
+                raise typer.Exit(UNFINISHED)
 
     parameters = [
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY,
             annotation=_annotation(field, hints[field.name], help_of.get(field.name, "")),
-            default=inspect.Parameter.empty if field.name == "model" else _default(field),
+            default=_default(field),
         )
         for field in dataclasses.fields(config_class)
     ]  # fmt: skip
@@ -234,12 +250,10 @@ def _stage(name: str, command: Command):
     output = Annotated[Path | None, typer.Option(help=f"Run directory; default runs/{name}-MODEL.")]
     parameters.append(inspect.Parameter("output", inspect.Parameter.KEYWORD_ONLY, annotation=output, default=None))
     accepted = inspect.signature(run).parameters
-    if "workers" in accepted:
-        workers = Annotated[int, typer.Option(help="Processes that prepare batches ahead.")]
-        parameters.append(inspect.Parameter("workers", inspect.Parameter.KEYWORD_ONLY, annotation=workers, default=0))
-    if "shard" in accepted:
-        shard = Annotated[str, typer.Option(help="I/N: compute every N-th cell, beginning with the I-th (from 0).")]
-        parameters.append(inspect.Parameter("shard", inspect.Parameter.KEYWORD_ONLY, annotation=shard, default="0/1"))
+    for option, (kind, default, text) in RUN_OPTIONS.items():
+        if option in accepted:
+            hint = Annotated[kind, typer.Option(help=text)]
+            parameters.append(inspect.Parameter(option, inspect.Parameter.KEYWORD_ONLY, annotation=hint, default=default))
     stage.__signature__ = inspect.Signature(parameters)
     stage.__annotations__ = {p.name: p.annotation for p in parameters}
     return stage
@@ -254,6 +268,8 @@ def _annotation(field, hint, text: str):
         told = f"{text} {' '.join(f'{name}: {words}' for name, words in Budget.field_help().items())}"
         parser = _budget if hint is Budget else str
         return Annotated[str, typer.Option(help=told, parser=parser, metavar="FIELD=VALUE,...", show_default=False)]
+    if hint == int | str:  # checked by the config
+        return Annotated[str, typer.Option(help=text, metavar="N or LENGTH=N,...")]
     if field.name == "variants":
         return Annotated[tuple, typer.Option(help=text, parser=_variants, metavar="A,B,...", show_default=False)]
     if typing.get_origin(hint) is tuple:
@@ -268,6 +284,8 @@ def _annotation(field, hint, text: str):
 
 
 def _default(field):
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        return inspect.Parameter.empty
     value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
     if isinstance(value, dict):
         return ",".join(f"{key}={item}" for key, item in value.items())

@@ -83,8 +83,11 @@ def exact_end(inputs: LayerInputs, forward: ForwardContext, budget: Budget) -> E
         first = max(0, whole - budget.exact_last - (end - queries))
         if first >= queries:
             return None
-        positions = torch.arange(end - queries + first, end, dtype=torch.int32, device=device)
-        return ExactEnd(positions.expand(B, -1), first)
+        rows = end - queries + first, end, B
+        if rows not in forward.positions:  # the same for all layers
+            positions = torch.arange(*rows[:2], dtype=torch.int32, device=device)
+            forward.positions[rows] = positions.expand(B, -1)
+        return ExactEnd(forward.positions[rows], first)
     place = torch.arange(end, device=device)
     last = torch.where(inputs.valid, place + 1, 0).amax(1, keepdim=True)  # [B, 1]: where each sequence ends, so far
     length = torch.where(inputs.valid[:, -1:], whole, last)

@@ -20,7 +20,7 @@ from .budget import Budget
 from .checks import check_kernels, check_layers, selecting_layers
 from .indexer import Indexer, IndexHead
 from .layer import attend_sparsely
-from .models import crossover
+from .models import calibration, crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
 from .models.attention import LAYER, PREFIX, register_sparse
 from .models.forward import (
@@ -104,7 +104,7 @@ class SparsePrefill:
         if not isinstance(budget, Budget):
             raise TypeError(f"budget must be a Budget, got {type(budget).__name__}")
         if budget.dense_below == "auto":
-            budget = budget.replace(dense_below=crossover.dense_below(model, budget))
+            budget = budget.replace(dense_below=_decided(model, selector, budget, impl, workspace_mib))
         attached = cls(model, selector, budget, impl, stage or (lambda name: nullcontext()), observe, workspace_mib)
         attached._check()
         attached._patch()
@@ -150,8 +150,8 @@ class SparsePrefill:
                 f"candidates must be 0 for a selector without an indexer, got {self.budget.candidates} for {self.selector.name!r}"
             )
         self._learns = learns_partition(self.budget, self.selector.indexer)
-        check_kernels(self.budget, self.impl, self.model.device.type, self.model.dtype, self.architecture)
         indexer = self.selector.indexer
+        check_kernels(self.budget, self.impl, self.model.device.type, self.model.dtype, self.architecture, indexer)
         if indexer is not None:
             indexer.check_base(self.model)
             self.indexer = indexer.copy_for(self.model)
@@ -261,6 +261,13 @@ class SparsePrefill:
         return support
 
 
+def _decided(model, selector: Selector, budget: Budget, impl: str, workspace_mib: int) -> int:
+    """What `dense_below="auto"` stands for: measured on this device, on a CPU looked up."""
+    if not calibration.measures(model.device):
+        return crossover.dense_below(model, budget)
+    return calibration.dense_below(model, selector, budget, impl=impl, workspace_mib=workspace_mib)
+
+
 @dataclass(frozen=True, eq=False)
 class _Layer:
     """One full-attention layer in one forward: what the attention function calls."""
@@ -275,10 +282,13 @@ class _Layer:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         if mask is not None and mask.ndim != 2:
             raise ValueError(f"sparse prefill takes a 2-D padding mask (batch, length), got {mask.ndim} dimensions")
-        if torch.compiler.is_compiling():
-            workspace.use(self.attached.workspace_mib)
-            return self._attend(q, k, v, mask, scale)
-        with workspace.sized(self.attached.workspace_mib << 20):
+        size = self.attached.workspace_mib << 20
+        if torch.compiler.is_dynamo_compiling():
+            before = workspace.while_traced(size)
+            out = self._attend(q, k, v, mask, scale)
+            workspace.while_traced(before)
+            return out
+        with workspace.sized(size):
             return self._attend(q, k, v, mask, scale)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -7,9 +7,10 @@
 
 Every scheduler gets the same tile sizes to choose from (--tiles; "0" is untiled): each candidate runs --tuning times beside the
 original, the fastest is measured again, interleaved with the original and with the other schedulers' choices, --repeats times;
-only that second measurement is reported. "tuned" is the best of the original and of the five candidates in TUNED, chosen in the
-first measurement too. The strategies of --presets are measured as they are shipped, too. The baseline is the sequential original
-under gcc -O3 -march=native -fopenmp -ffp-contract=off. isl's own scheduler goes through the same code generator.
+only that second measurement is reported. "tuned" is the best of the original and of the six candidates that the model of
+npu_sparse.schedule.candidates names for the kernel, chosen in the first measurement too. The strategies of --presets are measured
+as they are shipped, too. The baseline is the sequential original under gcc -O3 -march=native -fopenmp -ffp-contract=off. isl's
+own scheduler goes through the same code generator.
 
 --pluto takes an installed polycc, whose choice is among --pluto-variants: its default; untiled without unrolling; maxfuse;
 innerpar; lastwriter; and tiles of 32, 32, 256. gcc compiles what it makes, with its `ivdep` in gcc's spelling. --polly takes a
@@ -28,7 +29,7 @@ import json
 import re
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, geometric_mean
 
@@ -43,17 +44,14 @@ from npu_sparse.schedule import config
 from npu_sparse.schedule import kernels as shipped_kernels
 from npu_sparse.schedule.c.others import PLUTO, check_pluto, check_polly, schedule_by_pluto
 from npu_sparse.schedule.c.print import generate_file
-from npu_sparse.schedule.c.run import FLAGS, RunError, run
-from npu_sparse.schedule.config import Tiling
+from npu_sparse.schedule.c.run import FLAGS, run_right
+from npu_sparse.schedule.candidates import ISL, PARALLEL, Choice, ranked
 from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.frontend.preprocess import run_cpp
-from npu_sparse.schedule.isl_baseline import isl_tree, mark_parallel
-from npu_sparse.schedule.plan import original
-from npu_sparse.schedule.scheduler import schedule
 
-ISL, PARALLEL, POLYCC, POLLY, CLANG = "isl's scheduler", "original, parallel", "polycc", "Polly", "clang"
+POLYCC, POLLY, CLANG = "polycc", "Polly", "clang"
 STRATEGIES = ("pluto", "pluto-plus", "feautrier", "isl", "tensor-scheduler", "cpu-vector")
-TUNED = (("pluto", "32"), ("pluto", "32,32,256/4"), ("cpu-vector", "0"), ("cpu-vector", "32,32,256/4"), (PARALLEL, "0"))
+TUNED = 6  # candidates of the model
 SCALARS = {"alpha": 1.5, "beta": 1.2, "float_n": 1000.0}
 CLOCKS = {  # a table each: which measurement, and what of it
     "wall": ("times", "wall"),
@@ -104,7 +102,9 @@ def measure(kernel: Kernel, arguments) -> dict:
     sources, seconds, failures, chosen = {"original": kernel.text}, {}, [], {}
     try:
         scop = parse_c(kernel.text)
-        for scheduler, tile in candidates(arguments):
+        tuned = [] if arguments.short else [str(choice) for choice, _ in ranked(scop)[:TUNED]]
+        named = [(choice.rpartition(" ")[0], choice.rpartition(" ")[2]) for choice in tuned]
+        for scheduler, tile in dict.fromkeys([*candidates(arguments), *named]):
             start, key = time.perf_counter(), f"{scheduler} {tile}"
             try:
                 if scheduler == POLYCC:
@@ -121,7 +121,7 @@ def measure(kernel: Kernel, arguments) -> dict:
         if arguments.tuning:
             first, failed = _timed(scop, sources, kernel.values, arguments, arguments.tuning)
         failures += failed
-        chosen = _choices(list(sources), first, arguments)
+        chosen = _choices(list(sources), first, tuned, arguments)
         measured = {key: sources[key] for key in dict.fromkeys(["original", *filter(None, chosen.values())])}
         final, failed = _timed(scop, measured, kernel.values, arguments, arguments.repeats)
         failures += failed
@@ -146,8 +146,8 @@ def candidates(arguments) -> list[tuple[str, str]]:
     """Scheduler and tiles, or variant, of everything that runs beside the original."""
     found = [(strategy, "preset") for strategy in arguments.presets]
     if not arguments.short:
-        ours = [(scheduler, tile) for scheduler in (*arguments.strategies, ISL) for tile in arguments.tiles]
-        found += [*ours, *(pair for pair in TUNED if pair[0] in arguments.strategies), (PARALLEL, "0")]
+        found += [(scheduler, tile) for scheduler in (*arguments.strategies, ISL) for tile in arguments.tiles]
+        found.append((PARALLEL, "0"))
     if arguments.pluto:
         found += [(POLYCC, variant) for variant in (("default",) if arguments.short else arguments.pluto_variants)]
     if arguments.polly and not arguments.short:
@@ -155,7 +155,7 @@ def candidates(arguments) -> list[tuple[str, str]]:
     return list(dict.fromkeys(found))
 
 
-def _choices(keys: list[str], first: dict, arguments) -> dict[str, str | None]:
+def _choices(keys: list[str], first: dict, tuned: list[str], arguments) -> dict[str, str | None]:
     """What each column of the report measures: the fastest of a scheduler's candidates in the first measurement."""
     best = {}
     chosen = [scheduler for scheduler, tile in candidates(arguments) if tile != "preset"]
@@ -167,50 +167,25 @@ def _choices(keys: list[str], first: dict, arguments) -> dict[str, str | None]:
         if fixed in keys and (fixed in first or not first):
             best[fixed] = fixed
     if not arguments.short:
-        allowed = ["original", *(f"{scheduler} {tile}" for scheduler, tile in TUNED)]
-        best["tuned"] = min((key for key in allowed if key in first), key=lambda key: min(first[key]["wall_s"]))
+        best["tuned"] = min((key for key in ("original", *tuned) if key in first), key=lambda key: min(first[key]["wall_s"]))
     return best
 
 
 def candidate(scop, text: str, scheduler: str, tile: str) -> str:
     """C of one scheduler with tiles "0" (untiled), "32", "32,32,256/4" with an unroll-and-jam factor, or "preset": as shipped."""
-    sizes, _, jam = tile.partition("/")
-    sizes = tuple(int(size) for size in sizes.split(",") if size.isdecimal() and int(size))
-    if scheduler == PARALLEL:
-        return generate_file(scop, text, mark_parallel(scop, original(scop).tree()))
-    if scheduler == ISL:
-        return generate_file(scop, text, isl_tree(scop, sizes))
-    settings = config.load(scheduler)
-    if tile == "preset":
-        return generate_file(scop, text, schedule(scop, settings).tree())
-    return generate_file(scop, text, schedule(scop, replace(settings, tiling=Tiling(sizes, 2, True, int(jam or 0)))).tree())
+    return generate_file(scop, text, Choice.parse(f"{scheduler} {tile}").tree(scop))
 
 
 def _timed(scop, sources: dict[str, str], values: dict, arguments, repeats: int, threads: int = 0) -> tuple[dict, list[str]]:
-    """`(times of the variants that computed the right thing, failures)`; what breaks the program is left out.
-
-    Only a measurement in which every result is right counts: what is wrong may have written where the others read.
-    """
-    failures, group, found = [], dict(sources), {}
+    """`(times of the variants that computed the right thing, failures)`; see `run_right`."""
     compilers = {f"{name} 0": command for name, command in (arguments.polly or {}).items()}
-    while not found:
-        try:
-            results = run(scop, group, values, threads=(threads or arguments.threads,), repeats=repeats, compilers=compilers,
-                          timeout_s=arguments.timeout * repeats * len(group), limit_s=arguments.timeout)  # fmt: skip
-        except RunError as error:
-            if group.pop(error.variant if error.variant != "original" else "", None) is None:
-                raise
-            failures.append(f"{error.variant}: {str(error)[:300]}")
-            continue
-        wrong = {result.variant: result.difference for result in results if result.difference}
-        if "original" in wrong:
-            raise ValueError(f"the original must give one result, got two: {wrong['original']}")
-        for name in [name for name in wrong if name.startswith(POLYCC)] or list(wrong):
-            failures.append(f"{name}: {wrong[name]}")
-            del group[name]
-        if not wrong:
-            found = {r.variant: {"wall": r.wall, "cpu": r.cpu, "wall_s": r.wall_s, "cpu_s": r.cpu_s} for r in results}
-    return found, failures
+    results, failures = run_right(
+        scop, sources, values, threads=(threads or arguments.threads,), repeats=repeats, compilers=compilers,
+        timeout_s=arguments.timeout * repeats * len(sources), limit_s=arguments.timeout,
+        suspects=[name for name in sources if name.startswith(POLYCC)],
+    )  # fmt: skip
+    found = {r.variant: {"wall": r.wall, "cpu": r.cpu, "wall_s": r.wall_s, "cpu_s": r.cpu_s} for r in results}
+    return found, [f"{name}: {why[:300]}" for name, why in failures.items()]
 
 
 def shipped(size: str) -> dict[str, Kernel]:

@@ -23,8 +23,8 @@ from pathlib import Path
 import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, ops
+from npu_sparse.measure.prompts import text_prompts
 from npu_sparse.ops.select_two_level.blocks import CANDIDATE_QUERIES as GROUP
-from npu_sparse.oracle.prompts import text_prompts
 from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table, say
 from npu_sparse.runs.store import open_run, write_json, write_text

@@ -4,8 +4,8 @@
     python scripts/train_adapters.py --out runs/adapters --only qwen2.5-coder-0.5b
 
 Each run is one `npu-sparse distill` with the options below: called again, it resumes. The texts are the Debian packages
-`anarchism` and `python3.11-doc`. On one H200 each takes about five minutes; what it gave is in docs/results/distill-*. The budget
-that the adapter of qwen2.5-coder-0.5b recommends was chosen by scripts/matched.py.
+`anarchism` and `python3.11-doc`. On one H200 each takes about five minutes; what it gave is in docs/results/distill-*. The
+budgets that the adapters of the two Qwens recommend were chosen by scripts/matched.py.
 """
 
 import argparse
@@ -36,6 +36,11 @@ RUNS = {
         "heads": 1, "steps": 500, "texts": "anarchism", "tasks": f"{COMMON['tasks']},niah_multiquery,fwe",
         "lengths": "2048,8192,16384", "tokens": 32768, "warmup": 50, "validation_length": 8192, "validation_prompts": 8,
         "budgets": "256,512,1024", "validate_every": 500, "save_every": 250,
+    },
+    "qwen2.5-coder-1.5b": {
+        "heads": 1, "steps": 450, "texts": "anarchism", "tasks": f"{COMMON['tasks']},niah_multiquery,fwe",
+        "lengths": "2048,8192,16384,32768", "tokens": 32768, "warmup": 50, "validation_length": 8192, "validation_prompts": 8,
+        "budgets": "256,512,1024,2048", "validate_every": 450, "save_every": 150,
     },
 }  # fmt: skip
 

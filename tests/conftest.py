@@ -21,6 +21,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's backgro
 # Set by `make test-npu`: the directory of the runtime stub's libraries, where torch_npu runs without a card
 RUNTIME_STUB = os.environ.get("NPU_SPARSE_RUNTIME_STUB")
 
+ONLY_ELSEWHERE = ": it has kernels for "  # of the sentence that names the devices an operator has kernels for
+
 # the same examples on every run and every machine; `--hypothesis-profile=explore` looks for new ones
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30, database=None)
 settings.register_profile("explore", deadline=None, max_examples=1000)
@@ -31,6 +33,7 @@ def pytest_addoption(parser):
     parser.addoption(
         "--backend", help=f"run the tests of these back-ends alone ({', '.join(BACKENDS)}); one that cannot run here fails"
     )
+    parser.addoption("--headers", help="CANN's published headers: the AscendC kernels are type-checked against them")
 
 
 def required(config) -> list[str]:
@@ -39,6 +42,30 @@ def required(config) -> list[str]:
     if unknown := sorted(set(names) - set(BACKENDS)):
         raise pytest.UsageError(f"--backend must name some of {', '.join(BACKENDS)}, got {unknown[0]!r}")
     return names
+
+
+def must_run(config) -> set[str]:
+    """The back-ends whose tests fail where they would skip: those of --backend, and of NPU_SPARSE_REQUIRE beside all others."""
+    named = [name for name in os.environ.get("NPU_SPARSE_REQUIRE", "").split(",") if name]
+    if unknown := sorted(set(named) - set(BACKENDS)):
+        raise pytest.UsageError(f"NPU_SPARSE_REQUIRE must name some of {', '.join(BACKENDS)}, got {unknown[0]!r}")
+    return {*required(config), *named}
+
+
+def pytest_configure(config):
+    must_run(config)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """On a card that must run them tests do not skip, but for operators that have no kernel for such a card."""
+    outcome = yield
+    report = outcome.get_result()
+    backend = getattr(item, "callspec", None) and item.callspec.params.get("backend")
+    if report.skipped and not hasattr(report, "wasxfail") and backend in must_run(item.config):
+        reason = report.longrepr[2]
+        if ONLY_ELSEWHERE not in reason:
+            report.outcome, report.longrepr = "failed", f"must run on {backend!r}, got {reason}"
 
 
 def pytest_collection_modifyitems(config, items):
@@ -85,7 +112,7 @@ def backend(request) -> Backend:
     try:
         return open_backend(request.param)
     except (RuntimeError, AssertionError) as error:  # torch raises AssertionError for a device it was not built for
-        leave = pytest.fail if request.param in required(request.config) else pytest.skip
+        leave = pytest.fail if request.param in must_run(request.config) else pytest.skip
         leave(str(error).splitlines()[0])
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from npu_sparse import ascendc, cli
+from npu_sparse import Budget, Indexer, SparsePrefill, ascendc, cli, selectors
 from npu_sparse.ops.dispatch import ASCENDC
+from npu_sparse.testing import index_inputs, tiny_model
 
 ROOT = Path(ascendc.__file__).resolve().parent.parent
 RECORD = """#!/bin/sh
@@ -374,3 +375,21 @@ def test_a_broken_rule_of_the_hardware_is_an_error_that_names_it(emulated):
     rule = r"rule 4 \(bounds\): .* GM indices .*; kernel sparse_attention, .*sparse_attention\.h:\d+, core AI[CV] \d"
     with pytest.raises(RuntimeError, match=rule):
         emulated.sparse_attention(**attention_arguments(count=count))
+
+
+def test_many_index_heads_with_a_large_k_are_refused_when_attaching(emulated):
+    model = tiny_model("qwen3_5", dtype=torch.bfloat16)
+
+    def attach(k):
+        selector = selectors.ByIndexer(Indexer.for_model(model, heads=64, dim=64))
+        return SparsePrefill.attach(model, selector, Budget(k=k, block=64), impl="kernel")
+
+    refused = r"k must leave room in UB for the scores of 64 heads, got 4032 \(nearest: (\d+)\)"
+    with pytest.raises(ValueError, match=refused) as refusal:
+        attach(4032)
+    nearest = int(re.search(refused, str(refusal.value)).group(1))
+    attach(nearest).detach()
+    qi, ki, w = index_inputs(1, 64, 4100, 4100, 16, dtype=torch.float16)
+    valid = torch.ones(1, 4100, dtype=torch.bool)
+    with pytest.raises(ValueError, match=re.escape(str(refusal.value))):  # the operator says the same
+        emulated.select_by_index(qi, ki, w, 4032, 64, "max", 0, 0, valid, None)

@@ -27,7 +27,7 @@ from npu_sparse.schedule.solve.ilp import SolverTimeoutError
 from npu_sparse.testing import tiny_model
 
 STAGES = [name for name, command in cli.COMMANDS.items() if command.config]
-BESIDE_CONFIG = {"output", "workers", "shard"}
+BESIDE_CONFIG = {"output", *cli.RUN_OPTIONS}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -373,3 +373,15 @@ def test_ctrl_c_ends_a_running_command_with_one_sentence(distillation, tmp_path)
 def test_a_mistake_ends_the_process_with_status_2():
     done = run("distill", "tiny", "--steps", "0", env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: steps must be >= 1, got 0\n")
+
+
+def test_a_shape_needs_no_model_and_a_time_budget_says_that_lengths_are_left(tmp_path, capsys):
+    options = ["--shape", "qwen3.5-tiny", "--lengths", "40,64", "--budget", "k=16,block=8", "--runs", "40=2,64=1"]
+    command = ["ttft", *options, "--warmup", "0", "--stage-runs", "1", "--dtype", "float32", "--output", str(tmp_path)]
+    assert cli.main([*command, "--budget-s", "0"]) == 3
+    shown = capsys.readouterr()
+    assert "stopped for --budget-s before 64 tokens" in shown.err and "Not measured yet: 64 tokens" in shown.out
+    first = (tmp_path / "records/40.json").read_text()
+    assert cli.main(command) == 0
+    assert (tmp_path / "records/40.json").read_text() == first and (tmp_path / "records/64.json").exists()
+    assert cli.main([*command, "--runs", "3"]) == cli.USER_ERROR  # another run

@@ -197,7 +197,7 @@ def test_make_targets_exist():
 
 
 def test_options_in_prose_exist():
-    known = {"--help", "--version", "--json", "--hypothesis-profile", "--backend"}
+    known = {"--help", "--version", "--json", "--hypothesis-profile", "--backend", "--headers"}
     for command in cli.COMMANDS.values():
         if command.run:
             module = importlib.import_module(command.module)

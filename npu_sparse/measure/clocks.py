@@ -1,5 +1,6 @@
 """Clocks: synchronised wall time, time per stage, dense attention's share, peak memory."""
 
+import gc
 import time
 from collections import defaultdict
 from contextlib import contextmanager, nullcontext
@@ -194,3 +195,26 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return 1024 * int(status.partition("VmHWM:")[2].split()[0])
     except (OSError, IndexError, ValueError):
         return None
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's memory is full; libraries say it in words of their own."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives back what nobody holds any more: Python's circles, and the blocks that the allocator keeps."""
+    gc.collect()
+    if device.type != "cpu":
+        getattr(torch, device.type).empty_cache()
+
+
+@contextmanager
+def collected_often():
+    """Makes `gc.collect` cheap within: it looks at what came since, and not at all the modules that are loaded."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -1,13 +1,20 @@
-"""Prompts of one length, from text or from random tokens."""
+"""Prompts of one length: of real text, or of random tokens."""
 
-import random
+from __future__ import annotations
 
-from .variants import (
-    Subject,
-)
+from collections.abc import Iterator, Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+from .variants import Subject
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..tasks.texts import Document
 
 
-def prompt_ids(config, subject: Subject, length: int):
+def prompt_ids(config, subject: Subject, length: int) -> Tensor:
     """The prompt of a length: int64 `[1, length]` on the host, the same for all variants."""
     import torch
 
@@ -17,11 +24,56 @@ def prompt_ids(config, subject: Subject, length: int):
         return torch.randint(vocabulary, (1, length), generator=generator)
     from ..tasks import texts
 
-    documents = texts.documents(config.texts)
-    start = random.Random(config.seed).randrange(len(documents))
+    ((_, ids),) = text_prompts(subject.tokenizer, texts.documents(config.texts), length=length, count=1, seed=config.seed)
+    return ids[None]
+
+
+def text_prompts(
+    tokenizer, documents: Sequence[Document], *, length: int, count: int, seed: int
+) -> list[tuple[str, Tensor]]:
+    """`count` prompts of exactly `length` tokens, int64 `[length]`, with the names of the documents they come from.
+
+    Documents are taken in an order that follows from the seed; one that is too short is continued by the next. Each
+    prompt starts where a document starts; only where there are too few documents, prompts continue one another. All
+    start with the tokenizer's beginning-of-sequence token, where it adds one. ValueError where the texts are too short.
+    """
+    import torch
+
+    start = _leading_special_tokens(tokenizer)
+    room = length - len(start)
+    runs: list[tuple[str, list[int]]] = []
+    for run in _runs(tokenizer, documents, room, seed):
+        runs.append(run)
+        if len(runs) == count:
+            break
+    longest = max((len(ids) for _, ids in runs), default=0)
+    windows = [
+        (name, ids[n * room : (n + 1) * room]) for n in range(longest // room) for name, ids in runs
+        if (n + 1) * room <= len(ids)
+    ]  # fmt: skip
+    if len(windows) < count:
+        raise ValueError(
+            f"texts must hold {f'{count} prompts of ' if count > 1 else ''}{length} tokens, got enough for {len(windows)}: "
+            "give more text, or ask for fewer or shorter prompts"
+        )
+    return [(name, torch.tensor(start + ids)) for name, ids in windows[:count]]
+
+
+def _runs(tokenizer, documents: Sequence[Document], room: int, seed: int) -> Iterator[tuple[str, list[int]]]:
+    order = list(documents)
+    Random(seed).shuffle(order)
+    names: list[str] = []
     ids: list[int] = []
-    for document in documents[start:] + documents[:start]:
-        ids += subject.tokenizer(document.text, add_special_tokens=not ids, verbose=False)["input_ids"]
-        if len(ids) >= length:
-            return torch.tensor([ids[:length]])
-    raise ValueError(f"texts must hold {length} tokens for a prompt of that length, got {len(ids)}")
+    for document in order:
+        text = document.text if not ids else f"\n\n{document.text}"
+        ids += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        names.append(document.name)
+        if len(ids) >= room:
+            yield " + ".join(names), ids
+            names, ids = [], []
+
+
+def _leading_special_tokens(tokenizer) -> list[int]:
+    bos = tokenizer.bos_token_id
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    return [bos] if bos is not None and ids[:1] == [bos] else []

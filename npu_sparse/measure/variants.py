@@ -16,7 +16,8 @@ LOCAL_SINK = 4
 EVIDENCE = {"dense", "oracle", "distilled", "untrained", "control", "training-free"}
 FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # fields of configs once
 _FLAGS_LAST = sorted(fields(Budget), key=lambda f: isinstance(f.default, bool))
-OPTIONS = tuple(f.name for f in _FLAGS_LAST if f.name not in ("per_layer", "dense_below"))  # of variants
+WHERE = ("dense_below",)  # a field that says where a prefill is sparse, and not how: spelled by a colon only
+OPTIONS = tuple(f.name for f in _FLAGS_LAST if f.name not in ("per_layer", *WHERE))  # of variants
 INDEX_OPTIONS = ("candidates", "key_block", "partition")  # these say how an indexer works
 
 
@@ -80,7 +81,7 @@ def variant_named(name: str) -> Variant:
     for change in changes:
         option, _, value = change.partition("=")
         allowed = [
-            o for o in OPTIONS
+            o for o in (*OPTIONS, *(WHERE if ":" in name else ()))
             if (known.shared or ":" in name or o not in ("block", "reduce"))
             and (known.chooser == "indexer" or o not in INDEX_OPTIONS)
         ] if known.chooser != "dense" else []  # fmt: skip
@@ -96,8 +97,8 @@ def _value(option: str, value: str, change: str) -> int | str | bool | tuple[int
     default = Budget.__dataclass_fields__[option].default
     if isinstance(default, str):
         return value
-    if isinstance(default, tuple):
-        return Budget.parse(f"{option}={value}").anchors
+    if isinstance(default, tuple) or value == "auto":
+        return getattr(Budget.parse(f"{option}={value}"), option)
     if isinstance(default, bool):
         if value not in ("", "true", "false"):
             raise ValueError(f"{option} must be alone, or {option}=true or {option}=false, got {change!r}")
@@ -240,9 +241,19 @@ def load_subject(config, names, model=None, tokenizer=None, indexer=None) -> Sub
     if model is None:
         from ..checkpoints import load
 
+        device_ready(config.device)
         model, loaded = load(config.model, dtype=config.dtype, device=config.device)
         tokenizer = tokenizer or loaded
     return Subject(model, tokenizer, indexer)
+
+
+def device_ready(device: str) -> None:
+    """Registers an Ascend card with torch where it does not do that by itself. RuntimeError where it cannot be used."""
+    if device.startswith("npu"):
+        try:
+            import torch_npu  # noqa: F401
+        except ImportError as error:
+            raise RuntimeError(f"device {device!r} must have torch_npu and CANN ({error}): see docs/ascend.md") from error
 
 
 def with_tokenizer(subject: Subject, config) -> Subject:

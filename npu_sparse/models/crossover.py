@@ -1,6 +1,6 @@
 """From which length on sparse prefill is faster than dense, as measured: what `Budget(dense_below="auto")` stands for.
 
-Figures come from scripts/ttft_qwen35.py (`--crossover` adds them to crossover.json): device, attention geometry, budget, the
+Figures come from `npu-sparse ttft` (`--crossover` adds them to crossover.json): device, attention geometry, budget, the
 fastest dense implementation, and the run they were measured in. A figure is the first measured length from which no longer one is
 slower than dense; lengths in between were not measured. An indexer wider than the figure's costs more than it says.
 """
@@ -43,7 +43,7 @@ def dense_below(model, budget: Budget, measured: Sequence[dict] | None = None) -
     have = ", ".join(f"k {one['k']} b_sel {one['block']}" for one in found) or "no budget"
     raise ValueError(
         f'dense_below="auto" must have a measured figure for k {k}, b_sel {budget.block} on {device!r}, which has {have}: pass a '
-        "number of tokens, or measure one with scripts/ttft_qwen35.py --crossover"
+        "number of tokens, or measure one with npu-sparse ttft --crossover"
     )
 
 

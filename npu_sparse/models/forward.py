@@ -33,6 +33,7 @@ class ForwardContext:
         supports: of layers that others read, by layer.
         finite: `(layer, what, bool tensor)`: whether what a sparse layer computes with, such as its hidden states, is finite.
         masks: masks of the model's own implementation, made for queries that run dense in a forward that is sparse elsewhere.
+        positions: int32 `[B, R]` of exact rows, by the first, the one after the last, and B.
     """
 
     start: int
@@ -43,6 +44,7 @@ class ForwardContext:
     supports: dict[int, Support] = field(default_factory=dict)
     finite: list[tuple[int, str, Tensor]] = field(default_factory=list)
     masks: dict[int, Tensor | None] = field(default_factory=dict)
+    positions: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
 
     def note(self, layer: int, what: str, finite: Tensor) -> None:
         """Keeps a bool tensor that says whether `what` of a layer is finite, for one look at all of them after the forward."""

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+import torch.utils._python_dispatch
 
 from ..errors import ActionableError
 from . import workspace
@@ -26,6 +27,11 @@ _HOW = {
     "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
     "cpu": "the host emulation of the AscendC kernels is not built: run `npu-sparse build emulated`, or pass impl='reference'",
 }
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+# where a version of torch does not say, everything goes through the dispatcher
+_in_mode = getattr(torch.utils._python_dispatch, "is_in_torch_dispatch_mode", lambda: True)
+_in_transform = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: True)
+_is_profiled = getattr(torch.autograd, "_profiler_enabled", lambda: True)
 _HOW_ELSEWHERE = "kernels exist for cuda, npu and cpu: pass impl='reference'"
 
 
@@ -64,12 +70,30 @@ def uses_kernel(impl: str, device_type: str) -> bool:
 
 def call(op: str, impl: str, device_type: str, *args):
     """Runs `op` through the dispatcher, as kernel or as reference. What has no gradients, such as a selection, is a constant, and
-    autocast, which would take the references' products from fp32 to 16 bits, ends here."""
+    autocast, which would take the references' products from fp32 to 16 bits, ends here.
+
+    Where the dispatcher would do nothing but find the same kernel - no gradients, no mode, no profiler that wants its name - the
+    kernel is called at once: that takes tens of microseconds less, which short prompts are made of.
+    """
+    if _is_plain(device_type, args) and uses_kernel(impl, device_type):
+        kernel = _KERNELS.get((op, device_type)) or _kernel(op, device_type)
+        if kernel is None:
+            raise _unavailable(op, device_type)
+        return kernel(*args)
     run = getattr(torch.ops.npu_sparse, op if uses_kernel(impl, device_type) else f"{op}_reference")
     gradients = nullcontext() if op in _DIFFERENTIABLE else torch.no_grad()
     cast = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
     with gradients, cast:
-        return run(*args)
+        return run(*args, workspace=workspace.size())
+
+
+def _is_plain(device_type: str, args: tuple) -> bool:
+    """Whether nothing listens to what is dispatched, and the arguments are what they look like."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or _in_mode() or _in_transform() or _is_profiled():
+        return False
+    if _autocasts(device_type):
+        return False
+    return all(not isinstance(arg, torch.Tensor) or type(arg) in _PLAIN for arg in args)
 
 
 def _autocasts(device_type: str) -> bool:
@@ -85,14 +109,16 @@ def define(
     """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
 
     `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one. It is a
-    constant to autograd until `differentiate` says otherwise.
+    constant to autograd until `differentiate` says otherwise. Both entries take one more argument than `signature` says, the
+    bytes of a slice (`workspace=`); 0, the default, means those of this thread.
     """
+    arguments, result = signature.split(") ->")
     for name in (op, f"{op}_reference"):
-        torch.library.define(f"npu_sparse::{name}", signature)
-        torch.library.register_fake(f"npu_sparse::{name}", fake)
-    torch.library.impl(f"npu_sparse::{op}_reference", "CompositeExplicitAutograd", reference)
+        torch.library.define(f"npu_sparse::{name}", f"{arguments}, *, int workspace=0) ->{result}")
+        torch.library.register_fake(f"npu_sparse::{name}", lambda *args, workspace=0: fake(*args))
+    torch.library.impl(f"npu_sparse::{op}_reference", "CompositeExplicitAutograd", _in_slices(reference))
     for device_type, key in KERNEL_KEYS.items():
-        torch.library.impl(f"npu_sparse::{op}", key, _kernel_or_error(op, device_type))
+        torch.library.impl(f"npu_sparse::{op}", key, _in_slices(_kernel_or_error(op, device_type)))
     OPERATORS[op] = folder or op
     _DEVICES[op] = devices
 
@@ -101,8 +127,8 @@ def differentiate(op: str, remember: Callable, backward: Callable) -> None:
     """Gives both entries of an operator gradients: torch.library.register_autograd's `setup_context` and `backward`, the latter
     made by `backward(suffix)` for the entry's suffix. A backward pass works in slices of its forward's size."""
 
-    def setup_context(ctx, inputs, output):
-        ctx.workspace = workspace.size()
+    def setup_context(ctx, inputs, keyword_only_inputs, output):
+        ctx.workspace = keyword_only_inputs["workspace"] or workspace.size()
         remember(ctx, inputs, output)
 
     def sized(run: Callable) -> Callable:
@@ -180,6 +206,16 @@ def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **
             raise ValueError(f"{name} must be at most {most} for the kernels on {device_type!r}, got {value}")
 
 
+def check_selection(device_type: str, *, heads: int, dim: int, k: int, block: int, reduce: str) -> None:
+    """Raises ValueError where the kernels of this device cannot select by an index of these sizes, whatever the prompt.
+
+    Sizes that are served one by one may not fit together, as many index heads and a large k; the kernels' own library says it.
+    """
+    tell = _kernel("selection_refusal", device_type)
+    if tell is not None and (refusal := tell(heads, dim, k, block, reduce)):
+        raise ValueError(refusal)
+
+
 def register_loader(device_type: str, load: Callable[[], dict[str, Callable]]) -> None:
     """Tells where the kernels of a device come from: `load()` gives those there are, by operator, and may be asked again."""
     _LOADERS[device_type] = load
@@ -196,12 +232,20 @@ def _kernel(op: str, device_type: str) -> Callable | None:
     return _KERNELS.get((op, device_type))
 
 
+def _in_slices(run: Callable) -> Callable:
+    def sized(*args, **sizes):
+        with workspace.sized(sizes.get("workspace") or workspace.size()):
+            return run(*args)
+
+    return sized
+
+
 def _kernel_or_error(op: str, device_type: str) -> Callable:
-    def run(*args, **kwargs):
+    def run(*args):
         kernel = _kernel(op, device_type)
         if kernel is None:
             raise _unavailable(op, device_type)
-        return kernel(*args, **kwargs)
+        return kernel(*args)
 
     return run
 

@@ -26,9 +26,12 @@ def processors(device: torch.device) -> int:
 
 def is_readable(x: Tensor) -> bool:
     """Whether 16-byte copies can read the rows of a 16-bit tensor: rows are contiguous and begin at multiples of 16 bytes."""
-    return (
-        x.dtype in (torch.float16, torch.bfloat16)
-        and x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(stride % 8 == 0 for stride, size in zip(x.stride()[:-1], x.shape) if size > 1)
-    )
+    if x.dtype is not torch.bfloat16 and x.dtype is not torch.float16:
+        return False
+    *strides, last = x.stride()
+    if last != 1 or x.data_ptr() % 16:
+        return False
+    for stride, size in zip(strides, x.shape):
+        if stride % 8 and size > 1:
+            return False
+    return True

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import sys
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from .. import compiled as compiled_code
@@ -76,14 +76,22 @@ def kernel(source: str, name: str, macros: tuple[tuple[str, int], ...], shared_b
         if shared_bytes:
             _check(driver, driver.cuFuncSetAttribute(function, _DYNAMIC_SHARED_BYTES, shared_bytes))
 
+    start, pointers, current_device = driver.cuLaunchKernel, ctypes.c_void_p * 1, torch.cuda.current_device
+    raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream)
+
     def launch(grid: tuple[int, ...], threads: int, arguments: ctypes.Structure) -> None:
         x, y, z = (*grid, 1, 1)[:3]
         if not x or not y or not z:
             return
-        parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        with torch.cuda.device(device) if torch.cuda.current_device() != device else nullcontext():
-            _check(driver, driver.cuLaunchKernel(function, x, y, z, threads, 1, 1, shared_bytes, stream, parameters, None))
+        here = function, x, y, z, threads, 1, 1, shared_bytes, ctypes.c_void_p(raw_stream(device))
+        parameters = pointers(ctypes.addressof(arguments))
+        if current_device() == device:
+            status = start(*here, parameters, None)
+        else:
+            with torch.cuda.device(device):
+                status = start(*here, parameters, None)
+        if status:
+            _check(driver, status)
 
     return launch
 

@@ -10,3 +10,8 @@ def slices(rows: int, elements: int, step: int = 1) -> list[tuple[int, int]]:
     """
     at_once = max(1, workspace.elements() // elements) * step
     return [(start, min(start + at_once, rows)) for start in range(0, rows, at_once)]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is not less than n >= 1. Triton's own is as right, and ten times as slow."""
+    return 1 << (n - 1).bit_length()

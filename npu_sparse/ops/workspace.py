@@ -1,8 +1,8 @@
 """How large the slices are that operators work in where a result would need more memory than a long context leaves.
 
 `SparsePrefill.attach(workspace_mib=...)` makes it that of a model's forwards, each in its own thread, and of their backward
-passes. No result depends on it. It is the size of one slice of scores; with what is made of it, an operator holds up to five
-times as much.
+passes. Every operator is called with it, so that a compiled graph has the size that it was traced with. No result depends on
+it. It is the size of one slice of scores; with what is made of it, an operator holds up to five times as much.
 """
 
 from collections.abc import Iterator
@@ -24,17 +24,19 @@ def sized(size: int) -> Iterator[None]:
         _SAID.reset(token)
 
 
-def use(mib: int) -> None:
-    """Makes slices this large where nobody says another: for code that torch.compile traces, which cannot say it by `sized`."""
+def while_traced(size: int) -> int:
+    """Makes slices of `size` bytes in what torch.compile traces next, which cannot say it by `sized`; returns the size before, to
+    be given back the same way. What the compiled graph calls has its size as an argument."""
     global SIZE
-    SIZE = mib << 20
+    before, SIZE = SIZE, size
+    return before
 
 
 def size() -> int:
     """Bytes of a slice."""
     import torch
 
-    said = None if torch.compiler.is_compiling() else _SAID.get()
+    said = None if torch.compiler.is_dynamo_compiling() else _SAID.get()
     return SIZE if said is None else said
 
 

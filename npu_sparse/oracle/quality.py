@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import ops, tasks
 from ..budget import Budget
+from ..measure.decode import generate_texts
 from ..ops import workspace
 from ..prefill import SparsePrefill
 from ..selectors import LayerInputs, Selector
@@ -138,24 +139,14 @@ def retained_mass(inputs: LayerInputs, support: Support, start: int, stop: int) 
     return (mass.gather(-1, indices) * used).sum(-1).mean(1)
 
 
-@torch.no_grad()
 def task_scores(
     model, tokenizer, examples: Sequence[tasks.Example], *, selector: Selector | None = None,
     budget: Budget | None = None, impl: str = "reference", workspace_mib: int = workspace.DEFAULT_MIB,
 ) -> list[float]:  # fmt: skip
     """The score of each example in [0, 1]: prefill as attached (dense without a selector), greedy and dense decode."""
-    scores = []
     attached = nullcontext()
     if selector is not None:
         attached = SparsePrefill.attach(model, selector, budget, impl=impl, workspace_mib=workspace_mib)
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0)
     with attached:
-        for example in examples:
-            ids = torch.tensor([tasks.encode(tokenizer, example)], device=model.device)
-            output = model.generate(
-                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=example.max_new_tokens,
-                do_sample=False, temperature=None, top_p=None, top_k=None, pad_token_id=pad,
-            )  # fmt: skip
-            text = tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-            scores.append(tasks.score(example, text))
-    return scores
+        outputs = generate_texts(model, tokenizer, examples, [tasks.encode(tokenizer, example) for example in examples], batch=1)
+    return [tasks.score(example, output) for example, output in zip(examples, outputs)]

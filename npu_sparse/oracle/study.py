@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import checkpoints, tasks
 from ..budget import Budget
+from ..measure.prompts import text_prompts
 from ..models.architectures import Architecture, describe
 from ..ops.dispatch import require_kernels, uses_kernel
 from ..runs.figures import write_figure
@@ -28,7 +29,6 @@ from ..tasks.catalogue import task_named
 from . import figures, page, quality
 from .config import OracleConfig, Variant, granularities, variants
 from .layers import measure_layers
-from .prompts import text_prompts
 from .summary import summarise
 
 

@@ -1,15 +1,20 @@
 """What `npu-sparse schedule` does: one C file in, the scheduled C file and what was asked for beside it out."""
 
+import os
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from npu_sparse.schedule import config, legality, openscop, render
+import islpy as isl
+
+from npu_sparse.schedule import config, legality, openscop, render, tune
 from npu_sparse.schedule.c.print import generate_file
 from npu_sparse.schedule.c.run import FLAGS, run
+from npu_sparse.schedule.candidates import Choice
 from npu_sparse.schedule.frontend.c import parse_c, read_c
 from npu_sparse.schedule.frontend.preprocess import run_cpp
 from npu_sparse.schedule.frontend.regions import count_regions
+from npu_sparse.schedule.plan import Plan, original
 from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import Scop, ScopError
 
@@ -30,12 +35,17 @@ def schedule_file(
     time_limit_s: float = 300,
     pure: Collection[str] = (),
     cpp: Collection[str] = (),
+    tuned: Path | None = None,
+    search_s: float = 0,
 ) -> str:
     """Schedules the SCoPs of a function of a C file by a shipped strategy, a YAML file or a Config; returns what to print.
 
     That is the generated C without `output`, the schedule tree with `tree`, and with `sizes` (a value for every scalar argument
     of the function) a comparison of the original and the generated program, run with 1, 2 and 4 threads within `time_limit_s`
     seconds. `pure` names functions whose calls may move, and `cpp` are options for gcc's preprocessor (see parse_c).
+
+    With `tuned`, a file, each region is scheduled by the choice that the file has for it, and not by the strategy. With
+    `search_s` a choice is searched for in that many seconds, at `sizes`, and written to the file.
 
     Raises ValueError in one sentence for any mistake; nothing is written then.
     """
@@ -45,31 +55,73 @@ def schedule_file(
     count = count_regions(text if not cpp else run_cpp(source, tuple(cpp)), str(source), function or None)
     if count > 1 and (draw or export):
         raise ScopError(f"{source}: a picture and an OpenScop text must be of one region, got {count}")
-    plans = []
+    if search_s and (sizes is None or tuned is None or count > 1):
+        got = f"{count} regions" if count > 1 else "no sizes" if sizes is None else "no file"
+        raise ScopError(f"{source}: a search must have sizes, a file for what it finds, and one region, got {got}")
+    flags = (*FLAGS, f"-I{source.resolve().parent}", *cpp)
+    made: list[_Made] = []
     for number in range(count, 0, -1):  # from the last: the lines of those before it stay where they are
         scop = parse_c(source, **options, number=number, text=generated)
-        plan = schedule(scop, settings)
-        violations = legality.check(scop, plan.union_map(), settings.relax_reductions)
+        if search_s:
+            known = tune.load(tuned, scop)
+            found = tune.search(scop, generated, dict(sizes), budget_s=search_s, threads=os.cpu_count() or 1, flags=flags,
+                                separate=separate, start=known.choice if known else "")  # fmt: skip
+            tune.save(tuned, scop, found)
+        new = _by_choice(scop, tuned) if tuned else _by_strategy(scop, settings)
+        violations = legality.check(scop, new.tree.get_map(), settings.relax_reductions and not tuned)
         if violations:
             raise ScopError(f"{source}: {violations[0]}")
-        generated = generate_file(scop, generated, plan.tree(), separate=separate)
-        plans.insert(0, plan)
-    shown = list(dict.fromkeys(f"note: {note}" for plan in plans for note in plan.notes))
+        if not new.unchanged:
+            generated = generate_file(scop, generated, new.tree, separate=separate)
+        made.insert(0, new)
+    shown = list(dict.fromkeys(f"note: {note}" for each in made for note in each.notes))
     if sizes is not None:
-        results = run(_whole([plan.scop for plan in plans]), {"original": text, "generated": generated}, dict(sizes),
-                      threads=(1, 2, 4), timeout_s=time_limit_s, flags=(*FLAGS, f"-I{source.resolve().parent}", *cpp))
-        shown.append(_compared(results, exact=not settings.relax_reductions))
+        results = run(_whole([each.scop for each in made]), {"original": text, "generated": generated}, dict(sizes),
+                      threads=(1, 2, 4), timeout_s=time_limit_s, flags=flags)  # fmt: skip
+        shown.append(_compared(results, exact=not settings.relax_reductions or tuned is not None))
     if draw:
-        render.draw(plans[0], draw)
+        if made[0].plan is None:
+            raise ScopError(f"{source}: a picture must be of a strategy's plan, got a tuned choice")
+        render.draw(made[0].plan, draw)
     if export:
-        write_text(export, openscop.export(plans[0].scop, plans[0].union_map()))
+        write_text(export, openscop.export(made[0].scop, made[0].tree.get_map()))
     if output:
         write_text(output, generated)
     if tree:
-        shown += [render.show_tree(plan.tree()) for plan in plans]
+        shown += [render.show_tree(each.tree) for each in made]
     elif not output:
         shown.append(generated)
     return "\n".join(shown).rstrip("\n")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """How one region is scheduled."""
+
+    scop: Scop
+    tree: isl.Schedule
+    notes: tuple[str, ...]
+    plan: Plan | None = None
+    unchanged: bool = False
+
+
+def _by_strategy(scop: Scop, settings: config.Config) -> _Made:
+    plan = schedule(scop, settings)
+    return _Made(scop, plan.tree(), plan.notes, plan)
+
+
+def _by_choice(scop: Scop, tuned: Path) -> _Made:
+    found = tune.load(tuned, scop)
+    if found is None:
+        where = scop.function or scop.source
+        raise ScopError(f"{tuned} must have a choice for the region of {where}, got none: --search finds one")
+    sizes = ", ".join(f"{name} = {value:g}" for name, value in found.sizes.items())
+    note = f"{found.choice}, {found.speedup:.3g}x of the original with {found.threads} threads at {sizes}"
+    failed = tuple(f"{name} was left out: {why[:200]}" for name, why in found.failures.items())
+    if found.choice == tune.ORIGINAL:
+        plan = original(scop)
+        return _Made(scop, plan.tree(), (note, *failed), plan, unchanged=True)
+    return _Made(scop, Choice.parse(found.choice).tree(scop), (note, *failed))
 
 
 def _whole(scops: list[Scop]) -> Scop:

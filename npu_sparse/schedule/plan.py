@@ -63,6 +63,8 @@ class Band:
         permutable: every dependence active at the band's start is respected by each loop on its own, so that tiling is legal.
         wavefront: the first tile loop runs over the sum of the first two, which makes the second parallel.
         points: order of the point loops inside a tile, as positions in `loops`; () keeps it. Needs `permutable`.
+        shared: how many of the point loops of a tiled band, outermost first, its statements run in together; the other ones are
+            loops of the bands below, one for each statement. -1 is all of them.
     """
 
     loops: tuple[Loop, ...]
@@ -70,6 +72,7 @@ class Band:
     permutable: bool = False
     wavefront: bool = False
     points: tuple[int, ...] = ()
+    shared: int = -1
 
     @property
     def tiled(self) -> bool:
@@ -77,7 +80,8 @@ class Band:
 
     def inner(self) -> tuple[Loop, ...]:
         """The point loops in the order of execution; of an untiled band, the loops."""
-        return tuple(self.loops[i] for i in self.points) if self.points else self.loops
+        loops = tuple(self.loops[i] for i in self.points) if self.points else self.loops
+        return loops if self.shared < 0 else loops[: self.shared]
 
 
 Node = Leaf | Sequence | Band
@@ -175,7 +179,7 @@ def _flatten(node: Node, names: tuple[str, ...], counter: Iterator[int]) -> list
                 frozenset(names) if loop.vector else frozenset(),
                 loop.tile,
             )
-            for loop in (node.loops if node.tiled else node.inner())
+            for loop in (node.loops if node.tiled and node.shared < 0 else node.inner())
         ]
         return mine + _flatten(node.child, names, counter)
     order = Row("scalar", {name: str(place) for place, (group, _) in enumerate(node.children) for name in group}, -1)

@@ -190,14 +190,19 @@ class Tiling:
         wavefront: make tile loops parallel by skewing the outermost when none is parallel.
         unroll_jam: size of the register tiles of innermost bands, along those of the two loops around the innermost that save
             loads or break a chain of dependences; 0 for none.
+        distribute: run the statements of skewed tiles one after the other inside of the outer point loops, where that is legal
+            and gives them vector loops.
     """
 
     sizes: tuple[int, ...] = ()
     minimum_depth: int = 2
     wavefront: bool = False
     unroll_jam: int = 0
+    distribute: bool = True
 
-    RULES: ClassVar = {"minimum_depth": integer(1, 100), "wavefront": BOOLEAN, "unroll_jam": integer(0, 64)}
+    RULES: ClassVar = {
+        "minimum_depth": integer(1, 100), "wavefront": BOOLEAN, "unroll_jam": integer(0, 64), "distribute": BOOLEAN,
+    }  # fmt: skip
     SIZE: ClassVar = integer(0, 10**6)
 
     def __post_init__(self):

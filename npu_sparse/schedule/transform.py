@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import islpy as isl
 
 from npu_sparse.schedule.config import Config, Tiling
+from npu_sparse.schedule.distribute import distribute
 from npu_sparse.schedule.plan import Band, Leaf, Loop, Node, Plan, Sequence
 from npu_sparse.schedule.scop import Scop, Statement
 from npu_sparse.schedule.solve.costs import step
@@ -22,6 +23,8 @@ def apply(plan: Plan, config: Config) -> Plan:
         root = _vectorise(root, names, plan.scop, config)
     if config.tiling.sizes:
         root = tile(root, config.tiling)
+        if config.tiling.distribute:
+            root = distribute(root, plan.scop, strides)
     if config.tiling.unroll_jam > 1:
         root = unroll_and_jam(root, names, plan.scop, config.tiling.unroll_jam)
     return plan.with_root(_parallelise(root, names, plan.scop, config, outer=0))
@@ -98,11 +101,11 @@ def _gain(loop: Loop, statements: list[Statement], combines: bool = False) -> in
     gain = 0
     for statement in statements:
         if loop.exprs[statement.name] in statement.iterators:
-            gain += _strides(statement, statement.iterators.index(loop.exprs[statement.name]))
+            gain += strides(statement, statement.iterators.index(loop.exprs[statement.name]))
     return gain
 
 
-def _strides(statement: Statement, place: int) -> int:
+def strides(statement: Statement, place: int) -> int:
     """Accesses along which the iterator is contiguous, minus those in which it jumps, weighted like the cost contiguity."""
     total = 0
     for access, weight in [*((a, 3) for a in statement.writes), *((a, 1) for a in statement.reads)]:
@@ -147,7 +150,7 @@ def unroll_and_jam(node: Node, names: tuple[str, ...], scop: Scop, factor: int) 
     if _depth(node.child) or not node.permutable:
         return replace(node, child=unroll_and_jam(node.child, names, scop, factor))
     last = len(node.loops) - 1
-    if not all(text.isidentifier() for loop in node.loops for text in loop.exprs.values()):
+    if not all(loop.exprs[name] in scop.statement(name).iterators for loop in node.loops for name in names):
         return node
     if node.loops[last].vector and not node.loops[last].coincident:
         return node  # what an outer loop carries would lie inside of the vector loop

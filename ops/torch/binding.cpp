@@ -253,6 +253,22 @@ std::tuple<Tensor, Tensor> SelectByIndex(const Tensor& qi, const Tensor& ki, con
     return {indices, count};
 }
 
+// Why no prompt can be selected from by these sizes, padded ones among them; empty where each can. For those who attach a model.
+std::string SelectionRefusal(int64_t heads, int64_t dim, int64_t k, int64_t block, c10::string_view reduce)
+{
+    SelectByIndexProblem problem;
+    problem.heads = U32("Hi", heads);
+    problem.queries = problem.keys = MAX_KEYS;
+    problem.dim = U32("d_idx", dim);
+    problem.block = U32("block", block);
+    problem.mean = reduce == "mean";
+    problem.hasPartition = reduce == "softmax_max";
+    problem.hasWeights = heads > 1;
+    problem.hasValid = true;
+    problem.k = U32("k", k);
+    return CheckSelectByIndex(problem);
+}
+
 Tensor SparseAttention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& indices, const Tensor& count,
                        int64_t block, double scale)
 {
@@ -392,6 +408,8 @@ TORCH_LIBRARY(NPU_SPARSE_NAMESPACE, m)
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(DenseRows)));
     m.def("attention_mass(Tensor q, Tensor k, float scale, int block, str reduce, bool per_kv, Tensor? valid) -> Tensor",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(AttentionMass)));
+    m.def("selection_refusal(int heads, int dim, int k, int block, str reduce) -> str",
+          torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SelectionRefusal)));
     m.def("soc_name() -> str", torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SocName)));
 }
 

@@ -162,7 +162,10 @@ def test_model_without_the_weights_that_identify_it_is_refused():
 @pytest.mark.checkpoint
 @pytest.mark.parametrize(
     ("name", "fingerprint"),
-    [("smollm2-135m", "6e3da957fa58f7a2"), ("gemma3-270m", "aeb131a59e5f368a"), ("qwen2.5-coder-0.5b", "e1ce2e01e0a58662")],
+    [
+        ("smollm2-135m", "6e3da957fa58f7a2"), ("gemma3-270m", "aeb131a59e5f368a"), ("qwen2.5-coder-0.5b", "e1ce2e01e0a58662"),
+        ("qwen2.5-coder-1.5b", "4743317d6de2d640"),
+    ],
 )
 def test_cached_demo_has_the_weights_that_adapters_were_made_for(name, fingerprint):
     if not checkpoints.is_prepared(checkpoints.resolve(name).path):

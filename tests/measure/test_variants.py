@@ -107,3 +107,8 @@ def test_a_written_budget_names_k_and_block_and_reads_back(budget):
 def test_anchors_are_joined_by_plus_in_a_variant_too():
     for name in ("indexer:k=16,anchors=0+4+9,tail", "indexer+k=16+anchors=0+4+9+tail"):
         assert budget_of(name, COMMON) == COMMON.replace(block=1, k=16, anchors=(0, 4, 9), tail=True)
+
+
+def test_where_a_variant_is_sparse_is_spelled_as_in_a_budget():
+    assert budget_of("indexer-shared:k=16,dense_below=auto", COMMON) == COMMON.replace(k=16, dense_below="auto")
+    assert budget_of("oracle:dense_below=99", COMMON).dense_below == 99

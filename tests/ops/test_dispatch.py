@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from npu_sparse import ascendc, ops
 from npu_sparse.ops import KernelUnavailableError, dispatch
@@ -348,6 +349,63 @@ def test_a_registered_kernel_is_what_runs(op, no_kernels):
     PUBLIC[op](*arguments, impl="reference")
     PUBLIC[op](*arguments, impl="auto")
     assert len(calls) == 1
+
+
+@everywhere
+def test_without_gradients_a_kernel_is_called_at_once_and_gives_the_same(op, no_kernels):
+    arguments = ARGUMENTS[op](CPU)
+    expected = PUBLIC[op](*arguments, impl="reference")
+    dispatched = []
+
+    class Listens(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            dispatched.append(str(function.overloadpacket))
+            return function(*args, **(kwargs or {}))
+
+    def kernel(*inputs):
+        assert not torch.is_grad_enabled()
+        return getattr(torch.ops.npu_sparse, f"{op}_reference")(*inputs)
+
+    dispatch.register_kernel(op, "cpu", kernel)
+    with torch.no_grad():
+        torch.testing.assert_close(PUBLIC[op](*arguments, impl="kernel"), expected, rtol=0, atol=0)
+        with torch.profiler.profile() as profile:
+            PUBLIC[op](*arguments, impl="kernel")
+        with Listens():
+            PUBLIC[op](*arguments, impl="kernel")
+    assert f"npu_sparse::{op}" in {event.name for event in profile.events()}  # who listens hears of it
+    assert f"npu_sparse.{op}" in dispatched
+
+
+@pytest.mark.parametrize("reason", ["gradients", "autocast", "subclass", "mode", "transform", "profiler"])
+def test_where_something_listens_a_kernel_is_dispatched(reason, no_kernels, monkeypatch):
+    from contextlib import nullcontext
+
+    arguments = list(ARGUMENTS["select_tokens"](CPU))
+
+    class Mine(torch.Tensor):
+        pass
+
+    if reason == "subclass":
+        arguments[0] = arguments[0].as_subclass(Mine)
+    around = {
+        "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "mode": FakeTensorMode, "profiler": torch.profiler.profile,
+    }.get(reason, nullcontext)  # fmt: skip
+    found = []
+    with torch.no_grad() if reason != "gradients" else nullcontext():
+        assert dispatch._is_plain("cpu", tuple(ARGUMENTS["select_tokens"](CPU))) == (reason != "gradients")
+        with around():
+            if reason == "transform":
+                torch.func.vmap(lambda x: found.append(dispatch._is_plain("cpu", (x,))) or x)(torch.zeros(2, 3))
+            else:
+                found.append(dispatch._is_plain("cpu", tuple(arguments)))
+    assert found == [False]
+
+
+@everywhere
+def test_a_missing_kernel_is_an_error_without_gradients_too(op, no_kernels):
+    with torch.no_grad(), pytest.raises(KernelUnavailableError, match=rf"{op} has no kernel on 'cpu'"):
+        PUBLIC[op](*ARGUMENTS[op](CPU), impl="kernel")
 
 
 @everywhere

@@ -16,14 +16,6 @@ BUDGET = Budget(k=24, block=1)
 LITTLE = 8 << 20  # bytes of the largest tensor that a small device has room for
 
 
-@pytest.fixture(autouse=True)
-def setting():
-    """The workspace as it was: it is the process's."""
-    before = workspace.SIZE
-    yield
-    workspace.SIZE = before
-
-
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("llama", max_position_embeddings=2048)
@@ -103,9 +95,9 @@ def test_where_a_smaller_workspace_would_not_help_none_is_named(model, ids, monk
     plant(monkeypatch, most_bytes=0)
     with pytest.raises(torch.OutOfMemoryError, match="no smaller workspace would help, prefill fewer tokens at a time"):
         prefill(model, ids[:, :600], workspace_mib=1)
-    workspace.use(64)
-    assert "workspace_mib=16" in str(workspace.out_of_memory(layer=3, tokens=1 << 22, rows=(1 << 24) - 1))
-    assert "no smaller" in str(workspace.out_of_memory(layer=3, tokens=1 << 22, rows=1 << 24))  # a slice is one row
+    with workspace.sized(64 << 20):
+        assert "workspace_mib=16" in str(workspace.out_of_memory(layer=3, tokens=1 << 22, rows=(1 << 24) - 1))
+        assert "no smaller" in str(workspace.out_of_memory(layer=3, tokens=1 << 22, rows=1 << 24))  # a slice is one row
 
 
 def test_the_model_is_left_attached_and_as_it_was(model, ids, monkeypatch):
@@ -151,6 +143,31 @@ def test_a_workspace_is_its_threads_own(model, ids):
     with attach(model, 8), attach(other, 16), ThreadPoolExecutor(2) as pool:
         list(pool.map(read, (model, other)))
     assert sizes == {8: {8}, 16: {16}} and workspace.size() == before
+
+
+@pytest.mark.slow
+def test_compiled_models_have_their_own_workspaces(ids, monkeypatch):
+    """Each graph works in slices of the size that it was traced with, and leaves those of others as they are."""
+    model, other = (tiny_model("llama", num_hidden_layers=1) for _ in range(2))
+    sizes, sized = [], workspace.sized
+
+    def compiled(runs):
+        return torch.compile(lambda ids: runs(ids, use_cache=True).logits, fullgraph=True, backend="aot_eager")
+
+    with (
+        SparsePrefill.attach(model, selectors.Oracle(), BUDGET, workspace_mib=8),
+        SparsePrefill.attach(other, selectors.Oracle(), BUDGET, workspace_mib=16),
+        torch.inference_mode(),
+    ):
+        torch.compiler.reset()
+        one, two = compiled(model), compiled(other)
+        one(ids[:, :40]), two(ids[:, :40])
+        monkeypatch.setattr(workspace, "sized", lambda size: sizes.append(size >> 20) or sized(size))  # what operators work in
+        for run, mib in ((one, 8), (two, 16), (one, 8)):
+            sizes.clear()
+            run(ids[:, :40])
+            assert set(sizes) == {mib}
+    assert workspace.size() == workspace.DEFAULT_MIB << 20
 
 
 def test_a_backward_pass_works_in_slices_of_its_forward(monkeypatch):

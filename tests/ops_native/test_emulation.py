@@ -46,7 +46,7 @@ def body(name: str) -> range:
     """Line numbers of a case in the source."""
     lines = SOURCE.read_text().splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f'    {{"{name}"'))
-    end = next(i for i in range(start, len(lines)) if lines[i].startswith("    }}") or lines[i].startswith("    }, 2}"))
+    end = next(i for i in range(start, len(lines)) if re.match(r"    \}(\}|, \d)", lines[i]))
     return range(start + 1, end + 2)
 
 
@@ -78,6 +78,13 @@ def test_honest_twins_pass_in_program_order_and_in_random_orders(faults, seed):
 def test_hundred_seeds_agree_exactly_when_the_kernel_is_ordered(faults, order):
     assert int(run(faults, order, "honest")) == 1
     assert int(run(faults, order, "planted")) > 1  # the seed does change the order
+
+
+def test_event_ids_that_are_the_systems_are_a_warning(faults):
+    told = run(faults, "warnings", "planted").splitlines()
+    wanted = "V_MTE3> id %d should be left to the system: take it from AllocEventID; kernel warnings, "
+    assert [any(wanted % id in line for line in told) for id in (6, 7)] == [True, True] and len(told) == 4  # sets and waits
+    assert run(faults, "warnings", "honest") == ""
 
 
 def test_16_bit_results_round_to_nearest_even(faults):

@@ -7,9 +7,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from npu_sparse import tasks
 from npu_sparse.budget import Budget
+from npu_sparse.measure.prompts import text_prompts
 from npu_sparse.oracle import quality, run_oracle, study
 from npu_sparse.oracle.config import variants
-from npu_sparse.oracle.prompts import text_prompts
 from npu_sparse.runs.store import RunError
 from npu_sparse.selectors import Local, Oracle, Random
 

@@ -10,6 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from npu_sparse import FastHybrid
+from npu_sparse.measure.ttft import run as harness
+from npu_sparse.measure.ttft.config import by_length
+from npu_sparse.measure.variants import budget_of
+
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "ttft_qwen35.py"
 TINY = ["--size", "tiny", "--runs", "2", "--warmup", "1"]
 
@@ -53,8 +58,8 @@ def test_one_run_compares_dense_and_sparse_and_resumes(tmp_path):
 
 
 def test_fast_and_stock_layers_are_compared_with_their_own_kind(script, tmp_path, monkeypatch):
-    attached, attach = [], script.FastHybrid.attach
-    monkeypatch.setattr(script.FastHybrid, "attach", lambda model: attached.append(model) or attach(model))
+    attached, attach = [], FastHybrid.attach
+    monkeypatch.setattr(FastHybrid, "attach", lambda model: attached.append(model) or attach(model))
     options = [*TINY, "--device", "cpu", "--lengths", "48", "--sparse", "16:8:reduce=mean", "--hybrid", "fast,stock"]
     assert script.main([*options, "--crossover", str(tmp_path / "crossover.json"), "--output", str(tmp_path / "run")]) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -84,15 +89,17 @@ def test_a_time_budget_stops_after_a_length_and_the_same_command_goes_on(script,
 
 
 def test_running_out_of_memory_is_recorded_by_name_and_the_others_go_on(script, tmp_path, monkeypatch, capsys):
-    attach, tried = script.SparsePrefill.attach, []
+    prefill, tried = harness._prefill, []
 
-    def starved(model, indexer, budget, **options):
-        tried.append(budget.k)
-        if budget.k == 8 or tried.count(16) == 3:  # 16 only once: what was fragmented is returned
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB\nmore")
-        return attach(model, indexer, budget, **options)
+    def starved(config, subject, way, *rest):
+        if not way.dense:
+            budget = budget_of(way.variant, config.budget)
+            tried.append(budget.k)
+            if budget.k == 8 or tried.count(16) == 3:  # 16 only once: what was fragmented is returned
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 TiB\nmore")
+        return prefill(config, subject, way, *rest)
 
-    monkeypatch.setattr(script.SparsePrefill, "attach", starved)
+    monkeypatch.setattr(harness, "_prefill", starved)
     options = [*TINY, "--device", "cpu", "--lengths", "48", "--sparse", "16:8,8:8", "--output", str(tmp_path / "run")]
     assert script.main(options) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
@@ -104,10 +111,14 @@ def test_running_out_of_memory_is_recorded_by_name_and_the_others_go_on(script, 
 
 
 def test_another_error_ends_the_run_with_a_status_after_the_rest_is_measured(script, tmp_path, monkeypatch, capsys):
-    def broken(*_, **__):
-        raise ValueError("no such kernel")
+    prefill = harness._prefill
 
-    monkeypatch.setattr(script.SparsePrefill, "attach", broken)
+    def broken(config, subject, way, *rest):
+        if not way.dense:
+            raise ValueError("no such kernel")
+        return prefill(config, subject, way, *rest)
+
+    monkeypatch.setattr(harness, "_prefill", broken)
     options = [*TINY, "--device", "cpu", "--lengths", "48", "--sparse", "16:8", "--output", str(tmp_path / "run")]
     assert script.main(options) == 1
     assert [row["variant"] for row in json.loads((tmp_path / "run" / "report.json").read_text())["rows"]] == ["dense sdpa"]
@@ -117,25 +128,25 @@ def test_another_error_ends_the_run_with_a_status_after_the_rest_is_measured(scr
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--dense", "fa3"], "dense fa3 must have FlashAttention-3: run `pip install fa3-fwd`"),
+        (["--dense", "fa3", "--sparse", "16:8"], "dense fa3 must have FlashAttention-3: run `pip install fa3-fwd`"),
         (["--sparse", "16:8:colour=3"], "--sparse must name fields of Budget, got colour"),
         (["--hybrid", "faster"], "--hybrid must be fast, stock or both, got 'faster'"),
     ],
 )
 def test_what_it_cannot_run_is_refused_in_a_sentence(script, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(script.dense, "FA3_MODULES", ("a_module_that_is_not_there",))
+    monkeypatch.setattr(script.baselines, "FA3_MODULES", ("a_module_that_is_not_there",))
     with pytest.raises((ValueError, ImportError), match=message):
         script.main([*TINY, "--device", "cpu", "--lengths", "48", *arguments, "--output", str(tmp_path / "run")])
 
 
-def test_rounds_by_length(script):
-    assert script.by_length("5", 99) == 5
-    assert [script.by_length("64=4,256=2", length) for length in (8, 64, 255, 256, 999)] == [4, 4, 4, 2, 2]
+def test_rounds_by_length():
+    assert by_length("runs", "5", 99, 1) == 5
+    assert [by_length("runs", "64=4,256=2", length, 1) for length in (8, 64, 255, 256, 999)] == [4, 4, 4, 2, 2]
 
 
 @pytest.mark.skipif("NPU_SPARSE_RUNTIME_STUB" in os.environ, reason="torch_npu is there")
 def test_without_torch_npu_one_sentence_says_where_to_look(tmp_path):
-    refused = run(*TINY, "--device", "npu", "--lengths", "48", "--output", str(tmp_path / "run"))
+    refused = run(*TINY, "--device", "npu", "--lengths", "48", "--sparse", "16:8", "--output", str(tmp_path / "run"))
     assert refused.returncode == 1
     assert refused.stderr.strip().splitlines()[-1].endswith("see docs/ascend.md")
     assert refused.stderr.strip().splitlines()[-1].startswith("error: device 'npu' must have torch_npu and CANN")

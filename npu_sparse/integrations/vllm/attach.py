@@ -21,7 +21,7 @@ from .branch import OP, Attached, IndexBranch, hook
 from .options import Options
 from .refusals import check_engine, check_stage
 
-logger = init_logger(__name__)
+logger = init_logger("vllm.npu_sparse")  # vLLM shows what is below its own name
 
 
 def prepare(vllm_config, options: Options) -> Attached:
@@ -37,7 +37,7 @@ def prepare(vllm_config, options: Options) -> Attached:
     if budget.dense_below == "auto":
         budget = budget.replace(dense_below=crossover.dense_below(SimpleNamespace(device=device, config=model.hf_config), budget))
     check_layers(budget, architecture.layers)
-    check_kernels(budget, options.impl, device.type, model.dtype, architecture)
+    check_kernels(budget, options.impl, device.type, model.dtype, architecture, indexer)
     return Attached(
         indexer, budget, selecting_layers(budget, architecture.layers), options.impl, options.workspace_mib,
         learns_partition(budget, indexer), _reserve(vllm_config, architecture, indexer, options),

@@ -8,6 +8,7 @@ import functools
 
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 
+from . import ascend
 from .plan import make_plan
 from .refusals import check_pages
 
@@ -15,6 +16,8 @@ from .refusals import check_pages
 @functools.cache
 def sparse_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
     """The subclass of an attention backend. Raises ValueError where its pages cannot be read."""
+    if ascend.owns(backend):
+        return ascend.sparse_backend(backend)
     check_pages(backend.get_name(), None)
     base_builder, base_impl = backend.get_builder_cls(), backend.get_impl_cls()
 

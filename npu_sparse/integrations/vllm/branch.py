@@ -20,6 +20,7 @@ from ...ops import workspace
 from ...ops.masks import keys_seen
 from ...selectors import ByIndexer, LayerInputs
 from ...support import Support
+from . import ascend
 from .key_cache import IndexKeys
 from .pages import read_kv
 from .plan import Plan, Request
@@ -51,8 +52,9 @@ class Attached:
 
 @dataclass(eq=False)
 class Step:
-    """One forward: index queries, head weights and hidden states of a layer until it attends, and supports that others read."""
+    """One forward: index queries, head weights and hidden states of a layer until it attends, and what other layers read."""
 
+    tables: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # cos and sin of its tokens, by rotary embedding
     index: dict[int, tuple[Tensor, Tensor | None, Tensor | None]] = field(default_factory=dict)
     supports: dict[int, dict[int, Support]] = field(default_factory=dict)  # by layer, by row
 
@@ -63,7 +65,8 @@ class IndexBranch(nn.Module):
     def __init__(self, attached: Attached, layer: int, attention, rotary, vllm_config):
         super().__init__()
         self.attached, self.layer, self.layer_name = attached, layer, attention.layer_name
-        self.backend, self.scale = attention.attn_backend.get_name(), attention.impl.scale
+        backend = attention.attn_backend
+        self.backend, self.scale = ascend.NAME if ascend.owns(backend) else backend.get_name(), attention.impl.scale
         self.selects = attached.selects[layer] == layer
         self.shared = self.selects and layer in [of for one, of in attached.selects.items() if one != of]
         self.head: IndexHead | None = attached.indexer.layers[str(layer)] if self.selects else None
@@ -80,9 +83,7 @@ class IndexBranch(nn.Module):
         if not isinstance(context.attn_metadata, dict):
             self._take_reserve(hidden.device)
             return
-        if positions.ndim == 2:
-            positions = positions[0]
-        cos, sin = (torch.cat([one, one], -1)[None] for one in self._rotary[0].cos_sin_cache[positions].chunk(2, -1))
+        cos, sin = self._tables(_step(context), positions)
         plan, hidden = getattr(context.attn_metadata[self.layer_name], "npu_sparse", None), hidden[None]
         if plan is None:
             keys = self.head.keys(hidden, cos, sin)
@@ -132,9 +133,16 @@ class IndexBranch(nn.Module):
             step.supports[self.layer][request.row] = support
         return support
 
+    def _tables(self, step: Step, positions: Tensor) -> tuple[Tensor, Tensor]:
+        rotary = self._rotary[0]
+        if id(rotary) not in step.tables:
+            half = rotary.cos_sin_cache[positions[0] if positions.ndim == 2 else positions].chunk(2, -1)
+            step.tables[id(rotary)] = tuple(torch.cat([one, one], -1)[None] for one in half)
+        return step.tables[id(rotary)]
+
     def _take_reserve(self, device: torch.device) -> None:
-        """While vLLM measures what a forward needs, this takes what a selection would."""
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        """While vLLM measures what a forward needs, before there are pages, this takes what a selection would."""
+        if device.type == "cuda" and not self.keys.kv_cache.numel():
             torch.empty(self.attached.reserve, dtype=torch.uint8, device=device)
 
 
@@ -142,16 +150,16 @@ def _step(context) -> Step:
     return context.additional_kwargs.setdefault(_OURS, Step())
 
 
-# It "mutates" hidden states without changing them: the projections of q, k and v read what it returns, so that no compiler moves
-# it behind the attention that needs its index queries and keys.
-@torch.library.custom_op(OP, mutates_args=("hidden",))
-def index(hidden: Tensor, positions: Tensor, layer_name: str) -> None:
+def _index(hidden: Tensor, positions: Tensor, layer_name: str) -> None:
     get_forward_context().no_compile_layers[layer_name].npu_sparse.project(hidden, positions)
 
 
-@index.register_fake
-def _(hidden, positions, layer_name):
-    return None
+# It "mutates" hidden states without changing them: the projections of q, k and v read them afterwards, so that no compiler moves
+# it behind the attention that needs its index queries and keys. A plain dispatcher entry: every layer of every step calls it.
+_LIBRARY = torch.library.Library(OP.partition("::")[0], "FRAGMENT")
+_LIBRARY.define("index(Tensor(a!) hidden, Tensor positions, str layer_name) -> ()")
+_LIBRARY.impl("index", _index, "CompositeExplicitAutograd")
+torch.library.register_fake(OP, lambda hidden, positions, layer_name: None, lib=_LIBRARY)
 
 
 def hook(module):

@@ -8,7 +8,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder, MultipleOf
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
-from . import pages
+from . import ascend, pages
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,15 +70,18 @@ class IndexKeys(nn.Module, AttentionLayerBase):
         super().__init__()
         self.dim, self.dtype = dim, vllm_config.model_config.dtype
         self.kv_cache = torch.tensor([])
+        self.on_ascend = ascend.serves(vllm_config)
         layers = vllm_config.compilation_config.static_forward_context
         if name in layers:
             raise ValueError(f"layer name must be given once, got {name} again")
         layers[name] = self
 
     def get_attn_backend(self):
-        return KeyPagesBackend
+        return ascend.key_pages_backend(KeyPagesBackend) if self.on_ascend else KeyPagesBackend
 
     def get_kv_cache_spec(self, vllm_config):
+        if self.on_ascend:
+            return ascend.index_spec(vllm_config.cache_config.block_size, self.dim, self.dtype)
         given = dict(block_size=vllm_config.cache_config.block_size, num_kv_heads=1, head_size=self.dim, dtype=self.dtype)
         known = {field.name for field in fields(MLAAttentionSpec)}
         if "max_tp_shards" in known:
@@ -95,7 +98,8 @@ class IndexKeys(nn.Module, AttentionLayerBase):
     @property
     def pages(self) -> Tensor:
         """`[pages, tokens, dim]`, whether the runner gives them a head or not."""
-        return self.kv_cache.squeeze(1) if self.kv_cache.ndim == 4 else self.kv_cache
+        held = self.kv_cache[0] if isinstance(self.kv_cache, tuple) else self.kv_cache
+        return held.squeeze(1) if held.ndim == 4 else held
 
     def forward(self): ...
 

@@ -3,13 +3,17 @@
 import torch
 from torch import Tensor
 
+from . import ascend
+
 
 def read_kv(backend: str, kv_cache: Tensor, blocks: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """`(k, v)`, `[1, Hkv, length, D]` each.
 
     backend: its name; kv_cache: `[pages, Hkv, tokens, 2 D]` as vLLM shapes it, in whatever order it lies in memory; blocks: the
-    request's row of the block table.
+    request's row of the block table. Of vLLM-Ascend kv_cache is two tensors, see `ascend.read_kv`.
     """
+    if backend == ascend.NAME:
+        return ascend.read_kv(kv_cache, blocks, length)
     return _READERS[backend](kv_cache, blocks[: -(-length // kv_cache.shape[2])].long(), length)
 
 

@@ -1,5 +1,7 @@
 """What of an engine's configuration sparse prefill does not serve, each with its sentence."""
 
+from . import ascend
+
 SAME_DTYPE = ("auto", "float16", "bfloat16", "float32")
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
@@ -41,6 +43,8 @@ def refusals(config):
             "limit-mm-per-prompt must be 0 for every modality of a multimodal model under sparse prefill, which rotates by one "
             f"position a token (--language-model-only), got {', '.join(images)}"
         )
+    if ascend.serves(config):
+        yield from ascend.refusals(config)
     if getattr(getattr(compilation, "pass_config", None), "enable_sp", False):
         yield "compilation pass enable_sp must be off for sparse prefill, whose index branch reads whole hidden states, got on"
 

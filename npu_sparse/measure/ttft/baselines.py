@@ -7,10 +7,12 @@ causal prefill with grouped heads and no padding; queries are the last Tq of Tk 
 import importlib
 import importlib.util
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import cache
 
 import torch
 
+from ...models.architectures import attention_selection, text_config
 from ...models.attention import register_dense
 
 FA3_MODULES = ("fa3_fwd_interface", "flash_attn_interface")
@@ -24,6 +26,17 @@ def register(name: str) -> str:
     if name not in DENSE:
         return name
     return register_dense(name, DENSE[name]())
+
+
+@contextmanager
+def running(model, name: str):
+    """The model's dense attention is implementation `name`, until the end of a with block. ImportError as in `register`."""
+    native = text_config(model)._attn_implementation
+    model.set_attn_implementation(attention_selection(model, register(name)))
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(attention_selection(model, native))
 
 
 def available(names: tuple[str, ...] = ("fa2", "cudnn", "fa3")) -> list[str]:

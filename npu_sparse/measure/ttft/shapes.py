@@ -23,8 +23,6 @@ SIZES = {
         rope_parameters={**COMMON["rope_parameters"], "mrope_section": [3, 3, 2]},
     ),
 }  # fmt: skip
-
-
 QWEN2_SIZES = {
     "0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2),
     "1.5b": dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2),
@@ -32,6 +30,13 @@ QWEN2_SIZES = {
         hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256
     ),
 }  # fmt: skip
+SHAPES = (*(f"qwen3.5-{size}" for size in SIZES), *(f"qwen2.5-{size}" for size in QWEN2_SIZES))
+
+
+def drawn(shape: str, *, dtype, device, seed: int = 0):
+    """A model of one of SHAPES in eval mode, its weights drawn on the device itself."""
+    family, _, size = shape.partition("-")
+    return {"qwen3.5": qwen35, "qwen2.5": qwen2}[family](size, dtype=dtype, device=device, seed=seed)
 
 
 def qwen35(size: str, *, dtype, device, seed: int = 0, **changes):

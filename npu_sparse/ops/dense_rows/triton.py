@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..slices import power_of_two
+
 FEWEST_KEYS = 256  # of a split
 PROGRAMS_PER_CORE = 2  # so that no multiprocessor waits for the slowest
 CORES_INTERPRETED = 4  # under TRITON_INTERPRET, where there is no card to ask
@@ -97,16 +99,17 @@ def dense_rows(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
     G = Hq // Hkv
     M = R * G
     out = q.new_empty((B, R, Hq, Dv)).transpose(1, 2)
-    DP, DVP = (max(16, triton.next_power_of_2(size)) for size in (D, Dv))
+    DP, DVP = (max(16, power_of_two(size)) for size in (D, Dv))
     wide = max(DP, DVP) > 128
-    BM = max(16, min(64 if wide else 128, triton.next_power_of_2(M)))
+    BM = max(16, min(64 if wide else 128, power_of_two(M)))
     BN = 32 if wide or q.dtype == torch.float32 else 64
-    tiles = triton.cdiv(M, BM)
-    splits = max(1, min(triton.cdiv(PROGRAMS_PER_CORE * _cores(q.device), tiles * B * Hkv), triton.cdiv(Tk, FEWEST_KEYS)))
-    keys = triton.cdiv(triton.cdiv(Tk, splits), BN) * BN
-    splits = triton.cdiv(Tk, keys)
-    part = torch.empty((B * Hkv, splits, M, Dv), dtype=torch.float32, device=q.device)
-    high, total = (torch.empty((B * Hkv, splits, M), dtype=torch.float32, device=q.device) for _ in range(2))
+    tiles = -(-M // BM)
+    splits = max(1, min(-(-PROGRAMS_PER_CORE * _cores(q.device) // (tiles * B * Hkv)), -(-Tk // FEWEST_KEYS)))
+    keys = -(-Tk // (splits * BN)) * BN
+    splits = -(-Tk // keys)
+    lines = B * Hkv * splits * M
+    made = torch.empty(lines * (Dv + 2), dtype=torch.float32, device=q.device)
+    part, high, total = made, made[lines * Dv :], made[lines * (Dv + 1) :]
     mask = positions if valid is None else valid.view(torch.uint8)
     _partial[(tiles, splits, B * Hkv)](
         q, k, v, positions, mask, part, high, total, scale * LOG2E, M, Tk, keys,
@@ -116,7 +119,7 @@ def dense_rows(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
         num_warps=8 if BM * max(DP, DVP) > 8192 else 4, num_stages=2,
     )  # fmt: skip
     joined = 16
-    _join[(triton.cdiv(M, joined), B * Hkv)](
+    _join[(-(-M // joined), B * Hkv)](
         part, high, total, out, M, splits, *out.stride()[:3], Hkv=Hkv, G=G, DV=Dv, DVP=DVP, BM=joined, num_warps=4
     )
     return out

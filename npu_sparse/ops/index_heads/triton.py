@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..slices import power_of_two
+
 TOKENS = 16  # of a program
 HIDDEN = 128  # numbers of a hidden state that are looked at together
 
@@ -100,11 +102,11 @@ def index_heads(
     strides += hidden.stride()
     for table in (cos, sin):
         strides += (table.stride(0) if table.shape[0] > 1 else 0, *table.stride()[1:])
-    _finish[(triton.cdiv(T, TOKENS), B)](
+    _finish[(-(-T // TOKENS), B)](
         queries, keys, keys if weights is None else weights, keys if dots is None else dots, hidden, cos, sin,
         norm_weight.contiguous(), norm_bias.contiguous(), norm_bias if line is None else line.contiguous(), qi, ki, w, c,
         finite.view(torch.uint8), T, start, hidden.shape[-1], eps, heads**-0.5, *strides,
-        HEADS=heads, HP=triton.next_power_of_2(heads), D=D, DP=triton.next_power_of_2(D), R=cos.shape[-1],
+        HEADS=heads, HP=power_of_two(heads), D=D, DP=power_of_two(D), R=cos.shape[-1],
         WEIGHTED=weights is not None, LEARNED=dots is not None, TOKENS=TOKENS, HIDDEN=HIDDEN, num_warps=4,
     )  # fmt: skip
     return qi, ki, w, c, finite

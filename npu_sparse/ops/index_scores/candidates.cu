@@ -13,9 +13,10 @@ struct Row {
 
 struct Estimate {
     const float* sample;  // [B, rows, samples]
-    u64* threshold;
+    u64* threshold;  // [B, all rows]
+    int *held, *failed;  // [B, all rows], and one number: zero from here on
     Row row;
-    int samples, place, capacity;  // place: of the threshold among the sample, from the largest
+    int samples, place, capacity, first_row, all_rows;  // place: of the threshold among the sample, from the largest
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS) estimate_thresholds(const __grid_constant__ Estimate a)
@@ -33,7 +34,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) estimate_thresholds(const 
         if (all >= a.place)
             threshold = nth_largest(shared, n, a.place, [&](int i) { return sample[i] > MINUS_INFINITY ? rank(sample[i], sampled_key(i)) : 0; });
     }
-    if (threadIdx.x == 0) a.threshold[line] = threshold;
+    if (threadIdx.x == 0) {
+        const long long to = (long long)blockIdx.y * a.all_rows + a.first_row + blockIdx.x;
+        a.threshold[to] = threshold;
+        a.held[to] = 0;
+        if (to == 0) *a.failed = 0;
+    }
 }
 
 struct Select {
@@ -73,13 +79,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_candidates(const __
 
 struct Rescue {
     const u16 *q, *k, *w;
-    const float* shift;  // [B, ...]: what every query's scores are less, or null
+    const float* shift;  // [B, ...]: what every query's scores are less, times shift_scale, or null
     float* scores;  // [blocks, keys]
     int *indices, *count;
     const int* failed;
     long long q_b, q_h, q_t, k_b, k_t, w_b, w_t, w_h, shift_b;
     Row row;
     int keys, k_best, width, first_row, all_rows, heads, dim, sink, recent;
+    float shift_scale;
 };
 
 // The scores of a failed row by the small matrix instruction, straight from global memory, and its k best among all of them.
@@ -118,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rescue_rows(const __grid_c
                 for (int i = 0; i < 4; i++) {
                     const int column = token + 2 * quad + i % 2, key = place + lane / 4 + i / 2 * 8;
                     if (column >= end || key > a.row.offset + column) continue;
-                    best[i / 2] = larger(best[i / 2], a.shift ? z[i] - a.shift[b * a.shift_b + column] : z[i]);
+                    best[i / 2] = larger(best[i / 2], a.shift ? z[i] - __fmul_rn(a.shift[b * a.shift_b + column], a.shift_scale) : z[i]);
                 }
             }
 #pragma unroll

@@ -6,7 +6,7 @@
 // maximum is within a thread. With BSEL = 1 queries are rows, and what a thread appends is counted before it is written.
 //
 // DIM: of queries and keys. HEADS: index heads. WEIGHTED: z = sum_h w_h ReLU(q_h k). COLUMNS: queries of a tile. SLOTS: tiles of keys
-// in flight. Scores are not scaled: no order depends on it. NORMAL, with BSEL > 1: every query's scores are less its own `shift`, its
+// in flight. Scores are not scaled: no order depends on it. NORMAL, with BSEL > 1: every query's scores are less its own shift, its
 // log-partition times sqrt(DIM), before the maximum over its block. Sums begin at minus the shift, which costs no addition; of one
 // plain head, ReLU(s) - shift = max(s - shift, -shift), so that a row's scores have a floor, the largest -shift of its queries that
 // see the key.
@@ -15,13 +15,14 @@
 
 struct Arguments {
     const u16 *q, *k, *w;
-    const float* shift;     // [B, ...], NORMAL
+    const float* shift;     // [B, ...], NORMAL: log-partitions, to be multiplied by shift_scale
     const u64* threshold;   // [B, rows]: the least rank that is kept
     u64* candidate;         // [B, rows, capacity]: score in the upper half, key in the lower
     int* held;              // [B, rows]: how many there are, beyond capacity too
     float* sample;          // [B, rows, samples]
     long long q_b, q_h, q_t, k_b, k_t, w_b, w_t, w_h, shift_b;
     int queries, offset, rows, first_query, segment, capacity, samples, sink, recent;
+    float shift_scale;  // sqrt(DIM)
 };
 
 constexpr int PARTS = DIM / 64, KEYS = 128;
@@ -65,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(384, 1) NAME(const __grid_constant_
         for (int i = threadIdx.x; i < COLUMNS; i += 384) counts[i] = 0;
     if (NORMAL)
         for (int i = threadIdx.x; i < COLUMNS; i += 384)
-            starts[i] = first_query + i < a.queries ? -a.shift[b * a.shift_b + first_query + i] : MINUS_INFINITY;
+            starts[i] = first_query + i < a.queries ? -__fmul_rn(a.shift[b * a.shift_b + first_query + i], a.shift_scale) : MINUS_INFINITY;
     if (NORMAL && ONE_PLAIN_HEAD) {
         __syncthreads();
         for (int i = threadIdx.x; i < COLUMNS; i += 384) {

@@ -6,9 +6,8 @@ keys and keeps those. The k best of the kept are the k best of all. Rows whose t
 the device and selected by another kernel, so the result is exact and nothing waits for the host.
 """
 
-import ctypes
+import functools
 import math
-from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,10 +29,14 @@ Score = nvrtc.structure(
     **dict.fromkeys(("q", "k", "w", "shift", "threshold", "candidate", "held", "sample"), "p"),
     **dict.fromkeys(STRIDES, "q"),
     **dict.fromkeys(("queries", "offset", "rows", "first_query", "segment", "capacity", "samples", "sink", "recent"), "i"),
+    shift_scale="f",
 )
 Row = nvrtc.structure("Row", **dict.fromkeys(("queries", "offset", "rows", "first_query", "block"), "i"))
 Estimate = nvrtc.structure(
-    "Estimate", sample="p", threshold="p", row=Row, **dict.fromkeys(("samples", "place", "capacity"), "i")
+    "Estimate",
+    **dict.fromkeys(("sample", "threshold", "held", "failed"), "p"),
+    row=Row,
+    **dict.fromkeys(("samples", "place", "capacity", "first_row", "all_rows"), "i"),
 )
 Select = nvrtc.structure(
     "Select",
@@ -47,6 +50,7 @@ Rescue = nvrtc.structure(
     **dict.fromkeys(STRIDES, "q"),
     row=Row,
     **dict.fromkeys(("keys", "k_best", "width", "first_row", "all_rows", "heads", "dim", "sink", "recent"), "i"),
+    shift_scale="f",
 )
 
 
@@ -66,7 +70,7 @@ def select_by_index(
     qi, ki, w, k: int, block: int, reduce: str, sink: int, recent: int, valid, partition: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     B, Hi, Tq, Di = qi.shape
-    shift = None if partition is None else (partition * math.sqrt(Di)).contiguous()  # scores are not scaled
+    shift = None if partition is None else partition.contiguous()
     Tk, rows, capacity = ki.shape[1], -(-Tq // block), _capacity(k, sink, recent, block)
     indices = torch.empty((B, 1, rows, min(k, Tk)), dtype=torch.int32, device=qi.device)
     count = torch.empty((B, 1, rows), dtype=torch.int32, device=qi.device)
@@ -80,119 +84,108 @@ def select_by_index(
     return indices, count
 
 
-@dataclass(frozen=True)
 class Queries:
     """Some of the queries, whole tiles of them, with all that their scores depend on."""
 
-    qi: Tensor
-    ki: Tensor
-    w: Tensor | None
-    shift: Tensor | None
-    block: int
-    sink: int
-    recent: int
-    first: int
-    stop: int
+    def __init__(self, qi, ki, w, shift, block: int, sink: int, recent: int, first: int, stop: int):
+        self.qi, self.ki, self.w, self.shift = qi, ki, w, shift
+        self.block, self.sink, self.recent, self.first, self.stop = block, sink, recent, first, stop
+        self.B, self.heads, Tq, self.dim = qi.shape
+        self.keys, self.device = ki.shape[1], qi.device
+        self.offset = self.keys - Tq
+        self.end = self.offset + stop  # no query sees a key from here on
+        self.rows = -(-(stop - first) // block)
+        self.samples = -(-self.end // _stride(block))
+        self.row = Row(stop, self.offset, self.rows, first, block)
+        self.inputs = tuple(0 if x is None else x.data_ptr() for x in (qi, ki, w, shift))
+        self.strides = (
+            *qi.stride()[:3], *ki.stride()[:2], *((0, 0, 0) if w is None else w.stride()), 0 if shift is None else shift.stride(0)
+        )  # fmt: skip
+        self.kind = qi.dtype == torch.bfloat16, self.heads, self.dim, w is not None, block, shift is not None, qi.device.index
 
-    @property
-    def offset(self) -> int:
-        return self.ki.shape[1] - self.qi.shape[2]
-
-    @property
-    def end(self) -> int:
-        """No query sees a key from here on."""
-        return self.offset + self.stop
-
-    @property
-    def rows(self) -> int:
-        return -(-(self.stop - self.first) // self.block)
-
-    @property
-    def samples(self) -> int:
-        return -(-self.end // _stride(self.block))
-
-    def row(self) -> ctypes.Structure:
-        return Row(self.stop, self.offset, self.rows, self.first, self.block)
-
-    def inputs(self) -> tuple[int, ...]:
-        return tuple(0 if x is None else x.data_ptr() for x in (self.qi, self.ki, self.w, self.shift))
-
-    def strides(self) -> tuple[int, ...]:
-        of_weights = self.w.stride() if self.w is not None else (0, 0, 0)
-        return *self.qi.stride()[:3], *self.ki.stride()[:2], *of_weights, self.shift.stride(0) if self.shift is not None else 0
+    def piece(self, first: int, stop: int) -> "Queries":
+        if (first, stop) == (self.first, self.stop):
+            return self
+        return Queries(self.qi, self.ki, self.w, self.shift, self.block, self.sink, self.recent, first, stop)
 
 
 def _select(queries: Queries, k: int, capacity: int, indices: Tensor, count: Tensor) -> None:
     """Writes the supports of these queries into `indices` and `count`, which are those of all."""
-    B, Tk, device = queries.qi.shape[0], queries.ki.shape[1], queries.qi.device
-    counters = torch.zeros(2 * B * queries.rows + 1, dtype=torch.int32, device=device)
-    held, failed = counters[: B * queries.rows], counters[B * queries.rows :]
+    lines, width = queries.B * queries.rows, indices.shape[-1]
+    room = torch.empty(lines * (capacity + 2) + 1, dtype=torch.int64, device=queries.device)
+    candidate = room.data_ptr()
+    threshold = candidate + 8 * lines * capacity
+    held = threshold + 8 * lines
+    failed = held + 4 * lines  # how many rows, then which
     sampled = queries.end > capacity
-    threshold = _thresholds(queries, k, capacity) if sampled else _full(queries)
-    candidate = torch.empty((B, queries.rows, capacity), dtype=torch.int64, device=device)
-    _score(queries, threshold, candidate, held, None, capacity)
-    here = (indices.shape[-1], queries.first // queries.block, indices.shape[2])
-    results = (indices.data_ptr(), count.data_ptr(), failed.data_ptr())
-    shared = 4 * (Tk // 32 + 1 + indices.shape[-1])
-    _after(queries, "select_candidates", shared)((queries.rows, B), THREADS, Select(
-        candidate.data_ptr(), held.data_ptr(), *results, queries.row(), capacity, k, *here
+    if sampled:
+        _estimate(queries, k, capacity, threshold, held, failed)
+    else:
+        room[lines * capacity : lines * (capacity + 1)].fill_(ANY)
+        room[lines * (capacity + 1) :].zero_()
+    _score(queries, threshold, candidate, held, 0, capacity)
+    here = (width, queries.first // queries.block, indices.shape[2])
+    results = (indices.data_ptr(), count.data_ptr(), failed)
+    shared = 4 * (queries.keys // 32 + 1 + width)
+    _after("select_candidates", queries.kind, shared)((queries.rows, queries.B), THREADS, Select(
+        candidate, held, *results, queries.row, capacity, k, *here
     ))  # fmt: skip
     if sampled:
-        scores = torch.empty((RESCUERS, Tk), dtype=torch.float32, device=device)
-        _after(queries, "rescue_rows")((RESCUERS,), THREADS, Rescue(
-            *queries.inputs(), scores.data_ptr(), *results, *queries.strides(), queries.row(), Tk, k, *here,
-            *queries.qi.shape[1::2], queries.sink, queries.recent,
+        scores = torch.empty((RESCUERS, queries.keys), dtype=torch.float32, device=queries.device)
+        _after("rescue_rows", queries.kind)((RESCUERS,), THREADS, Rescue(
+            *queries.inputs, scores.data_ptr(), *results, *queries.strides, queries.row, queries.keys, k, *here,
+            queries.heads, queries.dim, queries.sink, queries.recent, math.sqrt(queries.dim),
         ))  # fmt: skip
 
 
-def _full(queries: Queries) -> Tensor:
-    return torch.full((queries.qi.shape[0], queries.rows), ANY, dtype=torch.int64, device=queries.qi.device)
-
-
-def _thresholds(queries: Queries, k: int, capacity: int) -> Tensor:
-    """int64 `[B, rows]`: the rank that each row's candidates reach, from samples that are made a piece at a time."""
-    B, H, _, D = queries.qi.shape
-    columns, parts = _columns(H, D, queries.w is not None, queries.block), []
-    at_once = _pieces(workspace.size(), 4 * B * queries.samples, queries.block, columns)
+def _estimate(queries: Queries, k: int, capacity: int, threshold: int, held: int, failed: int) -> None:
+    """Writes the rank that each row's candidates reach, from samples made a piece at a time, and zeros into the counts."""
+    columns = _columns(*queries.kind[1:5])
+    at_once = _pieces(workspace.size(), 4 * queries.B * queries.samples, queries.block, columns)
+    place = _place(k, _stride(queries.block))
     for first in range(queries.first, queries.stop, at_once):
-        piece = replace(queries, first=first, stop=min(queries.stop, first + at_once))
-        parts.append(threshold := _full(piece))
-        sample = torch.empty((B, piece.rows, piece.samples), dtype=torch.float32, device=queries.qi.device)
-        _score(piece, threshold, None, None, sample, capacity)
-        place = _place(k, _stride(queries.block))
-        _after(piece, "estimate_thresholds")((piece.rows, B), THREADS, Estimate(
-            sample.data_ptr(), threshold.data_ptr(), piece.row(), piece.samples, place, capacity
+        piece = queries.piece(first, min(queries.stop, first + at_once))
+        sample = torch.empty((queries.B, piece.rows, piece.samples), dtype=torch.float32, device=queries.device)
+        _score(piece, threshold, 0, 0, sample.data_ptr(), capacity)
+        _after("estimate_thresholds", piece.kind)((piece.rows, queries.B), THREADS, Estimate(
+            sample.data_ptr(), threshold, held, failed, piece.row, piece.samples, place, capacity,
+            (first - queries.first) // queries.block, queries.rows,
         ))  # fmt: skip
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _score(queries: Queries, threshold: Tensor, candidate, held, sample, capacity: int) -> None:
-    """Fills `sample`, or where that is None, candidates and their number."""
-    B, H, _, D = queries.qi.shape
-    sampling, weighted, block = sample is not None, queries.w is not None, queries.block
-    columns, slots = (choose(H, D, weighted, block) for choose in (_columns, _slots))
-    # of weights, or of floors where there is one head without them; of counts or of starts
-    by_column = 4 * columns * ((H if weighted else int(queries.shift is not None and H == 1)) + 1)
-    shared = (KEYS * slots + H * columns) * D * 2 + by_column + 8 * (2 * slots + 1)
-    macros = dict(
-        BF16=int(queries.qi.dtype == torch.bfloat16), STRIDE=_stride(block), DIM=D, HEADS=H, WEIGHTED=int(weighted),
-        COLUMNS=columns, BSEL=block, SLOTS=slots, SAMPLE=int(sampling),
-        NORMAL=int(queries.shift is not None),
-    )  # fmt: skip
-    name = "sample_scores" if sampling else "filter_scores"
-    run = nvrtc.kernel("index_scores/hopper.cu", name, tuple(macros.items()), shared, queries.qi.device.index)
-    tiles, total = -(-(queries.stop - queries.first) // columns), queries.samples if sampling else queries.end
-    segment = total if block == 1 and not sampling else _segment(tiles * B, total, processors(queries.qi.device))
-    pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (candidate, held, sample))
-    run((-(-total // segment), tiles, B), 384, Score(
-        *queries.inputs(), threshold.data_ptr(), *pointers, *queries.strides(), queries.stop, queries.offset, queries.rows,
-        queries.first, segment, capacity, queries.samples, queries.sink, queries.recent,
+def _score(queries: Queries, threshold: int, candidate: int, held: int, sample: int, capacity: int) -> None:
+    """Fills `sample`, or where that is 0, candidates and their number."""
+    run, columns = _scorer(bool(sample), *queries.kind)
+    tiles, total = -(-(queries.stop - queries.first) // columns), queries.samples if sample else queries.end
+    segment = total
+    if sample or queries.block > 1:
+        segment = _segment(tiles * queries.B, total, processors(queries.device))
+    run((-(-total // segment), tiles, queries.B), 384, Score(
+        *queries.inputs, threshold, candidate, held, sample, *queries.strides, queries.stop, queries.offset, queries.rows,
+        queries.first, segment, capacity, queries.samples, queries.sink, queries.recent, math.sqrt(queries.dim),
     ))  # fmt: skip
 
 
-def _after(queries: Queries, name: str, shared_bytes: int = 0):
-    macros = (("BF16", int(queries.qi.dtype == torch.bfloat16)), ("STRIDE", _stride(queries.block)), ("THREADS", THREADS))
-    return nvrtc.kernel("index_scores/candidates.cu", name, macros, shared_bytes, queries.qi.device.index)
+@functools.cache
+def _scorer(sampling: bool, bf16: bool, heads: int, dim: int, weighted: bool, block: int, normal: bool, device: int):
+    """`(launch, queries of a tile)` of the scoring kernel for such queries."""
+    columns, slots = (choose(heads, dim, weighted, block) for choose in (_columns, _slots))
+    # of weights, or of floors where there is one head without them; of counts or of starts
+    by_column = 4 * columns * ((heads if weighted else int(normal and heads == 1)) + 1)
+    shared = (KEYS * slots + heads * columns) * dim * 2 + by_column + 8 * (2 * slots + 1)
+    macros = dict(
+        BF16=int(bf16), STRIDE=_stride(block), DIM=dim, HEADS=heads, WEIGHTED=int(weighted), COLUMNS=columns, BSEL=block,
+        SLOTS=slots, SAMPLE=int(sampling), NORMAL=int(normal),
+    )  # fmt: skip
+    name = "sample_scores" if sampling else "filter_scores"
+    return nvrtc.kernel("index_scores/hopper.cu", name, tuple(macros.items()), shared, device), columns
+
+
+@functools.cache
+def _after(name: str, kind: tuple, shared_bytes: int = 0):
+    bf16, _, _, _, block, _, device = kind
+    macros = (("BF16", int(bf16)), ("STRIDE", _stride(block)), ("THREADS", THREADS))
+    return nvrtc.kernel("index_scores/candidates.cu", name, macros, shared_bytes, device)
 
 
 def _pieces(most_bytes: int, bytes_a_row: int, block: int, columns: int) -> int:

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..maxima import larger, largest
+from ..slices import power_of_two
 from . import hopper
 from .op import select_by_slices
 
@@ -138,10 +139,10 @@ def index_scores(
     elif partition is not None:
         norm = partition.contiguous()
     whole = block <= 128 and block & (block - 1) == 0
-    rows = max(64, block) if whole else min(128, max(16, triton.next_power_of_2(block)))
-    tiles = triton.cdiv(Tq, rows) if whole else Nq
-    _reduce[(triton.cdiv(Tk, common["COLS"]), tiles, B)](
-        *inputs, norm, out, *sizes, block, triton.cdiv(block, rows), *strides, Tq, *out.stride()[:2],
+    rows = max(64, block) if whole else min(128, max(16, power_of_two(block)))
+    tiles = -(-Tq // rows) if whole else Nq
+    _reduce[(-(-Tk // common["COLS"]), tiles, B)](
+        *inputs, norm, out, *sizes, block, -(-block // rows), *strides, Tq, *out.stride()[:2],
         ROWS=rows, SPLIT=block if whole else 0, MEAN=reduce == "mean", NORMAL=partition is not None, **common,
     )  # fmt: skip
     return out
@@ -151,14 +152,14 @@ def index_partition(qi: Tensor, ki: Tensor, w: Tensor | None, valid: Tensor | No
     B, _, Tq, _ = qi.shape
     inputs, sizes, strides, common = _launch(qi, ki, w, valid)
     norm = torch.empty((B, Tq), dtype=torch.float32, device=qi.device)
-    _normalise[(triton.cdiv(Tq, 64), B)](*inputs, norm, *sizes, *strides, Tq, ROWS=64, **common)
+    _normalise[(-(-Tq // 64), B)](*inputs, norm, *sizes, *strides, Tq, ROWS=64, **common)
     return norm
 
 
 def _launch(qi: Tensor, ki: Tensor, w: Tensor | None, valid: Tensor | None) -> tuple[tuple, tuple, tuple, dict]:
     """Inputs, with placeholders for what is missing, sizes, strides and constants that both kernels take."""
     Tq, Tk, Di = qi.shape[2], ki.shape[1], qi.shape[3]
-    single, DP = qi.dtype == torch.float32, max(16, triton.next_power_of_2(Di))
+    single, DP = qi.dtype == torch.float32, max(16, power_of_two(Di))
     common = dict(
         HI=qi.shape[1], D=Di, DP=DP, COLS=64 if single else 128, WEIGHTED=w is not None, PADDED=valid is not None,
         PRECISION="ieee" if single else "tf32", STEP=min(32, DP) if single else DP, num_warps=8 if Di > 64 else 4,

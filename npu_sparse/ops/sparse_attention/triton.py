@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import workspace
+from ..slices import power_of_two
 from . import hopper
 
 TILE_ROWS = 128  # query tokens x query heads of a tile
@@ -228,8 +229,8 @@ def _launch(q, k, v, indices, count, member, tail, out, block, scale, TQ, first,
     B, Hq, Tq, D = q.shape
     Hkv, Tk, Dv = k.shape[1], k.shape[2], v.shape[-1]
     G = Hq // Hkv
-    GP = max(triton.next_power_of_2(G), 16 // TQ)
-    DP, DVP = (max(16, triton.next_power_of_2(size)) for size in (D, Dv))
+    GP = max(power_of_two(G), 16 // TQ)
+    DP, DVP = (max(16, power_of_two(size)) for size in (D, Dv))
     wide = max(DP, DVP) > 128
     _attend[(tiles, B * Hkv)](
         q, k, v, indices, count, count if member is None else member, *((k, v, count) if tail is None else tail), out,
@@ -249,15 +250,15 @@ def mend(q, k, v, indices, count, block, scale, tail, out) -> None:
     Hkv, Dv = k.shape[1], v.shape[-1]
     if not out.numel() or indices.shape[-1] == 0:
         return
-    _mend[(triton.cdiv(Tq, MENDED_TOKENS), B * Hq)](
+    _mend[(-(-Tq // MENDED_TOKENS), B * Hq)](
         q, k, v, indices, count, *((k, v, count) if tail is None else tail), out, scale * 1.4426950408889634, Tq,
         k.shape[2] - Tq, block, *q.stride(), *k.stride(), *v.stride(), *indices.stride()[:3], *count.stride(), *out.stride()[:3],
         Hq=Hq, Hkv=Hkv, HEADS_PER_SUPPORT=Hkv // indices.shape[1], TOKENS=MENDED_TOKENS, D=D,
-        DP=max(16, triton.next_power_of_2(D)), DV=Dv, DVP=max(16, triton.next_power_of_2(Dv)), BN=32, TAIL=tail is not None,
+        DP=max(16, power_of_two(D)), DV=Dv, DVP=max(16, power_of_two(Dv)), BN=32, TAIL=tail is not None,
         num_warps=4,
     )  # fmt: skip
 
 
 def _tile_tokens(G: int) -> int:
     """Query tokens of a tile: a power of two, so that tokens x heads is near TILE_ROWS."""
-    return max(1, TILE_ROWS // triton.next_power_of_2(G))
+    return max(1, TILE_ROWS // power_of_two(G))

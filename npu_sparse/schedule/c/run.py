@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -120,6 +121,38 @@ def run(
         got = f"{len(records)}: the program ends itself in {name}"
         raise _of(name, f"{scop.function} must return from all {expected} runs, got {got}")
     return _results(records, list(variants))
+
+
+def run_right(
+    scop: Scop, variants: dict[str, str], sizes: dict[str, float], *, suspects: Collection[str] = (), **options
+) -> tuple[list[Result], dict[str, str]]:
+    """Results of `run` of those variants that do what the first one does, and of the others, why not.
+
+    Only a program in which every result is right counts: what is wrong may have written where the others read. Where variants
+    differ, the `suspects` among them leave alone at first. `options` are those of `run`.
+
+    Raises:
+        RunError: the first variant fails, or gives different results, or the runs fail as a whole.
+    """
+    first, failures = next(iter(variants)), {}
+    left = dict(variants)
+    while True:
+        try:
+            results = run(scop, left, sizes, **options)
+        except RunError as error:
+            if error.variant not in left or error.variant == first:
+                raise
+            failures[error.variant] = str(error)
+            del left[error.variant]
+            continue
+        wrong = {result.variant: result.difference for result in results if result.difference}
+        if first in wrong:
+            raise _of(first, f"{first} must give one result, got two: {wrong[first]}")
+        if not wrong:
+            return results, failures
+        for name in set(wrong) & set(suspects) or wrong:
+            failures[name] = wrong[name]
+            del left[name]
 
 
 def _of(variant: str, message: str) -> RunError:

@@ -111,9 +111,11 @@ public:
         pipe->InitBuffer(keyBuffer_, 2 * L1_ELEMENTS * sizeof(T));
         queryL1_ = queryBuffer_.Get<T>();
         keyL1_ = keyBuffer_.Get<T>();
+        mte1ToMte2_.Init(pipe);
+        mte2ToMte1_.Init(pipe);
         cube_.Init(pipe);
-        for (int32_t event = 0; event < EVENTS; ++event) {
-            SetFlag<HardEvent::MTE1_MTE2>(event);
+        for (uint32_t event = 0; event < EVENTS; ++event) {
+            SetFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[event]);
         }
     }
 
@@ -139,10 +141,10 @@ public:
             CrossCoreWaitFlag(MASS_SCORES_READ);
         }
         if (loads_ > 0) {
-            SetFlag<HardEvent::MTE1_MTE2>(QUERY_EVENT + QuerySlot());
+            SetFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[QUERY_EVENT + QuerySlot()]);
         }
-        for (int32_t event = 0; event < EVENTS; ++event) {
-            WaitFlag<HardEvent::MTE1_MTE2>(event);
+        for (uint32_t event = 0; event < EVENTS; ++event) {
+            WaitFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[event]);
         }
         cube_.Finish();
     }
@@ -150,29 +152,29 @@ public:
 private:
     static constexpr uint32_t L1_ELEMENTS = MASS_TILE_ROWS * 256;
     static constexpr uint32_t SCORES_ELEMENTS = MASS_TILE_ROWS * MASS_CHUNK;
-    static constexpr int32_t KEY_EVENT = 0, QUERY_EVENT = 2, EVENTS = 4;
+    static constexpr uint32_t KEY_EVENT = 0, QUERY_EVENT = 2, EVENTS = 4;
 
-    __aicore__ inline int32_t QuerySlot() const { return (loads_ - 1) % 2; }
+    __aicore__ inline uint32_t QuerySlot() const { return (loads_ - 1) % 2; }
 
     __aicore__ inline void Scores(const MassStep& step, const MassUnit& unit)
     {
-        const int32_t slot = step.index % 2;
+        const uint32_t slot = step.index % 2;
         LoadQueries(step, unit);
         const LocalTensor<T> keys = keyL1_[slot * L1_ELEMENTS];
-        WaitFlag<HardEvent::MTE1_MTE2>(KEY_EVENT + slot);
+        WaitFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[KEY_EVENT + slot]);
         const uint64_t line = (static_cast<uint64_t>(step.batch) * tiling_.keyHeads + step.keyHead) * tiling_.keys + step.key;
         CopyRowsToL1(keys, step.paddedKeys, 0, 1, keyGm_[line * tiling_.dim], step.keys, tiling_.dim, tiling_.dim);
         RepeatRowInL1(keys, step.paddedKeys, step.keys, keyGm_[(line + step.keys - 1) * tiling_.dim],
                       step.paddedKeys - step.keys, tiling_.dim);
-        SetFlag<HardEvent::MTE2_MTE1>(KEY_EVENT + slot);
+        SetFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[KEY_EVENT + slot]);
         if (scored_ >= MASS_SLOTS) {
             CrossCoreWaitFlag(MASS_SCORES_READ);
         }
         ++scored_;
-        WaitFlag<HardEvent::MTE2_MTE1>(KEY_EVENT + slot);
+        WaitFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[KEY_EVENT + slot]);
         cube_.MultiplyTransposed(scoresGm_[slot * SCORES_ELEMENTS], MASS_CHUNK, queryL1_[QuerySlot() * L1_ELEMENTS], keys,
                                  step.paddedRows, step.paddedKeys, tiling_.dim);
-        SetFlag<HardEvent::MTE1_MTE2>(KEY_EVENT + slot);
+        SetFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[KEY_EVENT + slot]);
         CrossCoreSetFlag<2, PIPE_FIX>(MASS_SCORES_READY);
     }
 
@@ -183,13 +185,13 @@ private:
             return;
         }
         if (loads_ > 0) {
-            SetFlag<HardEvent::MTE1_MTE2>(QUERY_EVENT + QuerySlot());
+            SetFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[QUERY_EVENT + QuerySlot()]);
         }
         ++loads_;
         loadedUnit_ = unit.index;
         loadedTile_ = step.tileOfUnit;
         const LocalTensor<T> queries = queryL1_[QuerySlot() * L1_ELEMENTS];
-        WaitFlag<HardEvent::MTE1_MTE2>(QUERY_EVENT + QuerySlot());
+        WaitFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[QUERY_EVENT + QuerySlot()]);
         const uint64_t head = static_cast<uint64_t>(step.batch) * tiling_.queryHeads + step.keyHead * tiling_.group;
         for (uint32_t g = 0; g < tiling_.group; ++g) {
             CopyRowsToL1(queries, step.paddedRows, g, tiling_.group,
@@ -198,11 +200,13 @@ private:
         }
         RepeatRowInL1(queries, step.paddedRows, step.rows, queryGm_[(head * tiling_.queries + step.firstToken) * tiling_.dim],
                       step.paddedRows - step.rows, tiling_.dim);
-        SetFlag<HardEvent::MTE2_MTE1>(QUERY_EVENT + QuerySlot());
-        WaitFlag<HardEvent::MTE2_MTE1>(QUERY_EVENT + QuerySlot());
+        SetFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[QUERY_EVENT + QuerySlot()]);
+        WaitFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[QUERY_EVENT + QuerySlot()]);
     }
 
     AttentionMassTiling tiling_;
+    EventIds<HardEvent::MTE1_MTE2, 4> mte1ToMte2_;
+    EventIds<HardEvent::MTE2_MTE1, 4> mte2ToMte1_;
     CubeTile<T> cube_;
     GlobalTensor<T> queryGm_, keyGm_;
     GlobalTensor<float> scoresGm_;
@@ -239,17 +243,21 @@ public:
         finishedUb_ = sumUb_[SoftmaxRows::ROWS];
         statisticsUb_ = finishedUb_[2 * SoftmaxRows::ROWS];
         wideUb_ = statisticsUb_[2 * STATISTICS_ELEMENTS];
-        for (int32_t event = 0; event < 2; ++event) {
-            SetFlag<HardEvent::V_MTE2>(event);
-            SetFlag<HardEvent::MTE3_V>(event);
+        vToMte2_.Init(pipe);
+        mte3ToV_.Init(pipe);
+        mte2ToV_.Init(pipe);
+        vToMte3_.Init(pipe);
+        for (uint32_t event = 0; event < 2; ++event) {
+            SetFlag<HardEvent::V_MTE2>(vToMte2_[event]);
+            SetFlag<HardEvent::MTE3_V>(mte3ToV_[event]);
         }
     }
 
     __aicore__ inline void Finish()
     {
-        for (int32_t event = 0; event < 2; ++event) {
-            WaitFlag<HardEvent::V_MTE2>(event);
-            WaitFlag<HardEvent::MTE3_V>(event);
+        for (uint32_t event = 0; event < 2; ++event) {
+            WaitFlag<HardEvent::V_MTE2>(vToMte2_[event]);
+            WaitFlag<HardEvent::MTE3_V>(mte3ToV_[event]);
         }
     }
 
@@ -258,17 +266,17 @@ public:
     // Running maximum and sum of this core's rows; after their last keys, maximum and inverse sum to GM.
     __aicore__ inline void Normalise(const MassStep& step, const MassUnit& unit)
     {
-        const int32_t slot = step.index % 2;
+        const uint32_t slot = step.index % 2;
         const uint32_t rows = step.paddedRows / 2, firstRow = GetSubBlockIdx() * rows;
         const LocalTensor<float> scores = scoresUb_[slot * SCORES_ELEMENTS];
         CrossCoreWaitFlag(MASS_SCORES_READY);
-        WaitFlag<HardEvent::V_MTE2>(slot);
+        WaitFlag<HardEvent::V_MTE2>(vToMte2_[slot]);
         const uint16_t unused = (MASS_CHUNK - step.paddedKeys) / BLOCK_FLOATS;
         const DataCopyParams copy(rows, step.paddedKeys / BLOCK_FLOATS, unused, unused);
         DataCopy(scores, scoresGm_[(slot * MASS_TILE_ROWS + firstRow) * MASS_CHUNK], copy);
         CrossCoreSetFlag<2, PIPE_MTE2>(MASS_SCORES_READ);
-        SetFlag<HardEvent::MTE2_V>(slot);
-        WaitFlag<HardEvent::MTE2_V>(slot);
+        SetFlag<HardEvent::MTE2_V>(mte2ToV_[slot]);
+        WaitFlag<HardEvent::MTE2_V>(mte2ToV_[slot]);
 
         ScaleScores(scores, tiling_.scale, step.keys, rows);
         for (uint32_t side = 0; side < SCORE_HALVES; ++side) {
@@ -278,18 +286,18 @@ public:
             softmax_.Begin(maximumUb_, sumUb_, rows);
         }
         softmax_.Update(scores, maximumUb_, sumUb_, foldedUb_, rows);
-        SetFlag<HardEvent::V_MTE2>(slot);
+        SetFlag<HardEvent::V_MTE2>(vToMte2_[slot]);
 
         if (step.key + step.keys == step.visible) {
-            WaitFlag<HardEvent::MTE3_V>(STATISTICS_EVENT);
+            WaitFlag<HardEvent::MTE3_V>(mte3ToV_[STATISTICS_EVENT]);
             Adds(finishedUb_, maximumUb_, 0.0f, rows);
             softmax_.Inverse(finishedUb_[SoftmaxRows::ROWS], sumUb_, rows);
-            SetFlag<HardEvent::V_MTE3>(STATISTICS_EVENT);
-            WaitFlag<HardEvent::V_MTE3>(STATISTICS_EVENT);
+            SetFlag<HardEvent::V_MTE3>(vToMte3_[STATISTICS_EVENT]);
+            WaitFlag<HardEvent::V_MTE3>(vToMte3_[STATISTICS_EVENT]);
             const uint64_t offset = StatisticsOffset(step, unit) + firstRow;
             DataCopy(statisticsGm_[offset], finishedUb_, rows);
             DataCopy(statisticsGm_[offset + MASS_TILE_ROWS], finishedUb_[SoftmaxRows::ROWS], rows);
-            SetFlag<HardEvent::MTE3_V>(STATISTICS_EVENT);
+            SetFlag<HardEvent::MTE3_V>(mte3ToV_[STATISTICS_EVENT]);
         }
     }
 
@@ -297,7 +305,7 @@ public:
 
     __aicore__ inline void BeginChunk(const MassUnit& unit)
     {
-        WaitFlag<HardEvent::MTE3_V>(MASS_EVENT);
+        WaitFlag<HardEvent::MTE3_V>(mte3ToV_[MASS_EVENT]);
         Duplicate(massUb_, 0.0f, unit.blocks * REPEAT_FLOATS);
         PipeBarrier<PIPE_V>();
     }
@@ -305,7 +313,7 @@ public:
     // The tile's attention weights of this core's keys, summed over heads; after the last head, reduced over queries.
     __aicore__ inline void Share(const MassStep& step, const MassUnit& unit)
     {
-        const int32_t slot = step.index % 2;
+        const uint32_t slot = step.index % 2;
         const uint32_t column = GetSubBlockIdx() * REPEAT_FLOATS, rows = step.paddedRows;
         CrossCoreWaitFlag(MASS_SCORES_READY);
         if (step.keys > column) {
@@ -313,15 +321,15 @@ public:
             const LocalTensor<float> statistics = statisticsUb_[slot * STATISTICS_ELEMENTS];
             const uint32_t keys = Least(step.keys - column, REPEAT_FLOATS);
             const uint32_t paddedKeys = Least(step.paddedKeys - column, REPEAT_FLOATS);
-            WaitFlag<HardEvent::V_MTE2>(slot);
+            WaitFlag<HardEvent::V_MTE2>(vToMte2_[slot]);
             const DataCopyParams copy(rows, paddedKeys / BLOCK_FLOATS, (MASS_CHUNK - paddedKeys) / BLOCK_FLOATS,
                                                (REPEAT_FLOATS - paddedKeys) / BLOCK_FLOATS);
             DataCopy(scores, scoresGm_[slot * MASS_TILE_ROWS * MASS_CHUNK + column], copy);
             DataCopy(statistics, statisticsGm_[StatisticsOffset(step, unit)], rows);
             DataCopy(statistics[MASS_TILE_ROWS], statisticsGm_[StatisticsOffset(step, unit) + MASS_TILE_ROWS], rows);
             CrossCoreSetFlag<2, PIPE_MTE2>(MASS_SCORES_READ);
-            SetFlag<HardEvent::MTE2_V>(slot);
-            WaitFlag<HardEvent::MTE2_V>(slot);
+            SetFlag<HardEvent::MTE2_V>(mte2ToV_[slot]);
+            WaitFlag<HardEvent::MTE2_V>(mte2ToV_[slot]);
 
             Muls(scores, scores, tiling_.scale, keys, rows, {1, 1, HALF_STRIDE, HALF_STRIDE});
             SoftmaxRows::Widen(wideUb_, statistics, rows);
@@ -338,7 +346,7 @@ public:
             }
             PipeBarrier<PIPE_V>();
             AddHeads(scores, step.tokens);
-            SetFlag<HardEvent::V_MTE2>(slot);
+            SetFlag<HardEvent::V_MTE2>(vToMte2_[slot]);
             if (step.lastHead) {
                 Muls(sharesUb_, sharesUb_, 1.0f / (tiling_.group * unit.heads), step.tokens * REPEAT_FLOATS);
                 PipeBarrier<PIPE_V>();
@@ -356,8 +364,8 @@ public:
             if (tiling_.reduceMean) {
                 DivideByLive(unit);
             }
-            SetFlag<HardEvent::V_MTE3>(MASS_EVENT);
-            WaitFlag<HardEvent::V_MTE3>(MASS_EVENT);
+            SetFlag<HardEvent::V_MTE3>(vToMte3_[MASS_EVENT]);
+            WaitFlag<HardEvent::V_MTE3>(vToMte3_[MASS_EVENT]);
             const uint32_t keys = Least(tiling_.keys - column, REPEAT_FLOATS);
             const uint32_t heads = tiling_.perKv ? tiling_.keyHeads : 1;
             const uint64_t line = (static_cast<uint64_t>(unit.batch) * heads + unit.outputHead) * tiling_.blocks + unit.firstRow;
@@ -366,7 +374,7 @@ public:
                                                   (tiling_.keys - keys) * sizeof(float), 0);
             DataCopyPad(massGm_[line * tiling_.keys + column], massUb_, copy);
         }
-        SetFlag<HardEvent::MTE3_V>(MASS_EVENT);
+        SetFlag<HardEvent::MTE3_V>(mte3ToV_[MASS_EVENT]);
     }
 
 private:
@@ -375,7 +383,7 @@ private:
     static constexpr uint32_t ROW_ELEMENTS =
         SoftmaxRows::ELEMENTS + 4 * SoftmaxRows::ROWS + 2 * STATISTICS_ELEMENTS + MASS_TILE_ROWS * BLOCK_FLOATS;
     static constexpr uint8_t HALF_STRIDE = REPEAT_FLOATS / BLOCK_FLOATS;
-    static constexpr int32_t STATISTICS_EVENT = 0, MASS_EVENT = 1;
+    static constexpr uint32_t STATISTICS_EVENT = 0, MASS_EVENT = 1;
     static constexpr uint32_t MAX_STRIDE = 255;  // of a repeat, in blocks of 32 bytes
 
     __aicore__ inline uint64_t StatisticsOffset(const MassStep& step, const MassUnit& unit) const
@@ -476,6 +484,10 @@ private:
         }
     }
 
+    EventIds<HardEvent::V_MTE2, 2> vToMte2_;
+    EventIds<HardEvent::MTE3_V, 2> mte3ToV_;
+    EventIds<HardEvent::MTE2_V, 2> mte2ToV_;
+    EventIds<HardEvent::V_MTE3, 2> vToMte3_;
     AttentionMassTiling tiling_;
     SoftmaxRows softmax_;
     GlobalTensor<uint8_t> validGm_;

@@ -69,17 +69,21 @@ public:
         leftL0A_ = leftBuffer_.Get<T>();
         rightL0B_ = rightBuffer_.Get<T>();
         productL0C_ = productBuffer_.Get<float>();
-        for (int32_t slot = 0; slot < 2; ++slot) {
-            SetFlag<HardEvent::M_MTE1>(OPERAND_EVENT + slot);
-            SetFlag<HardEvent::FIX_M>(slot);
+        mToMte1_.Init(pipe);
+        fixToM_.Init(pipe);
+        mte1ToM_.Init(pipe);
+        mToFix_.Init(pipe);
+        for (uint32_t slot = 0; slot < 2; ++slot) {
+            SetFlag<HardEvent::M_MTE1>(mToMte1_[slot]);
+            SetFlag<HardEvent::FIX_M>(fixToM_[slot]);
         }
     }
 
     __aicore__ inline void Finish()
     {
-        for (int32_t slot = 0; slot < 2; ++slot) {
-            WaitFlag<HardEvent::M_MTE1>(OPERAND_EVENT + slot);
-            WaitFlag<HardEvent::FIX_M>(slot);
+        for (uint32_t slot = 0; slot < 2; ++slot) {
+            WaitFlag<HardEvent::M_MTE1>(mToMte1_[slot]);
+            WaitFlag<HardEvent::FIX_M>(fixToM_[slot]);
         }
     }
 
@@ -128,17 +132,15 @@ public:
     }
 
 private:
-    static constexpr int32_t OPERAND_EVENT = 3;  // TPipe keeps M_MTE1 0, 1 and 2 of a cube core for itself
-
     __aicore__ inline LocalTensor<T> BeginOperands()
     {
-        WaitFlag<HardEvent::M_MTE1>(OPERAND_EVENT + operandSlot_);
+        WaitFlag<HardEvent::M_MTE1>(mToMte1_[operandSlot_]);
         return leftL0A_[operandSlot_ * L0_AB_ELEMENTS];
     }
 
     __aicore__ inline LocalTensor<float> BeginProduct()
     {
-        WaitFlag<HardEvent::FIX_M>(productSlot_);
+        WaitFlag<HardEvent::FIX_M>(fixToM_[productSlot_]);
         return productL0C_[productSlot_ * L0_C_ELEMENTS];
     }
 
@@ -157,8 +159,8 @@ private:
     __aicore__ inline void Accumulate(const LocalTensor<float>& product, const LocalTensor<T>& left,
                                       const LocalTensor<T>& right, uint32_t m, uint32_t n, uint32_t k, bool first)
     {
-        SetFlag<HardEvent::MTE1_M>(operandSlot_);
-        WaitFlag<HardEvent::MTE1_M>(operandSlot_);
+        SetFlag<HardEvent::MTE1_M>(mte1ToM_[operandSlot_]);
+        WaitFlag<HardEvent::MTE1_M>(mte1ToM_[operandSlot_]);
         MmadParams params;
         params.m = m;
         params.n = n;
@@ -168,15 +170,15 @@ private:
             PipeBarrier<PIPE_M>();  // short products would read the accumulator before it is written
         }
         Mmad(product, left, right, params);
-        SetFlag<HardEvent::M_MTE1>(OPERAND_EVENT + operandSlot_);
+        SetFlag<HardEvent::M_MTE1>(mToMte1_[operandSlot_]);
         operandSlot_ = 1 - operandSlot_;
     }
 
     __aicore__ inline void EndProduct(const GlobalTensor<float>& outGm, uint32_t outStride,
                                       const LocalTensor<float>& product, uint32_t m, uint32_t n)
     {
-        SetFlag<HardEvent::M_FIX>(productSlot_);
-        WaitFlag<HardEvent::M_FIX>(productSlot_);
+        SetFlag<HardEvent::M_FIX>(mToFix_[productSlot_]);
+        WaitFlag<HardEvent::M_FIX>(mToFix_[productSlot_]);
         FixpipeParamsV220 params;
         params.nSize = n;
         params.mSize = m;
@@ -184,7 +186,7 @@ private:
         params.dstStride = outStride;
         params.ndNum = 1;
         Fixpipe<float, float, CFG_ROW_MAJOR>(outGm, product, params);
-        SetFlag<HardEvent::FIX_M>(productSlot_);
+        SetFlag<HardEvent::FIX_M>(fixToM_[productSlot_]);
         productSlot_ = 1 - productSlot_;
     }
 
@@ -193,7 +195,11 @@ private:
     TBuf<TPosition::CO1> productBuffer_;
     LocalTensor<T> leftL0A_, rightL0B_;
     LocalTensor<float> productL0C_;
-    int32_t operandSlot_ = 0, productSlot_ = 0;
+    EventIds<HardEvent::M_MTE1, 2> mToMte1_;
+    EventIds<HardEvent::FIX_M, 2> fixToM_;
+    EventIds<HardEvent::MTE1_M, 2> mte1ToM_;
+    EventIds<HardEvent::M_FIX, 2> mToFix_;
+    uint32_t operandSlot_ = 0, productSlot_ = 0;
 };
 
 }  // namespace npu_sparse_ascendc

@@ -30,6 +30,22 @@ __aicore__ inline void Order()
     WaitFlag<event>(id);
 }
 
+// The event ids that a kernel keeps from its Init on: of TPipe, so that nobody else has them.
+template <HardEvent event, uint32_t count>
+class EventIds {
+public:
+    __aicore__ inline void Init(TPipe* pipe)
+    {
+        for (uint32_t i = 0; i < count; ++i) {
+            ids_[i] = static_cast<event_t>(pipe->AllocEventID<event>());
+        }
+    }
+    __aicore__ inline event_t operator[](uint32_t i) const { return ids_[i]; }
+
+private:
+    event_t ids_[count];
+};
+
 // `rows` times `count` elements that need not fill 32 B blocks, one behind the other in GM, each to a block of its own in UB and
 // zeros behind it.
 template <typename T>

@@ -213,6 +213,9 @@ public:
         keyL1_ = keyBuffer_.Get<T>();
         valueL1_ = valueBuffer_.Get<T>();
         weightsL1_ = weightsBuffer_.Get<T>();
+        mte1ToMte2_.Init(pipe);
+        mte2ToMte1_.Init(pipe);
+        mToMte2_.Init(pipe);
         cube_.Init(pipe);
     }
 
@@ -220,10 +223,10 @@ public:
     {
         AttentionStep step = {};
         if (steps_.First(step)) {
-            for (int32_t event = 0; event < EVENTS; ++event) {
-                SetFlag<HardEvent::MTE1_MTE2>(event);
+            for (uint32_t event = 0; event < EVENTS; ++event) {
+                SetFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[event]);
             }
-            SetFlag<HardEvent::M_MTE2>(QUERY_EVENT);
+            SetFlag<HardEvent::M_MTE2>(mToMte2_[0]);
             LoadQueries(step);
             AttentionStep ahead = step;
             bool moreChunks = true;
@@ -259,10 +262,10 @@ public:
             for (uint32_t i = steps > ATTENTION_LAG ? steps - ATTENTION_LAG : 0; i < steps; ++i) {
                 Values(recent_[i % RECENT]);
             }
-            for (int32_t event = 0; event < EVENTS; ++event) {
-                WaitFlag<HardEvent::MTE1_MTE2>(event);
+            for (uint32_t event = 0; event < EVENTS; ++event) {
+                WaitFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[event]);
             }
-            WaitFlag<HardEvent::M_MTE2>(QUERY_EVENT);
+            WaitFlag<HardEvent::M_MTE2>(mToMte2_[0]);
         }
         cube_.Finish();
     }
@@ -275,9 +278,9 @@ private:
     static constexpr uint32_t CHUNKS = ATTENTION_LAG + 2, RECENT = ATTENTION_LAG + 1;
     static constexpr uint32_t KEY_SLOTS = ATTENTION_AHEAD + 1;  // chunks of keys in L1
     static constexpr uint32_t VALUE_SLOTS = 2;                  // and of values
-    // Releases of L1 buffers by MTE1; queries are released by M. Loads by MTE2 have the same numbers, but values have none: they
-    // are in L1 before the weights that they are multiplied with.
-    static constexpr int32_t KEY_EVENT = 0, VALUE_EVENT = 3, WEIGHTS_EVENT = 5, EVENTS = 6, QUERY_EVENT = 3;
+    // Releases of L1 buffers by MTE1, as places in its event ids; queries are released by M. Loads by MTE2 have the same places,
+    // but values have none: they are in L1 before the weights that they are multiplied with.
+    static constexpr uint32_t KEY_EVENT = 0, VALUE_EVENT = 3, WEIGHTS_EVENT = 5, EVENTS = 6, QUERY_EVENT = 3;
 
     __aicore__ inline void BeginChunk(const AttentionStep& step)
     {
@@ -285,7 +288,7 @@ private:
         startedChunks_ = step.chunkIndex + 1;
         scanned_ = 0;
         nextKey_ = steps_.Key(step, 0);
-        WaitFlag<HardEvent::MTE1_MTE2>(KEY_EVENT + static_cast<int32_t>(step.chunkIndex % KEY_SLOTS));
+        WaitFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[KEY_EVENT + step.chunkIndex % KEY_SLOTS]);
     }
 
     // Goes on to the next chunk, if there is one.
@@ -296,7 +299,7 @@ private:
         const uint64_t last = steps_.KeyRow(step) + lastKey_;
         RepeatRowInL1(keyL1_[slot * KEY_ELEMENTS], step.paddedKeys, step.keys, keyGm_[last * tiling_.dim],
                       step.paddedKeys - step.keys, tiling_.dim);
-        SetFlag<HardEvent::MTE2_MTE1>(KEY_EVENT + static_cast<int32_t>(slot));
+        SetFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[KEY_EVENT + slot]);
         if (step.chunkIndex < finishedChunks_ + VALUE_SLOTS) {
             LoadValues(step);
         }
@@ -309,7 +312,7 @@ private:
         const LocalTensor<T> values = valueL1_[slot * KEY_ELEMENTS];
         const GlobalTensor<T> rows = gatheredGm_[step.chunkIndex % ATTENTION_GATHERED * KEY_ELEMENTS];
         CrossCoreWaitFlag(ATTENTION_ROWS_GATHERED);
-        WaitFlag<HardEvent::MTE1_MTE2>(VALUE_EVENT + static_cast<int32_t>(slot));
+        WaitFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[VALUE_EVENT + slot]);
         CopyRowsToL1(values, step.paddedKeys, 0, 1, rows, step.keys, dim, dim);
         RepeatRowInL1(values, step.paddedKeys, step.keys, rows[(step.keys - 1) * dim], step.paddedKeys - step.keys, dim);
     }
@@ -317,7 +320,7 @@ private:
     // All parts of the tile; rows by token, then head, so that the heads of a token are neighbours in the output.
     __aicore__ inline void LoadQueries(AttentionStep step)
     {
-        WaitFlag<HardEvent::M_MTE2>(QUERY_EVENT);
+        WaitFlag<HardEvent::M_MTE2>(mToMte2_[0]);
         for (uint32_t part = 0; part < step.parts; ++part) {
             steps_.SetPart(step, part);
             const LocalTensor<T> queries = queryL1_[part * QUERY_ELEMENTS];
@@ -328,7 +331,7 @@ private:
             RepeatRowInL1(queries, step.paddedRows, step.rows, queryGm_[QueryOffset(step, 0)], step.paddedRows - step.rows,
                           tiling_.dim);
         }
-        SetFlag<HardEvent::MTE2_MTE1>(QUERY_EVENT);
+        SetFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[QUERY_EVENT]);
     }
 
     __aicore__ inline uint64_t QueryOffset(const AttentionStep& step, uint32_t g) const
@@ -384,17 +387,17 @@ private:
     {
         const uint32_t slot = step.Slot(), keySlot = step.chunkIndex % KEY_SLOTS;
         if (step.part == 0) {
-            WaitFlag<HardEvent::MTE2_MTE1>(KEY_EVENT + keySlot);
+            WaitFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[KEY_EVENT + keySlot]);
             if (step.first) {
-                WaitFlag<HardEvent::MTE2_MTE1>(QUERY_EVENT);
+                WaitFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[QUERY_EVENT]);
             }
         }
         cube_.MultiplyTransposed(scoresGm_[slot * WEIGHT_ELEMENTS], ATTENTION_CHUNK, queryL1_[step.part * QUERY_ELEMENTS],
                                  keyL1_[keySlot * KEY_ELEMENTS], step.paddedRows, step.paddedKeys, tiling_.dim);
         if (step.part + 1 == step.parts) {
-            SetFlag<HardEvent::MTE1_MTE2>(KEY_EVENT + keySlot);
+            SetFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[KEY_EVENT + keySlot]);
             if (step.last) {
-                SetFlag<HardEvent::M_MTE2>(QUERY_EVENT);
+                SetFlag<HardEvent::M_MTE2>(mToMte2_[0]);
             }
         }
         CrossCoreSetFlag<2, PIPE_FIX>(ATTENTION_SCORES_READY);
@@ -404,19 +407,19 @@ private:
     {
         const uint32_t slot = step.Slot(), valueSlot = step.chunkIndex % VALUE_SLOTS;
         CrossCoreWaitFlag(ATTENTION_WEIGHTS_READY);
-        WaitFlag<HardEvent::MTE1_MTE2>(WEIGHTS_EVENT);
+        WaitFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[WEIGHTS_EVENT]);
         CopyRowsToL1(weightsL1_, step.paddedRows, 0, 1, weightsGm_[slot * WEIGHT_ELEMENTS], step.paddedRows, step.paddedKeys,
                      ATTENTION_CHUNK);
-        SetFlag<HardEvent::MTE2_MTE1>(WEIGHTS_EVENT);
-        WaitFlag<HardEvent::MTE2_MTE1>(WEIGHTS_EVENT);
+        SetFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[WEIGHTS_EVENT]);
+        WaitFlag<HardEvent::MTE2_MTE1>(mte2ToMte1_[WEIGHTS_EVENT]);
         // The first chunk's product is the sum so far
         const GlobalTensor<float> out = step.first ? sumsGm_[AttentionSumsOffset(step)] : valuesGm_[slot * QUERY_ELEMENTS];
         cube_.Multiply(out, tiling_.valueDim, weightsL1_, valueL1_[valueSlot * KEY_ELEMENTS], step.paddedRows, tiling_.valueDim,
                        step.paddedKeys);
-        SetFlag<HardEvent::MTE1_MTE2>(WEIGHTS_EVENT);
+        SetFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[WEIGHTS_EVENT]);
         CrossCoreSetFlag<2, PIPE_FIX>(ATTENTION_VALUES_READY);
         if (step.part + 1 == step.parts) {
-            SetFlag<HardEvent::MTE1_MTE2>(VALUE_EVENT + valueSlot);
+            SetFlag<HardEvent::MTE1_MTE2>(mte1ToMte2_[VALUE_EVENT + valueSlot]);
             finishedChunks_ = step.chunkIndex + 1;
             if (step.chunkIndex + VALUE_SLOTS < startedChunks_) {
                 LoadValues(chunks_[(step.chunkIndex + VALUE_SLOTS) % CHUNKS]);
@@ -429,6 +432,9 @@ private:
     AttentionStep chunks_[CHUNKS], recent_[RECENT];
     uint32_t startedChunks_ = 0, finishedChunks_ = 0;
     uint32_t scanned_ = 0, nextKey_ = 0, lastKey_ = 0;  // of the chunk that is being gathered
+    EventIds<HardEvent::MTE1_MTE2, 6> mte1ToMte2_;
+    EventIds<HardEvent::MTE2_MTE1, 6> mte2ToMte1_;
+    EventIds<HardEvent::M_MTE2, 1> mToMte2_;
     CubeTile<T> cube_;
     GlobalTensor<T> queryGm_, keyGm_, gatheredGm_, weightsGm_;
     GlobalTensor<float> scoresGm_, valuesGm_, sumsGm_;
@@ -474,6 +480,14 @@ public:
         inverseUb_ = denominatorUb_[ATTENTION_SLOTS * ATTENTION_PARTS * ROWS];
         rescaleWideUb_ = inverseUb_[ROWS];
         finiteUb_ = finiteBuffer_.Get<float>();
+        vToMte2_.Init(pipe);
+        mte3ToMte2_.Init(pipe);
+        sToMte2_.Init(pipe);
+        mte2ToS_.Init(pipe);
+        mte3ToV_.Init(pipe);
+        mte2ToMte3_.Init(pipe);
+        mte2ToV_.Init(pipe);
+        vToMte3_.Init(pipe);
     }
 
     __aicore__ inline void Run()
@@ -484,15 +498,15 @@ public:
             return;
         }
         Duplicate(finiteUb_, 0.0f, REPEAT_FLOATS);
-        for (int32_t event = 0; event < 2; ++event) {
-            SetFlag<HardEvent::V_MTE2>(SCORES_EVENT + event);
-            SetFlag<HardEvent::MTE3_MTE2>(GATHER_EVENT + event);
-            SetFlag<HardEvent::S_MTE2>(INDEX_EVENT + event);
+        for (uint32_t event = 0; event < 2; ++event) {
+            SetFlag<HardEvent::V_MTE2>(vToMte2_[SCORES_EVENT + event]);
+            SetFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[GATHER_EVENT + event]);
+            SetFlag<HardEvent::S_MTE2>(sToMte2_[INDEX_EVENT + event]);
         }
-        for (int32_t event = 0; event < PIECES; ++event) {
-            SetFlag<HardEvent::MTE3_MTE2>(PIECE_EVENT + event);
+        for (uint32_t event = 0; event < PIECES; ++event) {
+            SetFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[PIECE_EVENT + event]);
         }
-        SetFlag<HardEvent::MTE3_V>(STAGING_EVENT);
+        SetFlag<HardEvent::MTE3_V>(mte3ToV_[STAGING_EVENT]);
         AttentionStep recent[ATTENTION_LAG + 1];
         AttentionStep ahead = step;
         LoadIndices(ahead);
@@ -520,15 +534,15 @@ public:
         for (uint32_t i = steps > ATTENTION_LAG ? steps - ATTENTION_LAG : 0; i < steps; ++i) {
             Accumulate(recent[i % (ATTENTION_LAG + 1)]);
         }
-        for (int32_t event = 0; event < 2; ++event) {
-            WaitFlag<HardEvent::V_MTE2>(SCORES_EVENT + event);
-            WaitFlag<HardEvent::MTE3_MTE2>(GATHER_EVENT + event);
-            WaitFlag<HardEvent::S_MTE2>(INDEX_EVENT + event);
+        for (uint32_t event = 0; event < 2; ++event) {
+            WaitFlag<HardEvent::V_MTE2>(vToMte2_[SCORES_EVENT + event]);
+            WaitFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[GATHER_EVENT + event]);
+            WaitFlag<HardEvent::S_MTE2>(sToMte2_[INDEX_EVENT + event]);
         }
-        for (int32_t event = 0; event < PIECES; ++event) {
-            WaitFlag<HardEvent::MTE3_MTE2>(PIECE_EVENT + event);
+        for (uint32_t event = 0; event < PIECES; ++event) {
+            WaitFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[PIECE_EVENT + event]);
         }
-        WaitFlag<HardEvent::MTE3_V>(STAGING_EVENT);
+        WaitFlag<HardEvent::MTE3_V>(mte3ToV_[STAGING_EVENT]);
         PipeBarrier<PIPE_ALL>();
         bool finite = true;
         for (uint32_t i = 0; i < REPEAT_FLOATS; ++i) {
@@ -543,14 +557,14 @@ private:
     static constexpr uint32_t ROWS = SoftmaxRows::ROWS;
     static constexpr uint32_t SCORES_ELEMENTS = ROWS * ATTENTION_CHUNK;
     static constexpr uint32_t PIECE_ROWS = 16;    // of sums and weighted values, in UB at a time
-    static constexpr int32_t PIECES = 2;
+    static constexpr uint32_t PIECES = 2;
     static constexpr uint32_t PIECE_ELEMENTS = PIECE_ROWS * ATTENTION_MAX_DIM;
     static constexpr uint32_t ROW_ELEMENTS =
         SoftmaxRows::ELEMENTS + ((ATTENTION_SLOTS + 1) * ATTENTION_PARTS + 1) * ROWS + ATTENTION_SLOTS * SoftmaxRows::WIDE;
     static constexpr uint32_t GATHER_KEYS = ATTENTION_CHUNK / 2;  // of a chunk, by one vector core
-    static constexpr uint32_t GATHER_ROWS = 32;
+    static constexpr uint32_t GATHER_ROWS = 24;  // as many as UB has room for
     static constexpr uint32_t GATHER_ELEMENTS = GATHER_ROWS * ATTENTION_MAX_DIM;
-    static constexpr int32_t SCORES_EVENT = 0, STAGING_EVENT = 0, PIECE_EVENT = 2, GATHER_EVENT = 0, INDEX_EVENT = 0;
+    static constexpr uint32_t SCORES_EVENT = 0, STAGING_EVENT = 0, PIECE_EVENT = 2, GATHER_EVENT = 0, INDEX_EVENT = 0;
 
     __aicore__ inline uint32_t Rows(const AttentionStep& step) const { return step.paddedRows / 2; }
     __aicore__ inline uint32_t FirstRow(const AttentionStep& step) const { return GetSubBlockIdx() * Rows(step); }
@@ -569,11 +583,11 @@ private:
 
     __aicore__ inline void LoadIndices(const AttentionStep& step)
     {
-        const int32_t slot = step.chunkIndex % 2;
+        const uint32_t slot = step.chunkIndex % 2;
         if (GatheredKeys(step) > 0) {
-            WaitFlag<HardEvent::S_MTE2>(INDEX_EVENT + slot);
+            WaitFlag<HardEvent::S_MTE2>(sToMte2_[INDEX_EVENT + slot]);
             LoadRagged(indexUb_[slot * GATHER_KEYS], steps_.Keys(step, FirstGathered()), GatheredKeys(step));
-            SetFlag<HardEvent::MTE2_S>(INDEX_EVENT + slot);
+            SetFlag<HardEvent::MTE2_S>(mte2ToS_[INDEX_EVENT + slot]);
         }
     }
 
@@ -581,25 +595,25 @@ private:
     __aicore__ inline bool GatherValues(AttentionStep& step)
     {
         const uint32_t keys = GatheredKeys(step), dim = tiling_.valueDim;
-        const int32_t slot = step.chunkIndex % 2;
+        const uint32_t slot = step.chunkIndex % 2;
         if (keys > 0) {
             const LocalTensor<int32_t> index = indexUb_[slot * GATHER_KEYS];
-            WaitFlag<HardEvent::MTE2_S>(INDEX_EVENT + slot);
+            WaitFlag<HardEvent::MTE2_S>(mte2ToS_[INDEX_EVENT + slot]);
             for (uint32_t begin = 0; begin < keys; begin += GATHER_ROWS) {
-                const uint32_t piece = begin / GATHER_ROWS;
+                const uint32_t piece = begin / GATHER_ROWS % 2;
                 const uint32_t end = Least(begin + GATHER_ROWS, keys);
-                WaitFlag<HardEvent::MTE3_MTE2>(GATHER_EVENT + piece);
+                WaitFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[GATHER_EVENT + piece]);
                 for (uint32_t i = begin; i < end;) {
                     i += FetchRows(gatherUb_[piece * GATHER_ELEMENTS + (i - begin) * dim], index, i, end, steps_.KeyRow(step));
                 }
-                SetFlag<HardEvent::MTE2_MTE3>(GATHER_EVENT + piece);
-                WaitFlag<HardEvent::MTE2_MTE3>(GATHER_EVENT + piece);
+                SetFlag<HardEvent::MTE2_MTE3>(mte2ToMte3_[GATHER_EVENT + piece]);
+                WaitFlag<HardEvent::MTE2_MTE3>(mte2ToMte3_[GATHER_EVENT + piece]);
                 const uint64_t row = step.chunkIndex % ATTENTION_GATHERED * ATTENTION_CHUNK * ATTENTION_MAX_DIM;
                 DataCopy(gatheredGm_[row + (FirstGathered() + begin) * dim], gatherUb_[piece * GATHER_ELEMENTS],
                          (end - begin) * dim);
-                SetFlag<HardEvent::MTE3_MTE2>(GATHER_EVENT + piece);
+                SetFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[GATHER_EVENT + piece]);
             }
-            SetFlag<HardEvent::S_MTE2>(INDEX_EVENT + slot);
+            SetFlag<HardEvent::S_MTE2>(sToMte2_[INDEX_EVENT + slot]);
         }
         CrossCoreSetFlag<2, PIPE_MTE3>(ATTENTION_ROWS_GATHERED);
         const bool more = steps_.NextChunk(step);
@@ -636,25 +650,25 @@ private:
 
     __aicore__ inline void LoadScores(const AttentionStep& step)
     {
-        const int32_t event = SCORES_EVENT + step.index % 2;
+        const uint32_t event = SCORES_EVENT + step.index % 2;
         CrossCoreWaitFlag(ATTENTION_SCORES_READY);
-        WaitFlag<HardEvent::V_MTE2>(event);
+        WaitFlag<HardEvent::V_MTE2>(vToMte2_[event]);
         const uint16_t unused = (ATTENTION_CHUNK - step.paddedKeys) / BLOCK_FLOATS;
         const DataCopyParams copy(Rows(step), step.paddedKeys / BLOCK_FLOATS, unused, unused);
         DataCopy(scoresUb_[step.index % 2 * SCORES_ELEMENTS],
                  scoresGm_[(step.Slot() * ATTENTION_TILE_ROWS + FirstRow(step)) * ATTENTION_CHUNK], copy);
-        SetFlag<HardEvent::MTE2_V>(event);
+        SetFlag<HardEvent::MTE2_V>(mte2ToV_[event]);
     }
 
     // Weights of the step, exp(score - running maximum), to GM; running maximum and sum of every row.
     __aicore__ inline void Softmax(const AttentionStep& step)
     {
         const uint32_t slot = step.Slot(), rows = Rows(step), firstRow = FirstRow(step);
-        const int32_t event = SCORES_EVENT + step.index % 2;
+        const uint32_t event = SCORES_EVENT + step.index % 2;
         const LocalTensor<float> scores = scoresUb_[step.index % 2 * SCORES_ELEMENTS];
         const LocalTensor<float> denominator = Denominator(step), maximum = maximumUb_[step.part * ROWS];
         const LocalTensor<float> rescaleWide = rescaleWideUb_[slot * SoftmaxRows::WIDE];
-        WaitFlag<HardEvent::MTE2_V>(event);
+        WaitFlag<HardEvent::MTE2_V>(mte2ToV_[event]);
         ScaleScores(scores, tiling_.scale, step.keys, rows);
         for (uint32_t side = 0; side < SCORE_HALVES; ++side) {
             Hide(scores[side * REPEAT_FLOATS], ColumnsFrom(step.keys, side * REPEAT_FLOATS), rows, SCORE_STRIDE);
@@ -664,16 +678,16 @@ private:
         if (step.first) {
             softmax_.Begin(maximum, denominator, rows);
         }
-        WaitFlag<HardEvent::MTE3_V>(STAGING_EVENT);  // foldedUb_ shares its memory
+        WaitFlag<HardEvent::MTE3_V>(mte3ToV_[STAGING_EVENT]);  // foldedUb_ shares its memory
         softmax_.Update(scores, maximum, denominator, foldedUb_, rows);
         SoftmaxRows::Widen(rescaleWide, softmax_.Rescale(), rows);
         Cast(stagingUb_, scores, RoundMode::CAST_RINT, rows * ATTENTION_CHUNK);
-        SetFlag<HardEvent::V_MTE2>(event);
-        SetFlag<HardEvent::V_MTE3>(STAGING_EVENT);
-        WaitFlag<HardEvent::V_MTE3>(STAGING_EVENT);
+        SetFlag<HardEvent::V_MTE2>(vToMte2_[event]);
+        SetFlag<HardEvent::V_MTE3>(vToMte3_[STAGING_EVENT]);
+        WaitFlag<HardEvent::V_MTE3>(vToMte3_[STAGING_EVENT]);
         DataCopy(weightsGm_[(slot * ATTENTION_TILE_ROWS + firstRow) * ATTENTION_CHUNK], stagingUb_,
                           rows * ATTENTION_CHUNK);
-        SetFlag<HardEvent::MTE3_V>(STAGING_EVENT);
+        SetFlag<HardEvent::MTE3_V>(mte3ToV_[STAGING_EVENT]);
         CrossCoreSetFlag<2, PIPE_MTE3>(ATTENTION_WEIGHTS_READY);
     }
 
@@ -721,11 +735,11 @@ private:
             PipeBarrier<PIPE_V>();
         }
         for (uint32_t row = 0; row < rows; row += PIECE_ROWS) {
-            const int32_t piece = row / PIECE_ROWS % PIECES;
+            const uint32_t piece = row / PIECE_ROWS % PIECES;
             const uint32_t pieceRows = Least(rows - row, PIECE_ROWS), elements = pieceRows * dim;
             const LocalTensor<float> values = piecesUb_[piece * 2 * PIECE_ELEMENTS], sum = values[PIECE_ELEMENTS];
             // Also says that the last chunk has stored these rows: they went through this buffer, or through it before others
-            WaitFlag<HardEvent::MTE3_MTE2>(PIECE_EVENT + piece);
+            WaitFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[PIECE_EVENT + piece]);
             const uint32_t bytes = elements * sizeof(float), unused = (PIECE_ELEMENTS - elements) / BLOCK_FLOATS;
             if (step.first) {
                 DataCopy(sum, sumsGm[(firstRow + row) * dim], elements);
@@ -733,8 +747,8 @@ private:
                 DataCopyPad(values, valuesGm[(firstRow + row) * dim], DataCopyExtParams(2, bytes, distance - bytes, unused, 0),
                             DataCopyPadExtParams<float>(false, 0, 0, 0.0f));
             }
-            SetFlag<HardEvent::MTE2_V>(PIECE_EVENT + piece);
-            WaitFlag<HardEvent::MTE2_V>(PIECE_EVENT + piece);
+            SetFlag<HardEvent::MTE2_V>(mte2ToV_[PIECE_EVENT + piece]);
+            WaitFlag<HardEvent::MTE2_V>(mte2ToV_[PIECE_EVENT + piece]);
             if (!step.first) {
                 ScaleRows(sum, rescaleWide[row * BLOCK_FLOATS], pieceRows);
                 PipeBarrier<PIPE_V>();
@@ -749,18 +763,18 @@ private:
                 PipeBarrier<PIPE_V>();
                 Axpy(finiteUb_, finiteUb_[REPEAT_FLOATS], 0.0f, elements / REPEAT_FLOATS);  // 0, or NaN of what is not finite
                 PipeBarrier<PIPE_V>();
-                WaitFlag<HardEvent::MTE3_V>(STAGING_EVENT);
+                WaitFlag<HardEvent::MTE3_V>(mte3ToV_[STAGING_EVENT]);
                 Cast(stagingUb_, sum, RoundMode::CAST_RINT, elements);
             }
-            SetFlag<HardEvent::V_MTE3>(PIECE_EVENT + piece);
-            WaitFlag<HardEvent::V_MTE3>(PIECE_EVENT + piece);
+            SetFlag<HardEvent::V_MTE3>(vToMte3_[PIECE_EVENT + piece]);
+            WaitFlag<HardEvent::V_MTE3>(vToMte3_[PIECE_EVENT + piece]);
             if (step.last) {
                 CopyOut(step, firstRow + row, pieceRows, true);
-                SetFlag<HardEvent::MTE3_V>(STAGING_EVENT);
+                SetFlag<HardEvent::MTE3_V>(mte3ToV_[STAGING_EVENT]);
             } else {
                 DataCopy(sumsGm[(firstRow + row) * dim], sum, elements);
             }
-            SetFlag<HardEvent::MTE3_MTE2>(PIECE_EVENT + piece);
+            SetFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[PIECE_EVENT + piece]);
         }
     }
 
@@ -800,8 +814,8 @@ private:
             }
             if (!staged) {
                 Duplicate(stagingUb_.template ReinterpretCast<int16_t>(), static_cast<int16_t>(0), SCORES_ELEMENTS);
-                SetFlag<HardEvent::V_MTE3>(STAGING_EVENT);
-                WaitFlag<HardEvent::V_MTE3>(STAGING_EVENT);
+                SetFlag<HardEvent::V_MTE3>(vToMte3_[STAGING_EVENT]);
+                WaitFlag<HardEvent::V_MTE3>(vToMte3_[STAGING_EVENT]);
                 staged = true;
             }
             for (uint32_t part = 0; part < step.parts; ++part) {
@@ -810,8 +824,8 @@ private:
             }
         }
         if (staged) {
-            SetFlag<HardEvent::MTE3_V>(STAGING_EVENT);
-            WaitFlag<HardEvent::MTE3_V>(STAGING_EVENT);
+            SetFlag<HardEvent::MTE3_V>(mte3ToV_[STAGING_EVENT]);
+            WaitFlag<HardEvent::MTE3_V>(mte3ToV_[STAGING_EVENT]);
         }
     }
 
@@ -911,6 +925,14 @@ private:
         return scratch.GetValue(0);
     }
 
+    EventIds<HardEvent::V_MTE2, 2> vToMte2_;
+    EventIds<HardEvent::MTE3_MTE2, 4> mte3ToMte2_;
+    EventIds<HardEvent::S_MTE2, 2> sToMte2_;
+    EventIds<HardEvent::MTE2_S, 2> mte2ToS_;
+    EventIds<HardEvent::MTE3_V, 1> mte3ToV_;
+    EventIds<HardEvent::MTE2_MTE3, 2> mte2ToMte3_;
+    EventIds<HardEvent::MTE2_V, 4> mte2ToV_;
+    EventIds<HardEvent::V_MTE3, 4> vToMte3_;
     SparseAttentionTiling tiling_;
     AttentionSteps steps_;
     SoftmaxRows softmax_;

@@ -54,11 +54,11 @@ constexpr uint8_t kPoison = 0xff;       // a NaN in fp16, bf16 and fp32, -1 in i
 struct Limits {
     uint64_t bytes, usable, alignment;
 };
-// dav-2201. The last 256 bytes of UB and L1 are the system's.
+// dav-2201. The last 256 bytes of UB and L1 are the system's, and 8 KB of UB before them are AscendC's own (kOwnUbBytes).
 constexpr Limits kLimits[kSpaces] = {
     {196608, 196608 - 256, 32}, {524288, 524288 - 256, 32}, {65536, 65536, 512}, {65536, 65536, 512},
     {131072, 131072, 64},       {1024, 1024, 64},           {7168, 7168, 128},   {0, 0, 1}};
-constexpr uint64_t kSelectBytes = 8192;  // the end of UB that Select modes 1 and 2 use as scratch
+constexpr uint64_t kOwnUbBytes = 8192;   // scratch of Select modes 1 and 2 and others; a kernel built without has it for itself
 constexpr size_t kMaxBuffers = 64;
 
 struct Memory {
@@ -163,7 +163,6 @@ struct Core {
     std::array<uint64_t, kSpaces> top{};             // the bump allocator of TPipe
     std::deque<Buffer> buffers;
     size_t bufferCount = 0;
-    bool selectScratch = false;                      // Select mode 1 or 2 has been used
     void* pipeObject = nullptr;                      // the TPipe in use
     std::vector<std::function<void()>> exitChecks;   // of the queues
 
@@ -234,8 +233,8 @@ void Issue(pipe_t pipe, const char* opcode, std::initializer_list<Span> reads, s
 
 // For an instruction whose result the scalar unit reads back implicitly (a special register): completes the pipe for the caller.
 void Finish(pipe_t pipe, Where where);
-// Select modes 1 and 2 call this: the end of UB must be unallocated.
-void ReserveSelectScratch(Where where);
+// Select modes 1 and 2 call this: they are gone where the kernel has AscendC's share of UB for itself.
+void NeedOwnUb(Where where);
 
 }  // namespace emulation
 

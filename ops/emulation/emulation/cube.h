@@ -298,6 +298,7 @@ void Fixpipe(const GlobalTensor<T>& dst, const LocalTensor<U>& src, const Fixpip
                   "Fixpipe is emulated from float to float, half or bfloat16_t");
     static_assert(config.format == CO2Layout::ROW_MAJOR, "Fixpipe is emulated for CFG_ROW_MAJOR");
     const auto n = static_cast<uint32_t>(InRange(p.nSize, 0, 4095, "Fixpipe", "nSize", where));
+    Require(n % kEdge == 0, 5, "Fixpipe nSize must be a multiple of 16, got " + std::to_string(n), where);
     const auto m = static_cast<uint32_t>(InRange(p.mSize, 0, 8192, "Fixpipe", "mSize", where));
     const auto srcStride = static_cast<uint32_t>(InRange(p.srcStride, 0, 65535, "Fixpipe", "srcStride", where));
     const QuantMode_t narrow = std::is_same_v<T, half> ? QuantMode_t::F322F16 : QuantMode_t::F322BF16;

@@ -13,7 +13,9 @@ struct LaunchOptions {
     uint32_t blocks = 1;
     KernelType type = KERNEL_TYPE_MIX_AIC_1_2;
     uint32_t cardCores = 20;            // AI cores of the card, each with two vector cores: blocks may be more
-    bool entry = false;                 // an entry of the library: must have attributes (elsewhere they are checked where they are)
+    bool allUb = false;                 // built with --cce-disable-asc-reserved-ubuf: AscendC's 8 KB of UB are the kernel's
+    std::vector<std::string>* warnings = nullptr;  // what the hardware takes and should not be asked for
+    bool entry = false;                 // an entry of the library: must have attributes, which others may have
     uint64_t seed = 0;                  // 0: program order; else a random order of cores and, within flags and barriers, of pipes
     Trace* trace = nullptr;
     bool hazards = true;                // false only for long performance traces of a kernel whose tests run with it on
@@ -180,6 +182,8 @@ void Launch(const LaunchOptions& options, Kernel kernel, const Arguments&... arg
     machine.type = options.type;
     machine.blocks = options.blocks;
     machine.cardCores = options.cardCores;
+    machine.allUb = options.allUb;
+    machine.warnings = options.warnings;
     machine.attributes = AttributesOf(kernel);
     CheckAttributes(options, machine.attributes);
     machine.hazards = options.hazards;

@@ -24,7 +24,9 @@ struct Machine {
     KernelType type = KERNEL_TYPE_MIX_AIC_1_2;
     uint32_t blocks = 1, cardCores = 20;
     Attributes attributes;
+    bool allUb = false;
     bool hazards = true;
+    std::vector<std::string>* warnings = nullptr;
     Trace* trace = nullptr;
     uint64_t seed = 0;
     std::deque<Core> cores;
@@ -53,6 +55,15 @@ inline std::string FaultText(const std::string& kernel, int rule, const std::str
 inline void Fail(int rule, const std::string& message, Where where) {
     const Core& core = Current();
     throw Fault(rule, FaultText(core.machine->kernel, rule, message, where, core.name));
+}
+
+// What the hardware takes and should not be asked for: told once for each line.
+inline void Warn(const std::string& message, Where where) {
+    const Core& core = Current();
+    std::vector<std::string>* told = core.machine->warnings;
+    if (told == nullptr) return;
+    const std::string text = message + "; kernel " + core.machine->kernel + ", " + where.file + ":" + std::to_string(where.line);
+    if (std::find(told->begin(), told->end(), text) == told->end()) told->push_back(text);
 }
 
 // ---- handing over ----
@@ -359,18 +370,19 @@ inline void Finish(pipe_t pipe, Where) {
 }
 
 inline void CheckUbTop(Core& core, Where where) {
-    const uint64_t usable = kLimits[static_cast<int>(Space::UB)].usable - (core.selectScratch ? kSelectBytes : 0);
+    const bool all = core.machine->allUb;
+    const uint64_t usable = kLimits[static_cast<int>(Space::UB)].usable - (all ? 0 : kOwnUbBytes);
     Require(core.top[static_cast<int>(Space::UB)] <= usable, 1, where, [&] {
         return "UB buffers must total at most " + std::to_string(usable) + " bytes" +
-               (core.selectScratch ? " beside Select's scratch" : "") + ", got " +
+               (all ? "" : " (8192 more are AscendC's, unless it is built with --cce-disable-asc-reserved-ubuf)") + ", got " +
                std::to_string(core.top[static_cast<int>(Space::UB)]);
     });
 }
 
-inline void ReserveSelectScratch(Where where) {
-    Core& core = Current();
-    core.selectScratch = true;
-    CheckUbTop(core, where);
+inline void NeedOwnUb(Where where) {
+    Require(!Current().machine->allUb, 1, where, [] {
+        return std::string("Select of mode 1 or 2 must not be used with --cce-disable-asc-reserved-ubuf: its scratch is the end of UB");
+    });
 }
 
 // ---- flags inside a core ----
@@ -379,7 +391,7 @@ inline std::string EventName(int source, int destination) {
     return std::string(kPipeNames[source]) + "_" + kPipeNames[destination];
 }
 
-constexpr int kEventIds = 8, kReservedEvent = 6;
+constexpr int kEventIds = 8, kDiscouragedEvent = 6;
 
 inline void CheckEvent(const Core& core, int source, int destination, int id, bool queue, const char* call, Where where) {
     Require(HasPipe(core, source) && HasPipe(core, destination), 7, where, [&] {
@@ -387,11 +399,13 @@ inline void CheckEvent(const Core& core, int source, int destination, int id, bo
     });
     const int event = source * 8 + destination;
     const bool taken = id >= 0 && id < kEventIds && ((core.eventIds[event] | core.fetchedIds[event]) >> id & 1);
-    Require(taken || (id >= 0 && id < kReservedEvent), 7, where, [&] {
-        return std::string(call) + "<" + EventName(source, destination) +
-               "> id must lie in [0, 5] (6 and 7 are reserved: only AllocEventID and FetchEventID hand them out), got " +
-               std::to_string(id);
+    Require(id >= 0 && id < kEventIds, 7, where, [&] {
+        return std::string(call) + "<" + EventName(source, destination) + "> id must lie in [0, 7], got " + std::to_string(id);
     });
+    if (!taken && id >= kDiscouragedEvent) {
+        Warn(std::string(call) + "<" + EventName(source, destination) + "> id " + std::to_string(id) +
+                 " should be left to the system: take it from AllocEventID", where);
+    }
     Require(queue || !(core.queueIds[event] >> id & 1), 7, where, [&] {
         return std::string(call) + "<" + EventName(source, destination) + "> id " + std::to_string(id) +
                " must not be one that TPipe or a queue holds: take it from AllocEventID";
@@ -453,6 +467,7 @@ inline void ReturnEventId(int source, int destination, int id, Where where) {
 
 inline void Barrier(int pipe, Where where) {
     Core& core = Current();
+    Require(pipe != PIPE_S, 5, where, [] { return std::string("PipeBarrier must name a pipe other than PIPE_S, got PIPE_S"); });
     if (pipe != PIPE_ALL) {
         Require(HasPipe(core, pipe), 7, where, [&] {
             return std::string("PipeBarrier<PIPE_") + kPipeNames[pipe] + "> must name a pipe of this core";
@@ -502,6 +517,14 @@ inline void CrossSetFlag(int mode, int pipe, int id, Where where) {
     AddStep(core, Step::CrossSet, pipe, "CrossCoreSetFlag", where, id);
     const Edge edge{static_cast<int32_t>(core.index), LastStep(core)};
     for (Core* target : Group(core, mode)) {
+        for (const auto& [key, sets] : target->arrivals) {
+            Require(key.first != id || sets.empty() || sets.front().mode == mode, 7, where, [&, id = key.first] {
+                const CrossSet& earlier = sets.front();
+                return "CrossCoreSetFlag id " + std::to_string(id) + " must be waited for in one mode before it is set in another: " +
+                       "core " + target->name + " has a set of mode " + std::to_string(earlier.mode) + " from " +
+                       earlier.where.file + ":" + std::to_string(earlier.where.line) + ", got mode " + std::to_string(mode);
+            });
+        }
         auto& queue = target->arrivals[{id, core.index}];
         Clock sent;
         sent.others = all;

@@ -124,8 +124,9 @@ void MrgSort(const LocalTensor<T>& dst, const MrgSortSrcList<T>& src, const MrgS
     uint64_t total = 0;
     for (uint32_t i = 0; i < lists.count; ++i) {
         lists.length[i] = params.elementLengths[i];
-        Require(lists.length[i] >= 1 && lists.length[i] <= 4095, 5,
-                "MrgSort elementLengths of a valid list must lie in [1, 4095], got " + std::to_string(lists.length[i]), where);
+        Require(lists.length[i] <= 4095, 5,
+                "MrgSort elementLengths of a valid list must lie in [0, 4095], got " + std::to_string(lists.length[i]), where);
+        if (lists.length[i] == 0) continue;
         lists.data[i] = reinterpret_cast<const Pair<T>*>(Place(*sources[i], {}, "MrgSort", "a source list", where, kPair).data);
         total += lists.length[i];
         if (repeats > 1) {
@@ -139,6 +140,9 @@ void MrgSort(const LocalTensor<T>& dst, const MrgSortSrcList<T>& src, const MrgS
         }
     }
     for (uint32_t i = 0; i < lists.count; ++i) {
+        Require(lists.length[i] > 0 || !params.ifExhaustedSuspension, 5,
+                "MrgSort ifExhaustedSuspension must be false with an empty list, which is exhausted from the start", where);
+        if (lists.length[i] == 0) continue;
         reads[i] = Piece(sources[i]->Whole(), 0, lists.length[i] * kPair, 1, 0, repeats, total * kPair);
     }
     uint64_t written = total * repeats;
@@ -162,7 +166,9 @@ void MrgSort(const LocalTensor<T>& dst, const MrgSortSrcList<T>& src, const MrgS
                       });
                   }
                   mergedCounts = Merge<T>(from, stop, reinterpret_cast<Pair<T>*>(d.data) + r * total);
-                  for (uint32_t i = 0; i < from.count; ++i) from.data[i] += total;
+                  for (uint32_t i = 0; i < from.count; ++i) {
+                      if (from.length[i] > 0) from.data[i] += total;
+                  }
               }
           });
 }

@@ -268,6 +268,7 @@ void CheckCompare(CMPMODE mode, Where where) {
     static_assert(isOneOf<T, half, float, int32_t>, "Compare on dav-2201 takes half, float, and int32_t for EQ");
     static_assert(isOneOf<U, int8_t, uint8_t>, "Compare on dav-2201 writes int8_t or uint8_t");
     Require(!std::is_same_v<T, int32_t> || mode == CMPMODE::EQ, 5, "Compare cmpMode must be EQ for int32_t", where);
+    Require(!maskRegister.counter, 5, "Compare must be in normal mask mode, got count mode left over: call SetMaskNorm", where);
 }
 
 template <typename T, typename Right>
@@ -341,7 +342,7 @@ void SelectTensors(const Plan& plan, const LocalTensor<T>& dst, Stride dstStride
     Require(mode != SELMODE::VSEL_TENSOR_SCALAR_MODE, 5,
             "Select of two tensors must use VSEL_CMPMASK_SPR or VSEL_TENSOR_TENSOR_MODE", where);
     const bool sameBits = mode == SELMODE::VSEL_CMPMASK_SPR;
-    if (!sameBits) ReserveSelectScratch(where);
+    if (!sameBits) NeedOwnUb(where);
     const auto d = Place(dst, dstStride, "Select", "dst", where);
     const auto s0 = Place(src0, stride0, "Select", "src0", where);
     const auto s1 = Place(src1, stride1, "Select", "src1", where);
@@ -364,7 +365,7 @@ void SelectScalar(const Plan& plan, const LocalTensor<T>& dst, Stride dstStride,
     static_assert(isOneOf<U, uint8_t, uint16_t, uint32_t, uint64_t>, "Select's mask is uint8_t, uint16_t, uint32_t or uint64_t");
     Require(mode == SELMODE::VSEL_TENSOR_SCALAR_MODE, 5, "Select of a tensor and a scalar must use VSEL_TENSOR_SCALAR_MODE",
             where);
-    ReserveSelectScratch(where);
+    NeedOwnUb(where);
     const auto d = Place(dst, dstStride, "Select", "dst", where);
     const auto s = Place(src0, stride0, "Select", "src0", where);
     const auto m = Place(selMask, {}, "Select", "selMask", where);

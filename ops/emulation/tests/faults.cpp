@@ -5,7 +5,8 @@
 //   faults --trace NAME FILE                       trace of the honest twin
 //   faults NAME|all planted|honest [seed]
 //   faults pipe_order|core_order planted|honest    number of different results over 100 seeds, planted ones without hazard
-//   detection faults rounding planted|honest                 wrong roundings to half and to bfloat16
+//   faults warnings planted|honest
+//   faults rounding planted|honest                 wrong roundings to half and to bfloat16
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -35,6 +36,7 @@ struct Case {
     KernelMetaType type;
     Kernel kernel;
     uint32_t blocks = 1;
+    bool allUb = false;                 // built with --cce-disable-asc-reserved-ubuf
 };
 
 constexpr KernelMetaType kVector = KERNEL_TYPE_AIV_ONLY, kVectorMix = KERNEL_TYPE_MIX_AIV_1_0, kCube = KERNEL_TYPE_AIC_ONLY,
@@ -106,8 +108,13 @@ const std::vector<Case> kCases = {
     {"ub_capacity", 1, kVector, [](bool planted, Gms) {
         TPipe pipe;
         TBuf<TPosition::VECCALC> buffer;
-        pipe.InitBuffer(buffer, planted ? 196608 - 224 : 196608 - 256);  // caught
+        pipe.InitBuffer(buffer, planted ? 188160 + 32 : 188160);  // caught
     }},
+    {"whole_ub_capacity", 1, kVector, [](bool planted, Gms) {
+        TPipe pipe;
+        TBuf<TPosition::VECCALC> buffer;
+        pipe.InitBuffer(buffer, planted ? 196608 - 224 : 196608 - 256);  // caught
+    }, 1, true},
     {"l1_capacity", 1, kCube, [](bool planted, Gms) {
         TPipe pipe;
         TBuf<TPosition::A1> buffer;
@@ -129,15 +136,16 @@ const std::vector<Case> kCases = {
     {"select_scratch", 1, kVector, [](bool planted, Gms) {
         TPipe pipe;
         TBuf<TPosition::VECCALC> buffer;
-        pipe.InitBuffer(buffer, planted ? 196608 - 256 : 196608 - 256 - 8192);
+        pipe.InitBuffer(buffer, 196608 - 256);
         LocalTensor<float> value = buffer.Get<float>(64);
         LocalTensor<uint8_t> bits = buffer.GetWithOffset<uint8_t>(32, 1024);
         Duplicate(value, 1.0f, 64);
         PipeBarrier<PIPE_V>();
         CompareScalar(bits, value, 0.0f, CMPMODE::GT, 64);
         PipeBarrier<PIPE_V>();
-        Select(value, bits, value, 0.0f, SELMODE::VSEL_TENSOR_SCALAR_MODE, 64);  // caught
-    }},
+        if (planted) Select(value, bits, value, 0.0f, SELMODE::VSEL_TENSOR_SCALAR_MODE, 64);  // caught
+        else Select(value, bits, value, value, SELMODE::VSEL_CMPMASK_SPR, 64);
+    }, 1, true},
 
     // ---- 2 alignment ----
     {"copy_address", 2, kVector, [](bool planted, Gms gm) {
@@ -356,6 +364,43 @@ const std::vector<Case> kCases = {
     {"task_type", 5, kVector, [](bool planted, Gms) {
         KERNEL_TASK_TYPE_DEFAULT(planted ? KERNEL_TYPE_MIX_AIC_1_2 : KERNEL_TYPE_AIV_ONLY);  // caught
     }},
+    {"fixpipe_of_ragged_columns", 5, kCube, [](bool planted, Gms gm) {
+        Product step;
+        step.CopyRows(gm.halves);
+        step.LoadAndMultiply();
+        Order<HardEvent::M_FIX>();
+        FixpipeParamsV220 params;
+        params.nSize = planted ? 8 : 16;
+        params.mSize = params.srcStride = params.dstStride = 16;
+        Fixpipe<float, float, CFG_ROW_MAJOR>(gm.out, step.product, params);  // caught
+    }},
+    {"barrier_of_the_scalar_pipe", 5, kVector, [](bool planted, Gms) {
+        if (planted) PipeBarrier<PIPE_S>();  // caught
+        else PipeBarrier<PIPE_ALL>();
+    }},
+    {"compare_scalar_in_count_mode", 5, kVector, [](bool planted, Gms) {
+        Tile tile(2);
+        SetMaskCount();
+        SetVectorMask<float, MaskMode::COUNTER>(100);
+        if (!planted) SetMaskNorm();
+        CompareScalar(tile.ub[kTile].ReinterpretCast<uint8_t>(), tile.ub, 0.0f, CMPMODE::GT, 64);  // caught
+        SetMaskNorm();
+    }},
+    {"compare_in_count_mode", 5, kVector, [](bool planted, Gms) {
+        Tile tile(2);
+        SetMaskCount();
+        if (!planted) SetMaskNorm();
+        Compare(tile.ub[kTile].ReinterpretCast<uint8_t>(), tile.ub, tile.ub, CMPMODE::GE, 64);  // caught
+        SetMaskNorm();
+    }},
+    {"merge_that_stops_at_an_empty_list", 5, kVector, [](bool planted, Gms) {
+        Tile tile(2);
+        MrgSort4Info info;
+        info.elementLengths[0] = 32;
+        info.validBit = 3;
+        info.ifExhaustedSuspension = planted;
+        MrgSort(tile.ub[kTile], MrgSortSrcList<float>(tile.ub, tile.ub, tile.ub, tile.ub), info);  // caught
+    }},
 
     // ---- 6 hazards ----
     {"raw_load_to_vector", 6, kVector, [](bool planted, Gms gm) {
@@ -564,9 +609,9 @@ const std::vector<Case> kCases = {
         if (!planted) SetFlag<HardEvent::V_MTE3>(1);
         WaitFlag<HardEvent::V_MTE3>(1);  // caught
     }},
-    {"reserved_event", 7, kVector, [](bool planted, Gms) {
-        SetFlag<HardEvent::V_MTE3>(planted ? EVENT_ID6 : EVENT_ID5);  // caught
-        WaitFlag<HardEvent::V_MTE3>(EVENT_ID5);
+    {"event_beyond_seven", 7, kVector, [](bool planted, Gms) {
+        SetFlag<HardEvent::V_MTE3>(planted ? 8 : 7);  // caught
+        WaitFlag<HardEvent::V_MTE3>(7);
     }},
     {"event_of_a_queue", 7, kVector, [](bool planted, Gms) {
         TPipe pipe;
@@ -597,6 +642,17 @@ const std::vector<Case> kCases = {
         if ASCEND_IS_AIC CrossCoreSetFlag<2, PIPE_FIX>(planted ? 12 : 3);  // caught
         else CrossCoreWaitFlag(3);
     }},
+    {"one_cross_id_in_two_modes", 7, kMix, [](bool planted, Gms) {
+        if ASCEND_IS_AIC {
+            CrossCoreWaitFlag(4);
+            if (!planted) CrossCoreWaitFlag(3);
+            CrossCoreSetFlag<0, PIPE_FIX>(planted ? 3 : 5);  // caught
+            CrossCoreWaitFlag(planted ? 3 : 5);
+        } else {
+            CrossCoreSetFlag<2, PIPE_V>(3);
+            CrossCoreSetFlag<2, PIPE_V>(4);
+        }
+    }, 2},
     {"cross_flag_left", 7, kMix, [](bool planted, Gms) {
         if ASCEND_IS_AIC CrossCoreSetFlag<2, PIPE_FIX>(3);  // caught
         else if (!planted || GetSubBlockIdx() == 0) CrossCoreWaitFlag(3);
@@ -780,7 +836,7 @@ void LastWriterWins(bool planted, Gms gm) {
 }
 
 std::vector<float> Run(const char* name, KernelMetaType type, uint32_t blocks, const Kernel& kernel, bool planted, uint64_t seed,
-                       bool hazards, emulation::Trace* trace = nullptr) {
+                       bool hazards, emulation::Trace* trace = nullptr, bool allUb = false) {
     std::vector<float> in(kCount), out(kCount);
     for (uint32_t i = 0; i < kCount; ++i) in[i] = static_cast<float>(i % 97);
     emulation::LaunchOptions options;
@@ -789,6 +845,7 @@ std::vector<float> Run(const char* name, KernelMetaType type, uint32_t blocks, c
     options.type = type;
     options.seed = seed;
     options.hazards = hazards;
+    options.allUb = allUb;
     options.trace = trace;
     const auto entry = [&](GM_ADDR inGm, GM_ADDR outGm, GM_ADDR workGm) {
         Gms gm;
@@ -803,6 +860,23 @@ std::vector<float> Run(const char* name, KernelMetaType type, uint32_t blocks, c
                       emulation::Gm(out.data(), kCount * 4, "out", emulation::GmUse::Write),
                       emulation::Gm(nullptr, kCount * 4, "work", emulation::GmUse::Workspace));
     return out;
+}
+
+// What the hardware takes and should not be asked for.
+std::vector<std::string> Warnings(bool planted) {
+    std::vector<std::string> told;
+    emulation::LaunchOptions options;
+    options.kernel = "warnings";
+    options.type = kVector;
+    options.warnings = &told;
+    emulation::Launch(options, [=] {
+        TPipe pipe;
+        int32_t id = 0;
+        for (int i = 0; i < 7; ++i) id = pipe.AllocEventID<HardEvent::MTE2_V>();
+        Order<HardEvent::MTE2_V>(id);  // 6, which TPipe hands out
+        for (int i = 0; i < 2; ++i) Order<HardEvent::V_MTE3>(planted ? 6 + i : i);
+    });
+    return told;
 }
 
 // The number of different results over 100 seeds.
@@ -905,6 +979,10 @@ int main(int argc, char** argv) {
         std::printf("%d\n", Outcomes(name == "pipe_order" ? Unordered : LastWriterWins, planted));
         return 0;
     }
+    if (name == "warnings") {
+        for (const std::string& text : Warnings(planted)) std::printf("%s\n", text.c_str());
+        return 0;
+    }
     if (name == "rounding") {
         std::printf("%d %d\n", WrongRoundings<half>(planted), WrongRoundings<bfloat16_t>(planted));
         return 0;
@@ -920,7 +998,7 @@ int main(int argc, char** argv) {
         std::fflush(stdout);
     };
     const uint64_t seed = argc > 3 ? std::strtoull(argv[3], nullptr, 10) : 0;
-    for (const Case& c : kCases) report(c.name, [&] { Run(c.name, c.type, c.blocks, c.kernel, planted, seed, true); });
+    for (const Case& c : kCases) report(c.name, [&] { Run(c.name, c.type, c.blocks, c.kernel, planted, seed, true, nullptr, c.allUb); });
     for (const EntryCase& c : kEntryCases) report(c.name, [&] { Run(c, planted, seed); });
     return 0;
 }

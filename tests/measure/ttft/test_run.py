@@ -12,6 +12,9 @@ from npu_sparse.measure.clocks import StageTimer, amdahl_ceiling, dense_attentio
 from npu_sparse.measure.prompts import prompt_ids
 from npu_sparse.measure.ttft import STAGES, TtftConfig, page, run_ttft, time_to_first_token
 from npu_sparse.measure.ttft import run as ttft
+from npu_sparse.measure.ttft.config import LAYERS
+from npu_sparse.measure.ttft.run import LeftOutError
+from npu_sparse.measure.ttft.shapes import SHAPES, drawn
 from npu_sparse.measure.variants import Subject
 from npu_sparse.models.architectures import text_config
 from npu_sparse.runs.store import RunError, read_stage
@@ -58,7 +61,7 @@ def test_a_variant_with_options_is_timed_beside_the_others(model, indexer, tmp_p
 def test_warm_up_rounds_are_run_and_not_reported(model, indexer, tmp_path, monkeypatch):
     config = replace(CONFIG, lengths=(96,), variants=("dense",), overhead=False, runs=2, warmup=3, stage_runs=1)
     clock = iter(range(100))
-    monkeypatch.setattr(ttft, "time_to_first_token", lambda model, ids: (float(next(clock)), 0))
+    monkeypatch.setattr(ttft, "time_to_first_token", lambda model, ids, chunk: (float(next(clock)), 0))
     monkeypatch.setattr(page, "_breakdown", lambda runs: {"attention": 1.0, "total": 2.0, **dict.fromkeys(STAGES, 0.5)})
     run_ttft(config, tmp_path, model=model)
     assert record(tmp_path, 96)["seconds"] == {"dense": [3.0, 4.0]}
@@ -300,3 +303,108 @@ def test_a_mutated_record_or_config_is_one_sentence_with_a_name_or_is_read(finis
                 assert "\n" not in str(error)
         path.write_bytes(whole)
     assert tabulated(directory)["rows"] == expected
+
+
+# Baselines, other layers, shapes, and what does not run
+
+SHAPE = TtftConfig(
+    shape="qwen3.5-tiny", lengths=(48,), budget="k=16,block=8", variants=("dense", "indexer-shared"), baselines=("sdpa", "eager"),
+    layers=("stock", "fast"), runs=1, warmup=0, stage_runs=1, parts=True, chunk=32, dtype="float32", dim=64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("compared") / "run"
+    return directory, run_ttft(SHAPE, directory)
+
+
+def test_baselines_are_compared_with_the_same_other_layers(compared):
+    result = json.loads((compared[0] / "report.json").read_text())
+    rows = {row["variant"]: row for row in result["rows"]}
+    assert set(rows) == {f"{name} ({kind} layers)" for name in ("dense sdpa", "dense eager", "indexer-shared") for kind in LAYERS}
+    assert {row["evidence"] for row in rows.values()} == {"dense", "untrained"}
+    for row in rows.values():
+        assert set(row["over"]) == {f"dense {name} ({row['layers']} layers)" for name in ("sdpa", "eager")}
+        best = min((rows[name] for name in row["over"]), key=lambda one: one["ttft_s"]["median"])
+        assert row["over_best_dense"]["value"] == pytest.approx(best["ttft_s"]["median"] / row["ttft_s"]["median"])
+        assert {"gdn", "feed-forward", "norms"} < set(row["stages_s"]) and row["stages_s"]["gdn"] > 0
+    assert {entry["label"] for entry in result["ceilings"]} == {name for name in rows if name.startswith("dense")}
+
+
+def test_random_weights_are_said_wherever_figures_are(compared):
+    assert compared[1]["weights"] == "random weights of qwen3.5-tiny's shape"
+    assert "nothing here says anything about quality" in (compared[0] / "report.md").read_text()
+
+
+def test_every_shape_is_a_model_of_its_family():
+    for shape, family in (("qwen3.5-tiny", "qwen3_5_text"), ("qwen2.5-tiny", "qwen2")):
+        assert shape in SHAPES and drawn(shape, dtype=torch.float32, device="cpu").config.model_type == family
+
+
+def test_the_dense_implementation_is_that_of_the_row_and_afterwards_the_models_own(model, tmp_path, monkeypatch):
+    seen, clock = [], ttft.time_to_first_token
+
+    def watched(model, ids, chunk):
+        seen.append((text_config(model)._attn_implementation, chunk))
+        return clock(model, ids, chunk)
+
+    monkeypatch.setattr(ttft, "time_to_first_token", watched)
+    config = replace(CONFIG, lengths=(96,), variants=("dense",), overhead=False, baselines=("eager",), runs=2, warmup=1, chunk=40)
+    run_ttft(config, tmp_path, model=model)
+    assert seen[:3] == [("eager", 40)] * 3 and text_config(model)._attn_implementation == "sdpa"
+
+
+def failing(monkeypatch, error: Exception, fails) -> None:
+    prefill = ttft._prefill
+
+    def broken(config, subject, way, *rest):
+        if fails(way):
+            raise error
+        return prefill(config, subject, way, *rest)
+
+    monkeypatch.setattr(ttft, "_prefill", broken)
+
+
+def test_dense_out_of_memory_leaves_the_others_without_speed_ups(model, indexer, tmp_path, monkeypatch):
+    failing(monkeypatch, torch.OutOfMemoryError("CUDA out of memory"), lambda way: way.dense)
+    config = replace(CONFIG, lengths=(96,), variants=("dense", "indexer-shared"), overhead=False, runs=1, stage_runs=1)
+    result = run_ttft(config, tmp_path, model=model, indexer=indexer)
+    (row,) = result["rows"]
+    assert (row["variant"], row["speed_up"], row["over"], row["over_best_dense"]) == ("indexer-shared", None, {}, None)
+    assert result["refused"] == [["dense", "out of memory at 96 tokens: CUDA out of memory"]] and result["ceilings"] == []
+    assert "- dense: out of memory at 96 tokens" in (tmp_path / "report.md").read_text()
+    monkeypatch.setattr(ttft, "_measure", None)
+    assert run_ttft(config, tmp_path, model=model, indexer=indexer)["rows"][0]["seconds"] == row["seconds"]
+
+
+def test_another_failure_is_raised_after_the_others_are_measured(model, indexer, tmp_path, monkeypatch):
+    failing(monkeypatch, ValueError("no such kernel"), lambda way: not way.dense)
+    config = replace(CONFIG, lengths=(96,), variants=("dense", "indexer-shared"), overhead=False, runs=1, stage_runs=1)
+    with pytest.raises(LeftOutError, match=r"did not: indexer-shared \(ValueError at 96 tokens: no such kernel\)"):
+        run_ttft(config, tmp_path / "a", model=model, indexer=indexer)
+    assert [row["variant"] for row in json.loads((tmp_path / "a/report.json").read_text())["rows"]] == ["dense"]
+    monkeypatch.setenv("NPU_SPARSE_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="^no such kernel$"):
+        run_ttft(config, tmp_path / "b", model=model, indexer=indexer)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"shape": "llama-7b"}, "shape must be one of qwen3.5-0.8b, qwen3.5-9b, .*, got 'llama-7b'"),
+        ({"model": "m"}, "must have a model or a shape, and not both, got 'm' and 'qwen3.5-tiny'"),
+        ({"shape": None}, "must have a model or a shape, and not both, got '' and None"),
+        ({"prompt": "text"}, "prompt must be random where a shape has no tokenizer"),
+        ({"layers": ("quick",)}, "layers must be stock, fast or both, got"),
+        ({"baselines": ("fa2", "fa2")}, "baselines must not be named twice"),
+        ({"chunk": -1}, "chunk must be a whole number of tokens, got -1"),
+        ({"runs": "many"}, "runs must be a positive integer, got 'many'"),
+        ({"runs": "64=4,256=0"}, "runs must be a positive integer, got 0"),
+        ({"warmup": "64=4,x=2"}, "warmup must be a number, or LENGTH=NUMBER joined by commas, got '64=4,x=2'"),
+        ({"heads": 0}, "heads must be a positive integer, got 0"),
+    ],
+)
+def test_a_comparison_that_cannot_work_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SHAPE, **change)

@@ -1,7 +1,14 @@
 import pytest
 
-from npu_sparse.oracle.prompts import text_prompts
+from npu_sparse.measure.prompts import text_prompts
 from npu_sparse.tasks import Document
+from npu_sparse.testing import tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """A byte-level BPE that begins raw text with one token of its own."""
+    return tiny_tokenizer(["a0 a1 a2 b0 b1 b2 c0 c1 c2"], size=400, bos_token="<bos>", eos_token="<bos>")
 
 
 def numbered(name: str, words: int) -> Document:
