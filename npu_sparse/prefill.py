@@ -37,7 +37,7 @@ from .models.forward import (
 from .models.index_cache import IndexKeyCache
 from .models.index_head import FusedIndexHead, Index
 from .ops import workspace
-from .ops.dispatch import runs_kernel
+from .ops.dispatch import autocasts, runs_kernel
 from .ops.masks import keys_seen
 from .selectors import ByIndexer, LayerInputs, Selector, learns_partition
 from .support import Support
@@ -385,6 +385,7 @@ def _is_finite(*tensors: Tensor) -> Tensor:
 def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """As PyTorch's own attention would take them: autocast's dtype where that is on, for norms and rotations have left it."""
     device = q.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocasts else v.dtype
+    dtype = torch.get_autocast_dtype(device) if autocasts(device) else v.dtype
+    if q.dtype == k.dtype == v.dtype == dtype:
+        return q, k, v
     return q.to(dtype), k.to(dtype), v.to(dtype)

@@ -50,7 +50,7 @@ class FusedIndexHead:
     def __call__(self, hidden: Tensor, cos: Tensor, sin: Tensor, start: int) -> Index:
         """start: position of the first token."""
         head, norm = self.head, self.head.k_norm
-        parts = list(nn.functional.linear(hidden, self.weight).split(self.sizes, -1)[:-1])
+        parts = list(nn.functional.linear(hidden, self.weight).split_with_sizes(self.sizes, -1)[:-1])
         line, dots = None, None
         if head.partition is not None:
             line, dots = head.partition.line, parts.pop()[..., 0]

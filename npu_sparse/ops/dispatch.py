@@ -4,6 +4,7 @@ Every operator has two dispatcher entries with one schema: `npu_sparse::<op>` (t
 under PrivateUse1, the same AscendC on the host emulation under CPU) and `npu_sparse::<op>_reference` (eager PyTorch, any device).
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -82,7 +83,7 @@ def call(op: str, impl: str, device_type: str, *args):
         return kernel(*args)
     run = getattr(torch.ops.npu_sparse, op if uses_kernel(impl, device_type) else f"{op}_reference")
     gradients = nullcontext() if op in _DIFFERENTIABLE else torch.no_grad()
-    cast = torch.autocast(device_type, enabled=False) if _autocasts(device_type) else nullcontext()
+    cast = torch.autocast(device_type, enabled=False) if autocasts(device_type) else nullcontext()
     with gradients, cast:
         return run(*args, workspace=workspace.size())
 
@@ -91,15 +92,24 @@ def _is_plain(device_type: str, args: tuple) -> bool:
     """Whether nothing listens to what is dispatched, and the arguments are what they look like."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _in_mode() or _in_transform() or _is_profiled():
         return False
-    if _autocasts(device_type):
+    if autocasts(device_type):
         return False
-    return all(not isinstance(arg, torch.Tensor) or type(arg) in _PLAIN for arg in args)
+    for arg in args:
+        if type(arg) not in _PLAIN and isinstance(arg, torch.Tensor):
+            return False
+    return True
 
 
-def _autocasts(device_type: str) -> bool:
+def autocasts(device_type: str) -> bool:
+    """Whether autocast is on for this kind of device."""
     if torch.compiler.is_compiling():  # torch 2.11 cannot trace the question whether a device has autocast; those compiled for do
         return torch.is_autocast_enabled(device_type)
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+@functools.cache
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
 
 
 def define(
