@@ -12,6 +12,7 @@ from . import ops
 from .budget import Budget
 from .models.forward import ForwardContext
 from .ops.select_two_level.blocks import group_size
+from .ops.slices import upto
 from .selectors import LayerInputs
 
 
@@ -45,11 +46,11 @@ class ExactEnd:
         index = inputs.index
         if index is not None:
             qi, ki, w = index
-            index = (qi[:, :, :kept], ki[:, :keys], None if w is None else w[:, :kept])
+            index = (upto(qi, kept, 2), upto(ki, keys, 1), None if w is None else upto(w, kept, 1))
         return replace(
-            inputs, q=inputs.q[:, :, :kept], k=inputs.k[:, :, :keys], v=inputs.v[:, :, :keys], index=index,
-            valid=None if inputs.valid is None else inputs.valid[:, :keys],
-            partition=None if inputs.partition is None else inputs.partition[:, :kept],
+            inputs, q=upto(inputs.q, kept, 2), k=upto(inputs.k, keys, 2), v=upto(inputs.v, keys, 2), index=index,
+            valid=None if inputs.valid is None else upto(inputs.valid, keys, 1),
+            partition=None if inputs.partition is None else upto(inputs.partition, kept, 1),
         )  # fmt: skip
 
     def over(self, out: Tensor | None, inputs: LayerInputs) -> Tensor:
@@ -57,10 +58,10 @@ class ExactEnd:
         q, k, v = inputs.q, inputs.k, inputs.v
         options = dict(scale=inputs.scale, valid=inputs.valid, impl=inputs.impl)
         if self.first is not None:
-            dense = ops.dense_rows(q[:, :, self.first :], k, v, self.positions, **options)
+            dense = ops.dense_rows(q.narrow(2, self.first, q.shape[2] - self.first), k, v, self.positions, **options)
             if out is None:
                 return dense
-            return torch.cat([out.transpose(1, 2)[:, : self.first], dense.transpose(1, 2)], 1).transpose(1, 2)
+            return torch.cat([upto(out.transpose(1, 2), self.first, 1), dense.transpose(1, 2)], 1).transpose(1, 2)
         rows = (self.positions - (k.shape[2] - q.shape[2])).clamp(min=0).long()[:, None, :, None]  # [B, 1, R, 1]
         chosen = q.gather(2, rows.expand(-1, q.shape[1], -1, q.shape[3]))
         dense = ops.dense_rows(chosen, k, v, self.positions, **options)  # [B, Hq, R, Dv]

@@ -39,6 +39,7 @@ from .models.index_head import FusedIndexHead, Index
 from .ops import workspace
 from .ops.dispatch import autocasts, runs_kernel
 from .ops.masks import keys_seen
+from .ops.slices import upto
 from .selectors import ByIndexer, LayerInputs, Selector, learns_partition
 from .support import Support
 
@@ -230,10 +231,10 @@ class SparsePrefill:
                     if cache is not None:
                         ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head, maker)
                     ki, w = ki.to(qi.dtype), None if w is None else w.to(qi.dtype)  # autocast leaves norms in fp32
-                    index = (qi[:, :, :first], ki[:, : forward.end], None if w is None else w[:, :first])
+                    index = (upto(qi, first, 2), upto(ki, forward.end, 1), None if w is None else upto(w, first, 1))
                 if self._learns:
-                    learns_from = hidden[:, :first].detach()
-                    partition = None if made.partition is None else made.partition[:, :first]
+                    learns_from = upto(hidden, first, 1)
+                    partition = None if made.partition is None else upto(made.partition, first, 1)
             return args, {**kwargs, LAYER: _Layer(self, layer, forward, index, learns_from, partition)}
 
         return before_attention
@@ -293,12 +294,12 @@ class _Layer:
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
         attached = self.attached
-        valid = None if mask is None else mask[:, : k.shape[2]]
+        valid = None if mask is None else upto(mask, k.shape[2], 1)
         partition = self.unpadded if valid is None else None
         if self.learns_from is not None and partition is None:
             with attached.stage("projection"), torch.no_grad():
                 head = attached.indexer.layers[str(self.layer)].partition
-                partition = head(self.learns_from, keys_seen(q.shape[2], k.shape[2], valid, q.device))
+                partition = head(self.learns_from.detach(), keys_seen(q.shape[2], k.shape[2], valid, q.device))
         note = partial(self.forward.note, self.layer)
         q, k, v = _of_one_dtype(q, k, v)
         inputs = LayerInputs(self.layer, q, k, v, scale, valid, self.index, attached.impl, attached.stage, partition, note)

@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..ops.slices import upto
 from .forward import ForwardContext, is_capturing, is_sparse
 
 LAYER = "npu_sparse_layer"  # the keyword under which an attention function receives its SparseLayer
@@ -45,7 +46,7 @@ def register_sparse(implementation: str, dense_below: int) -> str:
             raise ValueError(f"attention_dropout must be 0 in a sparse prefill, got {kwargs['dropout']}: call model.eval()")
         first, parts = forward.sparse_queries, []
         if first:
-            q, k, v = query[:, :, :first], key[:, :, : forward.end], value[:, :, : forward.end]  # a static cache is longer
+            q, k, v = upto(query, first, 2), upto(key, forward.end, 2), upto(value, forward.end, 2)  # a static cache is longer
             parts.append(npu_sparse_layer.attend(q, k, v, attention_mask, scaling))
         if first < query.shape[2]:
             mask = _late_mask(implementation, module, forward, query, key, attention_mask)

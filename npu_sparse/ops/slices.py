@@ -1,5 +1,7 @@
 """Long work in slices: as many rows at a time as fit the workspace."""
 
+from torch import Tensor
+
 from . import workspace
 
 
@@ -15,3 +17,8 @@ def slices(rows: int, elements: int, step: int = 1) -> list[tuple[int, int]]:
 def power_of_two(n: int) -> int:
     """The smallest power of two that is not less than n >= 1. Triton's own is as right, and ten times as slow."""
     return 1 << (n - 1).bit_length()
+
+
+def upto(x: Tensor, n: int, dim: int) -> Tensor:
+    """The first n of a dimension: x itself where it has no more, since a view costs microseconds."""
+    return x if x.shape[dim] == n else x.narrow(dim, 0, n)

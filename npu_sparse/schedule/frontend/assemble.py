@@ -114,10 +114,15 @@ def _unwrapped(scope: Scope, node: c_ast.Node, parameters: tuple[str, ...], cont
 
 def _access(scope: Scope, prefix: str, statement: str, touch: Touch, domain: isl.Set) -> Access:
     guards = [*touch.guards, *([touch.footprint] if touch.footprint else [])]
+    depth, name = domain.dim(isl.dim_type.set), domain.get_tuple_name()
+    if touch.inner:
+        statement = f"{name}[{', '.join([*domain.get_var_names(isl.dim_type.set), *touch.inner])}]"
     text = f"{prefix}{{ {statement} -> {touch.array}[{', '.join(touch.subscripts)}]"
     try:
         relation = isl.Map(text + (" : " + " and ".join(f"({g})" for g in guards) if guards else "") + " }")
     except isl.Error as error:  # only declared footprints come unchecked to here
         got = f"{touch.array}[{', '.join(touch.subscripts)}] : {touch.footprint}"
         raise ScopError(f"{scope.source}: footprint must be affine in iterators and parameters, got {got}") from error
+    if touch.inner:
+        relation = relation.project_out(isl.dim_type.in_, depth, len(touch.inner)).set_tuple_name(isl.dim_type.in_, name)
     return Access(touch.array, relation.intersect_domain(domain), touch.may)

@@ -6,7 +6,8 @@ constants. Arrays are taken to be in bounds and not to alias. Everything else is
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,13 +16,14 @@ from pycparser import c_ast, c_parser
 from npu_sparse.boundary import reading
 from npu_sparse.schedule.frontend import types
 from npu_sparse.schedule.frontend.assemble import Record, assemble
+from npu_sparse.schedule.frontend.branches import data_branch
 from npu_sparse.schedule.frontend.declarations import Declarations
 from npu_sparse.schedule.frontend.expressions import Loop, Scope, Symbol, Touch
 from npu_sparse.schedule.frontend.forms import NotAffine, add, isl_text
 from npu_sparse.schedule.frontend.preprocess import run_cpp
 from npu_sparse.schedule.frontend.regions import Region, find_region
 from npu_sparse.schedule.frontend.surroundings import Surroundings
-from npu_sparse.schedule.frontend.syntax import assigned, loop_steps, reduction_of, show, subscripted
+from npu_sparse.schedule.frontend.syntax import assigned, loop_steps, reduction_of, show, step_assignment, subscripted
 from npu_sparse.schedule.frontend.text import statement_text
 from npu_sparse.schedule.scop import Scop, ScopError
 
@@ -262,7 +264,7 @@ class Walk:
         elif isinstance(node, c_ast.Assignment):
             self.assign(node)
         elif isinstance(node, c_ast.UnaryOp) and node.op in ("p++", "++", "p--", "--"):
-            self.assign(_step(node))
+            self.assign(step_assignment(node))
         elif isinstance(node, c_ast.ExprList):
             for item in node.exprs:
                 self.statement(item)
@@ -276,42 +278,25 @@ class Walk:
         try:
             condition = self.scope.condition(node.cond)
         except NotAffine:
-            return self.data_branch(node)
+            return data_branch(self, node)
         for branch, text in ((node.iftrue, condition), (node.iffalse, f"not ({condition})")):
             if branch is not None:
                 self.scope.conditions.append(text)
                 self.statement(branch)
                 self.scope.conditions.pop()
 
-    def data_branch(self, node: c_ast.If) -> None:
-        """An if whose condition depends on data: one statement, whose writes may happen."""
-        reads, writes = [], []
-
-        def visit(part):
-            if isinstance(part, c_ast.If):
-                self.scope.expression(part.cond, reads, ())
-                for branch in (part.iftrue, part.iffalse):
-                    if branch is not None:
-                        visit(branch)
-            elif isinstance(part, c_ast.Compound) and not any(isinstance(x, c_ast.Decl) for x in part.block_items or ()):
-                for item in part.block_items or ():
-                    visit(item)
-            elif isinstance(part, c_ast.UnaryOp) and part.op in ("p++", "++", "p--", "--"):
-                visit(_step(part))
-            elif isinstance(part, c_ast.Assignment) and not isinstance(part.rvalue, c_ast.Assignment):
-                write = self.target(part.lvalue)
-                reads.extend([write] if part.op != "=" else [])
-                self.scope.expression(part.rvalue, reads, ())
-                writes.append(replace(write, may=True))
-            elif not isinstance(part, (c_ast.EmptyStatement, c_ast.Pragma)):
-                self.scope.affine(node.cond, "condition", self.scope.condition)
-
-        visit(node)
-        if writes:
-            text = statement_text(self.scope, node)
-            self.record(node, list(dict.fromkeys(reads)), list(dict.fromkeys(writes)), text, None)
-
     def loop(self, node: c_ast.For) -> None:
+        with self.opened(node) as (signed, _):
+            self.position += [signed, 0]
+            block, self.block = self.block, set()
+            self.statement(node.stmt)
+            self.block = block
+            del self.position[-2:]
+        self.position[-1] += 1
+
+    @contextmanager
+    def opened(self, node: c_ast.For) -> Iterator[tuple[str, bool]]:
+        """Inside of a loop: its iterator, after a minus where it counts down, and whether the loop declares it."""
         scope, outside = self.scope, dict(self.scope.symbols)
         name, start, kind, declared = self.loop_start(node)
         known = scope.symbols.get(name)
@@ -346,12 +331,7 @@ class Walk:
         scope.loops[-1] = Loop(key, tuple(conditions), kind)
         self.check_end(node, key, kind, step)
         scope.wrapping = True
-        self.position += ["-" + key if step < 0 else key, 0]
-        block, self.block = self.block, set()
-        self.statement(node.stmt)
-        self.block = block
-        del self.position[-2:]
-        self.position[-1] += 1
+        yield "-" + key if step < 0 else key, declared
         scope.loops.pop()
         scope.symbols = outside
         if before is not None:
@@ -489,8 +469,3 @@ class Walk:
         seen = seen or symbol.name in self.around.after or symbol.name in self.around.escaped
         seen = seen or symbol.shape and symbol.name in self.around.whole
         return written and not symbol.local and bool(seen)
-
-
-def _step(node: c_ast.UnaryOp) -> c_ast.Assignment:
-    """x++ as x += 1."""
-    return c_ast.Assignment(f"{node.op[-1]}=", node.expr, c_ast.Constant("int", "1", node.coord), node.coord)

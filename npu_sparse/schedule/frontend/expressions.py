@@ -29,7 +29,8 @@ COMPARISONS = {"<": "<", "<=": "<=", ">": ">", ">=": ">=", "==": "=", "!=": "!="
 class Touch:
     """An access before the parameters are known: subscripts as isl text, under the guards of conditional expressions.
 
-    A subscript that isl reads only as a condition has the name of a dimension, and `footprint` says what it is.
+    A subscript that isl reads only as a condition has the name of a dimension, and `footprint` says what it is. `inner` are
+    iterators of loops inside of the statement, whose bounds are guards.
     """
 
     array: str
@@ -37,6 +38,7 @@ class Touch:
     guards: tuple[str, ...] = ()
     footprint: str = ""
     may: bool = False
+    inner: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

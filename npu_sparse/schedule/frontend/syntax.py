@@ -32,6 +32,11 @@ def nodes(node: c_ast.Node, kind: type | tuple = c_ast.Node) -> Iterator[c_ast.N
         yield from nodes(child, kind)
 
 
+def step_assignment(node: c_ast.UnaryOp) -> c_ast.Assignment:
+    """x++ as x += 1."""
+    return c_ast.Assignment(f"{node.op[-1]}=", node.expr, c_ast.Constant("int", "1", node.coord), node.coord)
+
+
 def loop_steps(node: c_ast.Node) -> Iterator[c_ast.Node]:
     for loop in nodes(node, c_ast.For):
         yield from (part for part in (loop.init, loop.next) if part is not None)

@@ -22,6 +22,8 @@ CHANGES = {
     "qwen2": dict(hidden_size=128),
     "qwen3": dict(head_dim=32),
     "gemma3": dict(head_dim=32),
+    # what the CPU engine's Gated DeltaNet takes
+    "qwen3_5": dict(head_dim=32, linear_key_head_dim=128, linear_value_head_dim=128, dtype=torch.bfloat16),
 }
 
 

@@ -7,11 +7,6 @@ MODELS = ("llama", "qwen2", "qwen3", "gemma3")
 SPARSE = "k=32,block=16"
 
 
-def moved(a, b) -> float:
-    """The largest difference of two requests' log-probabilities, infinite where tokens differ."""
-    return max(abs(x - y) for x, y in zip(a.logprobs, b.logprobs)) if a.tokens == b.tokens else float("inf")
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_k_of_the_whole_context_is_dense(name, engine, checkpoints, reference, prompts):
     served = engine(name, "k=4096,block=16").serve(prompts(37, 150, 300, 90))
@@ -34,3 +29,11 @@ def test_chunks_and_mixed_batches_give_what_transformers_gives(name, engine, che
     again = served_by.serve([last.prompt + last.tokens + prompts(70, seed=5)[0]])[0]
     assert again.steps[0][0] >= 256, "the prefix cache was hit"
     reference(checkpoints(name), SPARSE).check(again, before=last)
+
+
+def test_a_traced_model_gives_the_same(engine, checkpoints, reference, prompts):
+    """Dynamo's graph holds the index op in front of the attention that needs it."""
+    served_by = engine("llama", SPARSE, enforce_eager=False, compilation_config={"mode": 2, "backend": "eager"})
+    assert "npu_sparse_vllm::index" in served_by.core.vllm_config.compilation_config.splitting_ops
+    for one in served_by.serve(prompts(37, 150, 300)):
+        reference(checkpoints("llama"), SPARSE).check(one)

@@ -16,7 +16,15 @@ def spawned(monkeypatch):
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
 
 
-@pytest.mark.parametrize("ranks", [dict(tensor_parallel_size=2)], ids=["tensor"])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        dict(tensor_parallel_size=2),
+        # without a warm-up, which an eager engine leaves out, this version's CPU engine has no buffers for a second stage
+        dict(pipeline_parallel_size=2, enforce_eager=False, compilation_config={"mode": 2, "backend": "eager"}),
+    ],
+    ids=["tensor", "pipeline"],
+)
 def test_two_ranks(ranks, spawned, engine, checkpoints, reference, prompts):
     served_by = engine("qwen3", SPARSE, distributed_executor_backend="mp", **ranks)
     served = served_by.serve(prompts(40, 150, 260))

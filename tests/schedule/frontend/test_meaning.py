@@ -324,3 +324,52 @@ def test_a_function_with_the_attribute_const_is_pure(declaration, tmp_path):
 def test_a_caller_says_what_is_pure(tmp_path):
     text = function("for (int i = 0; i < n; i++) b[i] = g(a[i]);", file="double g(double x) { return 3 * x; }")
     agree(text, tmp_path, pure=("g",))
+
+
+BRANCHES = {
+    "a loop": "for (int i = 0; i < n; i++) if (a[i] > 0) for (int j = 0; j <= i; j++) b[j] += a[i] * j;",
+    "a loop in both branches": "for (int i = 0; i < n; i++) if (a[i] > 0) { for (int j = i; j < n; j++) b[j] += 1; } else "
+                               "for (int j = 0; j < i; j++) b[j] = a[j];",
+    "two loops, one inside of the other": "for (int i = 0; i < n; i++) if (b[i] > 3) for (int j = 0; j < i; j++) "
+                                          "for (int k = j; k < n; k += 2) { if (a[k] > 0) a[k] -= b[j]; else u[k]++; }",
+    "a loop with a pragma": "for (int i = 0; i < n; i++) if (a[i] > 0) {\n#pragma GCC ivdep\n"
+                            "for (int j = 0; j < n; j++) u[j] += j; }",
+    "a loop that counts down": "for (int i = 0; i < n; i++) if (a[i] > 0) for (int j = n - 1; j > i; j--) b[j] = b[j - 1];",
+    "a variable": "for (int i = 0; i < n; i++) if (a[i] > 0) { double x = a[i] * a[i]; b[i] = x; x += 1; b[i] *= x; }",
+    "a variable in a loop": "for (int i = 0; i < n; i++) if (a[i] > 0) for (int j = 0; j < i; j++) "
+                            "{ double x = a[j]; b[i] += x; }",
+    "variables of both branches": "for (int i = 0; i < n; i++) if (a[i] > 0) { int x = i / 2; b[x] += x; } "
+                                  "else { double x = a[i]; u[i] = x * 2; }",
+    "the same names twice": "for (int i = 0; i < n; i++) { if (a[i] > 0) { int x = i; u[i] = x; } if (b[i] > 4) { double x = 2; "
+                            "for (int j = 0; j < n; j++) b[j] += x; } for (int j = 0; j < n; j++) u[j] += 3; }",
+    "an iterator in a type of its own": "for (unsigned char i = 0; i < 12; i++) if (a[i] > 0) "
+                                        "for (short j = 0; j < i; j++) b[j] = i / 2;",
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_loops_and_variables_below_a_condition_on_data_belong_to_its_statement(name, tmp_path):
+    agree(function(BRANCHES[name]), tmp_path, strategies=("cpu-vector", "pluto"))
+
+
+def test_a_statement_with_a_loop_inside_may_touch_what_the_loop_reaches():
+    [statement] = parse_c(function("for (int i = 0; i < n; i++) if (a[i] > 0) for (int j = i; j < n; j++) b[j] += 1;")).statements
+    [write] = statement.writes
+    expected = isl.Map("[n] -> { S0[i] -> b[j] : 0 <= i <= j < n }")
+    assert write.may and write.relation.is_equal(expected) and statement.iterators == ("i",)
+
+
+@pytest.mark.parametrize("body, message", [
+    ("int j; for (int i = 0; i < n; i++) if (a[i] > 0) for (j = 0; j < n; j++) b[j] = i;",
+     "loop below a condition on data must declare its iterator, got j = 0"),
+    ("for (int i = 0; i < n; i++) { double x = 1; if (a[i] > 0) { double x = 2; b[i] = x; } b[i] += x; }",
+     "must be of a variable with a name of its own, got double x = 2"),
+    ("for (int i = 0; i < n; i++) if (a[i] > 0) { double x[3]; x[0] = 1; b[i] = x[0]; }",
+     "must be of a variable with a name of its own, got double x[3]"),
+    ("for (int i = 0; i < n; i++) if (a[i] > 0) for (int j = 0; j < u[i]; j++) b[j] = 1;", "u[i]"),
+    ("for (int i = 0; i < n; i++) if (a[i] > 0) break;", "a[i] > 0"),
+])  # fmt: skip
+def test_what_stays_refused_below_a_condition_on_data(body, message):
+    with pytest.raises(ScopError) as error:
+        parse_c(function(body))
+    assert message in str(error.value)
