@@ -84,7 +84,8 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
 
 
 def load(target: str) -> dict[str, Callable]:
-    """Loads the built library of a target: its kernel of every operator, and `selection_refusal`, which tells of limits before.
+    """Loads the built library of a target: its kernel of every operator, those that are made of them, and `selection_refusal`,
+    which tells of limits before.
 
     Raises BuildError where it is not built, or not for the card that is there.
     """

@@ -93,6 +93,22 @@ def unserved(chip: str, told_by_smi: bool = False) -> str | None:
     return f"the card must be an {CHIPS.replace(' and ', ' or ')}, for which the kernels are built ({ARCHITECTURE}), got {chip}"
 
 
+def explained(error: BaseException) -> str | None:
+    """What to do where `import torch` failed because torch_npu, which it imports, finds no CANN; None for any other error."""
+    if "torch_npu" not in str(error) or not isinstance(error, (ImportError, RuntimeError)):
+        return None
+    cause = error
+    while (cause.__cause__ or cause.__context__) is not None:
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(cause, ImportError) or ".so" not in str(cause):
+        return None
+    why = str(cause).partition(" cannot open")[0].rstrip(":")
+    return (
+        f"torch_npu must find CANN, got none in this shell ({why} is missing): run `source {set_env()}`, or "
+        "`export TORCH_DEVICE_BACKEND_AUTOLOAD=0` to work without an NPU"
+    )
+
+
 def check_cards(smi: Callable[[], str | None] | None = None) -> None:
     """Raises CannError where npu-smi shows cards and none that the kernels are for; without cards one may build for others."""
     shown = chips((smi or _smi)() or "")

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import typer
 
+from . import cann
 from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError
 
 FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # now --budget
@@ -92,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
         status = _status(error)
         if status is None or os.environ.get("NPU_SPARSE_TRACEBACK"):
             raise
-        return _failed(str(error).strip() or type(error).__name__, status)
+        return _failed(cann.explained(error) or str(error).strip() or type(error).__name__, status)
     return status or 0
 
 

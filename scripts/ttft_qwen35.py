@@ -22,6 +22,13 @@ import sys
 import time
 from pathlib import Path
 
+from npu_sparse import cann
+
+try:
+    import torch  # noqa: F401  - here, because it imports torch_npu, which wants CANN's libraries
+except RuntimeError as error:
+    sys.exit(f"error: {cann.explained(error) or error}")
+
 from npu_sparse import Budget
 from npu_sparse.errors import FAILURE, UNFINISHED
 from npu_sparse.measure.ttft import TtftConfig, baselines, run_ttft

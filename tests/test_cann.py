@@ -88,3 +88,23 @@ def test_a_library_for_another_card_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.ops, "npu_sparse_npu", Library(), raising=False)
     with pytest.raises(ascendc.BuildError, match="the card must be .*, got Ascend310P3"):
         ascendc.load("npu")
+
+
+def failing(first: Exception, then: Exception) -> Exception:
+    try:
+        try:
+            raise first
+        except Exception as error:
+            raise then from error
+    except Exception as error:
+        return error
+
+
+def test_only_what_cann_would_mend_is_explained_by_cann():
+    missing = ImportError("libhccl.so: cannot open shared object file: No such file or directory")
+    torch = RuntimeError("Failed to load the backend extension: torch_npu. You can disable extension auto-loading")
+    said = cann.explained(failing(missing, torch))
+    assert said.startswith("torch_npu must find CANN, got none in this shell (libhccl.so is missing): run `source ")
+    assert cann.explained(failing(missing, RuntimeError("of something else"))) is None
+    assert cann.explained(failing(ValueError("torch_npu is odd"), torch)) is None
+    assert cann.explained(ValueError("torch_npu must have torch")) is None

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from npu_sparse import Indexer, checkpoints, cli
 from npu_sparse.ops import dispatch
+from npu_sparse.schedule.c.others import PLUTO
 from npu_sparse.schedule.command import schedule_file
 from npu_sparse.testing import Backend, tiny_model
 
@@ -203,6 +204,7 @@ def test_options_in_prose_exist():
             module = importlib.import_module(command.module)
             fields = getattr(module, command.config).__dataclass_fields__
             known |= {f"--{name.replace('_', '-')}" for name in (*fields, "output", "shard", "workers")}
+    known |= {option for variant in PLUTO.values() for option in variant.options}  # polycc's, which the scheduler's page names
     known |= {f"--{name.replace('_', '-').removesuffix('-s')}" for name in inspect.signature(schedule_file).parameters}
     for script in (ROOT / "scripts").glob("*.py"):
         known |= set(re.findall(r"\"(--[a-z][a-z-]*)\"", script.read_text()))

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from npu_sparse import Budget, Indexer, SparsePrefill, selectors
+from npu_sparse import Budget, Indexer, SparsePrefill, ops, selectors
 from npu_sparse.exact_end import exact_end
 from npu_sparse.models.architectures import attention_modules
 from npu_sparse.models.forward import ForwardContext
 from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.selectors import LayerInputs
-from npu_sparse.testing import TINY_MODELS, close, tiny_model, tokens
+from npu_sparse.testing import TINY_MODELS, assert_accurate, close, tiny_model, tokens
 
 T = 75
 SPARSE = Budget(k=16, block=8)
@@ -283,3 +283,23 @@ def test_a_device_without_the_kernel_is_refused_when_attaching(monkeypatch):
     sentence = r"dense_rows has no kernel on 'cpu': .* is not built: .*, or Budget\(exact_last=0\)"
     with pytest.raises(KernelUnavailableError, match=sentence):
         SparsePrefill.attach(model, selectors.Oracle(), Budget(exact_last=8), impl="kernel")
+
+
+def test_the_ascendc_kernels_serve_an_exact_end(emulated_library, monkeypatch):
+    """Through the sparse attention kernel: the rows are the last of the prompt, and see what dense attention sees."""
+    model = tiny_model("llama", dtype=torch.bfloat16)
+    ids = torch.randint(1, 90, (1, 40), generator=torch.Generator().manual_seed(0))
+    served, dense_rows = [], ops.dense_rows
+
+    def watched(q, k, v, positions, **options):
+        found = dense_rows(q, k, v, positions, **options)
+        served.append((positions.tolist(), options["impl"]))
+        plain = {**options, "impl": "reference"}
+        exact = dense_rows(q.float(), k.float(), v.float(), positions, **plain).double()
+        assert_accurate(found, exact, dense_rows(q, k, v, positions, **plain))
+        return found
+
+    monkeypatch.setattr(ops, "dense_rows", watched)
+    with torch.no_grad(), SparsePrefill.attach(model, selectors.Local(), Budget(k=8, block=8, exact_last=5), impl="kernel"):
+        model(ids)
+    assert served == [([[35, 36, 37, 38, 39]], "kernel")] * model.config.num_hidden_layers

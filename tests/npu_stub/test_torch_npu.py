@@ -274,3 +274,11 @@ def test_without_cann_the_package_and_the_doctor_work_and_say_what_to_do():
     assert "`import torch` fails" in doctor.stdout and "export TORCH_DEVICE_BACKEND_AUTOLOAD=0" in doctor.stdout
     works = run_without_cann("-c", "import npu_sparse.ops", TORCH_DEVICE_BACKEND_AUTOLOAD="0")
     assert works.returncode == 0, works.stderr
+
+
+@pytest.mark.parametrize("command", [("scripts/ttft_qwen35.py",), ("-m", "npu_sparse", "ttft", "smollm2-135m")])
+def test_without_cann_a_run_ends_with_a_sentence_and_no_traceback(command):
+    refused = run_without_cann(*command, "--output", "unused", PYTHONPATH=str(ROOT))
+    (sentence,) = refused.stderr.strip().splitlines()
+    assert refused.returncode and sentence.startswith("error: torch_npu must find CANN, got none in this shell (lib")
+    assert "set_env.sh" in sentence and "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in sentence
