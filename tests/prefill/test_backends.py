@@ -35,8 +35,8 @@ on_kernels = pytest.mark.parametrize("name", ["qwen3_5", "llama", "gemma3"])
 def placed(backend):
     """`placed(name)` gives a tiny model in the back-end's dtype and on its device."""
 
-    def get(name):
-        return tiny_model(name, dtype=backend.dtype()).to(backend.device)
+    def get(name, **changes):
+        return tiny_model(name, dtype=backend.dtype(), **changes).to(backend.device)
 
     return get
 
@@ -104,9 +104,12 @@ def test_every_backend_serves_an_exact_end_under_normalised_scores(backend, plac
 @on_kernels
 @pytest.mark.parametrize("kind", ["oracle", "indexer"])
 def test_every_backend_selects_the_same_for_chunks_of_whole_blocks(backend, placed, name, kind, require_continuing):
-    model, ids = placed(name), tokens().to(backend.device)
+    # what linear attention hands over depends on the chunks in the last bits, on a GPU more: it comes after the layer looked at
+    first = {"layer_types": ["full_attention", "linear_attention"] * 2} if name == "qwen3_5" else {}
+    model, ids = placed(name, **first), tokens().to(backend.device)
     require_continuing(tiny_model(name))
     first_layer = min(attention_modules(model))
+    assert first_layer == 0 or not first
     supports = []
     for chunks in ([(0, T)], [(0, 32), (32, 48), (48, T)]):
         observe, seen = recorder()
