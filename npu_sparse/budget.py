@@ -125,6 +125,14 @@ class Budget:
 
         Raises ValueError with one sentence that names the field; TypeError where `text` is no string.
         """
+        return replace(base if base is not None else cls(), **cls.changes(text))
+
+    @classmethod
+    def changes(cls, text: str) -> dict[str, object]:
+        """The fields that `text` names, with their values; only a Budget that is made of them says whether they fit each other.
+
+        Errors as in `parse`.
+        """
         if not isinstance(text, str):
             raise TypeError(f"budget must be a text such as 'k=1024,block=64', got {type(text).__name__}")
         known = {f.name: f for f in fields(cls)}
@@ -139,7 +147,14 @@ class Budget:
                 raise ValueError(f"{name} must be given once, got {text!r}")
             default = known[name].default
             changes[name] = _flag(name, value, equals) if isinstance(default, bool) else _value(name, value, default)
-        return replace(base if base is not None else cls(), **changes)
+        return changes
+
+    @classmethod
+    def of(cls, value) -> "Budget":
+        """The Budget of a stored or given value: one already, its spelling, or what `to_dict` wrote."""
+        if isinstance(value, cls):
+            return value
+        return cls.from_dict(value) if isinstance(value, Mapping) else cls.parse(value)
 
     def __str__(self) -> str:
         """The shortest text that `parse` reads back: the fields that differ from their defaults; "" where none does."""

@@ -300,10 +300,9 @@ def _built(directory: Path, config: dict) -> Indexer:
             raise TypeError(f"base must be an object, got {config['base']!r}")
         if config["evidence"] not in EVIDENCE:
             raise ValueError(f"evidence must be one of {', '.join(EVIDENCE)}, got {config['evidence']!r}")
-        if config["budget"] is not None:
-            Budget.from_dict(config["budget"])
+        budget = None if config["budget"] is None else Budget.of(config["budget"]).to_dict()
         with torch.device("meta"):  # names and shapes, without the memory
-            indexer = Indexer(IndexerConfig(**config["indexer"]), config["base"], config["evidence"], config["budget"])
+            indexer = Indexer(IndexerConfig(**config["indexer"]), config["base"], config["evidence"], budget)
         expected = {name: tuple(tensor.shape) for name, tensor in indexer.state_dict().items()}
     except Exception as error:
         raise AdapterError(f"adapter {directory}: weights do not fit config.json ({reason(error)})") from error

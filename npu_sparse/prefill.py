@@ -230,7 +230,8 @@ class SparsePrefill:
                     qi, ki, w = made.queries, made.keys, made.weights
                     if cache is not None:
                         ki = IndexKeyCache.of(cache, layer).extend(ki, forward.start, head, maker)
-                    ki, w = ki.to(qi.dtype), None if w is None else w.to(qi.dtype)  # autocast leaves norms in fp32
+                    if ki.dtype != qi.dtype or (w is not None and w.dtype != qi.dtype):  # autocast leaves norms in fp32
+                        ki, w = ki.to(qi.dtype), None if w is None else w.to(qi.dtype)
                     index = (upto(qi, first, 2), upto(ki, forward.end, 1), None if w is None else upto(w, first, 1))
                 if self._learns:
                     learns_from = upto(hidden, first, 1)

@@ -25,6 +25,7 @@ import torch
 from npu_sparse import Budget, Support, ops
 from npu_sparse.indexer import IndexerConfig, IndexHead
 from npu_sparse.measure.ttft.baselines import DENSE, available
+from npu_sparse.measure.variants import budgets_of
 from npu_sparse.runs import stats
 from npu_sparse.runs.figures import new_figure, write_figure
 from npu_sparse.runs.machine import machine, machine_line
@@ -46,7 +47,7 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="qwen3.5-0.8b")
     parser.add_argument("--lengths", default="32768,65536,131072", type=numbers, help="tokens")
     sparse = "2048:64,2048:16,4096:16,2048:1"
-    parser.add_argument("--sparse", default=sparse, type=budgets, help="k:b_sel or k:b_sel:candidates, several by commas")
+    parser.add_argument("--sparse", default=sparse, type=budgets, help="k=2048,block=64;... or k:b_sel:candidates,...")
     parser.add_argument("--key-block", default=64, type=int, help="keys of a block, where there are candidates")
     parser.add_argument("--sink", default=4, type=int, help="keys always kept at the start")
     parser.add_argument("--recent", default=64, type=int, help="latest keys always kept")
@@ -73,10 +74,12 @@ def numbers(text: str) -> list[int]:
 
 def budgets(text: str) -> list[tuple[int, int, int]]:
     """`(k, b_sel, candidates)`; without candidates, 0, every key is scored."""
-    found = [tuple(int(number) for number in part.split(":")) for part in text.split(",")]
-    if any(len(budget) not in (2, 3) for budget in found):
+    if text.replace(",", "").isdigit():
         raise ValueError(f"budgets must be k:b_sel or k:b_sel:candidates, got {text}")
-    return [(*budget, 0)[:3] for budget in found]
+    found = budgets_of(text)
+    if any(one != Budget(k=one.k, block=one.block, candidates=one.candidates) for one in found):
+        raise ValueError(f"budgets must name k, block and candidates only, got {text}")
+    return [(one.k, one.block, one.candidates) for one in found]
 
 
 class Layer:

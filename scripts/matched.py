@@ -22,15 +22,17 @@ import json
 import random
 import sys
 import time
-from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
-from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, selectors, tasks
+from npu_sparse import Budget, SparsePrefill, tasks
+from npu_sparse.measure import variants
+from npu_sparse.measure.clocks import release_memory
+from npu_sparse.measure.prompts import text_prompts
 from npu_sparse.measure.teacher_forced import forced, read_states, score_forced, write_states
 from npu_sparse.measure.ttft import time_to_first_token
-from npu_sparse.measure.ttft.baselines import register
-from npu_sparse.measure.variants import adapter_fingerprint
-from npu_sparse.models.architectures import attention_selection, text_config
+from npu_sparse.measure.ttft.baselines import running
+from npu_sparse.measure.variants import evidence_of, load_subject, needs_indexer, selector_of, spelled
 from npu_sparse.runs import stats
 from npu_sparse.runs.figures import PALETTE, new_figure, write_figure
 from npu_sparse.runs.machine import machine, machine_line
@@ -68,7 +70,7 @@ def arguments(words=None) -> argparse.Namespace:
     args.tasks, args.texts, args.dense = split(args.tasks), split(args.texts), split(args.dense)
     args.timed = [int(length) for length in split(args.timed)]
     for spec in (*args.variants, *args.scored):
-        parsed(spec)
+        variants.variant_named(variant(spec))
     return args
 
 
@@ -79,103 +81,75 @@ def parsed(spec: str) -> tuple[str, Budget]:
     return name, Budget.parse(budget)
 
 
-def selector(name: str, indexer):
-    if name == "indexer" and indexer is None:
-        raise ValueError("adapter must be named for variants of the indexer")
-    choices = {"oracle": selectors.Oracle, "local": lambda: selectors.Local(4), "random": selectors.Random}
-    return indexer if name == "indexer" else choices[name]()
-
-
-def evidence(spec: str, indexer) -> str:
-    name = spec.partition(":")[0]
-    return {"dense": "dense", "oracle": "oracle", "indexer": indexer and indexer.evidence}.get(name, "control")
+def variant(spec: str) -> str:
+    """What `measure.variants` calls it: every field that it leaves out is the default of Budget, b_sel as well."""
+    name, budget = parsed(spec)
+    return f"{name}:{spelled(budget)}"
 
 
 class Subject:
     """Model, tokenizer and indexer, loaded when the first cell needs them."""
 
     def __init__(self, args):
-        self.args, self.model = args, None
+        self.args, self.asked = args, {}
 
-    def load(self):
-        if self.model is None:
-            args = self.args
-            self.model, self.tokenizer = checkpoints.load(args.model, dtype=args.dtype, device=args.device)
-            self.indexer = Indexer.from_pretrained(args.adapter) if args.adapter else None
-            self.asked = {}
-        return self
+    @cached_property
+    def loaded(self) -> variants.Subject:
+        names = [variant(spec) for spec in (*self.args.variants, *self.args.scored)]
+        if needs_indexer(names) and self.args.adapter is None:
+            raise ValueError("adapter must be named for variants of the indexer")
+        return load_subject(self.args, names)
 
     def attach(self, spec: str):
-        name, budget = parsed(spec)
-        return SparsePrefill.attach(self.model, selector(name, self.indexer), budget, impl=self.args.impl)
+        budget, selector = parsed(spec)[1], selector_of(variant(spec), self.loaded.indexer, self.args.seed)
+        return SparsePrefill.attach(self.loaded.model, selector, budget, impl=self.args.impl)
 
     def questions(self, task: str) -> list:
         if task not in self.asked:
-            args = self.args
+            args, tokenizer = self.args, self.loaded.tokenizer
             haystack = {}
             if task_named(task).needs == "haystack":
                 haystack["haystack"] = tasks.documents(tuple(args.texts))
-            found = tasks.generate(task, self.tokenizer, length=args.length, count=args.count, seed=args.seed, **haystack)
-            self.asked = {task: [forced(self.tokenizer, example) for example in found]}
+            found = tasks.generate(task, tokenizer, length=args.length, count=args.count, seed=args.seed, **haystack)
+            self.asked = {task: [forced(tokenizer, example) for example in found]}
         return self.asked[task]
-
-    def identity(self) -> dict:
-        adapter = None if self.indexer is None else adapter_fingerprint(self.indexer)
-        return {"base": checkpoints.identity(self.model), "adapter": adapter}
 
 
 def score(subject: Subject, directory: Path, task: str, spec: str) -> dict:
     """One cell of quality: the samples of one task under one variant."""
-    subject.load()
     rows, asked = directory / "dense" / f"{task}.safetensors", subject.questions(task)
     rows.parent.mkdir(exist_ok=True)
     began = time.perf_counter()
     if spec == "dense":
-        samples, states = score_forced(subject.model, asked)
+        samples, states = score_forced(subject.loaded.model, asked)
         write_states(rows, states)
     else:
-        samples, _ = score_forced(subject.model, asked, lambda: subject.attach(spec), read_states(rows))
+        samples, _ = score_forced(subject.loaded.model, asked, lambda: subject.attach(spec), read_states(rows))
     mean = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("right", "kl")}
     say(f"{task} {spec}: {100 * mean['right']:.1f} right, KL {mean['kl']:.4f}, {time.perf_counter() - began:.0f} s")
-    return {"samples": samples, **subject.identity(), "evidence": evidence(spec, subject.indexer),
-            "machine": machine(subject.args.device)}  # fmt: skip
-
-
-@contextmanager
-def implementation(model, name: str):
-    """The model's dense attention is implementation `name`."""
-    native = text_config(model)._attn_implementation
-    model.set_attn_implementation(attention_selection(model, register(name)))
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(attention_selection(model, native))
+    evidence = evidence_of("dense" if spec == "dense" else variant(spec), subject.loaded.indexer)
+    return {"samples": samples, **subject.loaded.inputs(), "evidence": evidence, "machine": machine(subject.args.device)}
 
 
 def timing(subject: Subject, length: int) -> dict:
     """One cell of timing: seconds of every variant and dense implementation, by round, at one length."""
-    subject.load()
-    args, model = subject.args, subject.model
-    import torch
-
-    text = " ".join(document.text for document in tasks.documents(tuple(args.texts)))[: 8 * length]
-    ids = subject.tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, :length]
-    if ids.shape[1] < length:
-        raise ValueError(f"texts must hold {length} tokens, got {ids.shape[1]}")
+    args, model = subject.args, subject.loaded.model
+    documents = tasks.documents(tuple(args.texts))
+    ((_, ids),) = text_prompts(subject.loaded.tokenizer, documents, length=length, count=1, seed=args.seed)
     names = [*(f"dense {name}" for name in args.dense), *args.variants]
     seconds, shuffled = {name: [] for name in names}, random.Random(args.seed)
     for turn in range(-2, args.rounds):
         gc.collect()
         for name in shuffled.sample(names, len(names)):
             dense = name.partition(" ")[2] if name.startswith("dense ") else None
-            with implementation(model, dense) if dense else subject.attach(name):
-                elapsed, _ = time_to_first_token(model, ids)
+            with running(model, dense) if dense else subject.attach(name):
+                elapsed, _ = time_to_first_token(model, ids[None])
             if turn >= 0:
                 seconds[name].append(elapsed)
     medians = {name: stats.summary(values)["median"] for name, values in seconds.items()}
     say(f"{length} tokens: " + ", ".join(f"{name} {1e3 * value:.1f} ms" for name, value in medians.items()))
-    torch.cuda.empty_cache() if args.device.startswith("cuda") else None
-    return {"seconds": seconds, **subject.identity(), "machine": machine(args.device)}
+    release_memory(model.device)
+    return {"seconds": seconds, **subject.loaded.inputs(), "machine": machine(args.device)}
 
 
 def report(args, quality: Cells, timings: Cells) -> dict:

@@ -29,12 +29,12 @@ try:
 except RuntimeError as error:
     sys.exit(f"error: {cann.explained(error) or error}")
 
-from npu_sparse import Budget
 from npu_sparse.errors import FAILURE, UNFINISHED
 from npu_sparse.measure.ttft import TtftConfig, baselines, run_ttft
 from npu_sparse.measure.ttft.page import figure, markdown
 from npu_sparse.measure.ttft.run import LeftOutError
 from npu_sparse.measure.ttft.shapes import SIZES
+from npu_sparse.measure.variants import budgets_of, spelled
 from npu_sparse.runs.figures import write_figure
 from npu_sparse.runs.store import write_json, write_text
 
@@ -59,7 +59,8 @@ def parse(arguments) -> argparse.Namespace:
     )
     parser.add_argument(
         "--sparse", default="1024:64",
-        help="budgets, separated by commas: k:b_sel and any field of Budget, as in 2048:16:reduce=mean:share_layers=2",
+        help="budgets, separated by semicolons, as in k=2048,block=16,reduce=mean;k=1024; or k:b_sel and other fields, separated "
+        "by commas, as in 1024:64,2048:16:reduce=mean:share_layers=2",
     )  # fmt: skip
     parser.add_argument("--hybrid", help="fast, stock or fast,stock: the other layers (default: fast on cuda, else stock)")
     parser.add_argument("--heads", default=1, type=int, help="index heads of an untrained indexer")
@@ -84,15 +85,9 @@ def parse(arguments) -> argparse.Namespace:
 
 
 def budgets(text: str) -> dict[str, str]:
-    """`{variant of `npu-sparse ttft`: its name here}` of "k:b_sel[:field=value...]", several separated by commas."""
-    found = {}
-    for part in text.split(","):
-        k, block, *fields = part.split(":")
-        if unknown := {field.partition("=")[0] for field in fields} - set(Budget.__dataclass_fields__):
-            raise ValueError(f"--sparse must name fields of Budget, got {', '.join(sorted(unknown))}")
-        name = f"sparse k {k}, b_sel {block}" + "".join(f", {field.replace('=', ' ')}" for field in fields)
-        found[",".join([f"indexer-shared:k={k},block={block}", *fields])] = name
-    return found
+    """`{variant of `npu-sparse ttft`: its name here}` of the budgets in --sparse."""
+    found = [spelled(budget) for budget in budgets_of(text)]
+    return {f"indexer-shared:{one}": "sparse " + one.replace("block=", "b_sel=").translate({61: " ", 44: ", "}) for one in found}
 
 
 def config(args) -> TtftConfig:

@@ -150,6 +150,12 @@ def test_evidence_and_budget_travel_with_the_adapter(model, indexer, tmp_path):
         assert attached.selector.evidence == "distilled"
 
 
+def test_an_adapters_budget_may_be_spelled(indexer, tmp_path):
+    path = indexer.save_pretrained(tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"budget": "k=32,block=8,per_layer=1:64"}))
+    assert Indexer.from_pretrained(tmp_path).budget == Budget(k=32, block=8, per_layer={1: 64}).to_dict()
+
+
 def test_an_adapter_is_three_files_and_a_card(indexer, tmp_path):
     directory = indexer.save_pretrained(tmp_path / "deep" / "adapter", card="# mine\n")
     assert sorted(entry.name for entry in directory.iterdir()) == ["README.md", "config.json", "model.safetensors"]

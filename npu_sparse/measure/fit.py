@@ -32,7 +32,7 @@ from ..support import Support
 from ..tasks import documents, encode, generate
 from ..tasks.catalogue import task_named
 from .clocks import synchronize
-from .variants import adapter_fingerprint, as_budget, check_context, load_subject, with_tokenizer
+from .variants import adapter_fingerprint, check_context, load_subject, with_tokenizer
 
 OBJECTIVES = ("square", "mean")
 COSTS = ("keys", "time")
@@ -122,7 +122,7 @@ def run_fit(config: FitConfig, output, *, model=None, tokenizer=None, indexer=No
         raise ValueError("adapter must name an indexer's directory, got none")
     directory = open_stage(output, "fit", config)
     subject = with_tokenizer(load_subject(config, ("indexer",), model, tokenizer, indexer), config)
-    start = as_budget(config.budget or subject.indexer.budget or "")
+    start = Budget.of(config.budget or subject.indexer.budget or "")
     if not isinstance(start.k, int):
         raise ValueError(f"budget must have one k to fit from, got tiers k={start.k}")
     start = start.replace(per_layer={})

@@ -16,8 +16,8 @@ LOCAL_SINK = 4
 EVIDENCE = {"dense", "oracle", "distilled", "untrained", "control", "training-free"}
 FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # fields of configs once
 _FLAGS_LAST = sorted(fields(Budget), key=lambda f: isinstance(f.default, bool))
-WHERE = ("dense_below",)  # a field that says where a prefill is sparse, and not how: spelled by a colon only
-OPTIONS = tuple(f.name for f in _FLAGS_LAST if f.name not in ("per_layer", *WHERE))  # of variants
+WHERE = ("dense_below", "per_layer")  # of a device and of a model's layers: spelled by a colon only
+OPTIONS = tuple(f.name for f in _FLAGS_LAST if f.name not in WHERE)  # of variants
 INDEX_OPTIONS = ("candidates", "key_block", "partition")  # these say how an indexer works
 
 
@@ -70,16 +70,20 @@ class Subject:
 
         return identity(self.model)
 
+    def inputs(self) -> dict:
+        """`{"base", "adapter"}`: what all records of a run must agree in; "adapter" is `adapter_fingerprint` or None."""
+        return {"base": self.base(), "adapter": None if self.indexer is None else adapter_fingerprint(self.indexer)}
+
 
 def variant_named(name: str) -> Variant:
     """The Variant of a name such as "oracle" or "indexer-shared:candidates=2048"; ValueError where there is none."""
-    base, *changes = re.split(r"[:,]|\+(?=[a-z])", name)  # a plus before a number joins layers
+    base, *changes = re.split(r",|[:+](?=[a-z])", name)  # before a number, either is within a value
     if base not in VARIANTS:
         raise ValueError(f"variants must be among {', '.join(VARIANTS)}, got {name!r}")
     known = VARIANTS[base]
     options = {}
     for change in changes:
-        option, _, value = change.partition("=")
+        option = change.partition("=")[0]
         allowed = [
             o for o in (*OPTIONS, *(WHERE if ":" in name else ()))
             if (known.shared or ":" in name or o not in ("block", "reduce"))
@@ -87,26 +91,10 @@ def variant_named(name: str) -> Variant:
         ] if known.chooser != "dense" else []  # fmt: skip
         if option not in allowed or option in options:
             raise ValueError(f"options of {base} must be among {', '.join(allowed) or 'none'}, each once, got {change!r}")
-        options[option] = _value(option, value, change)
+        options |= Budget.changes(change)
     label = ", ".join([known.label, *(f"{option} {value}" for option, value in options.items())])
     shared = known.shared or options.get("block", 1) > 1
     return replace(known, name=name, label=label, shared=shared, options=MappingProxyType(options))
-
-
-def _value(option: str, value: str, change: str) -> int | str | bool | tuple[int, ...]:
-    default = Budget.__dataclass_fields__[option].default
-    if isinstance(default, str):
-        return value
-    if isinstance(default, tuple) or value == "auto":
-        return getattr(Budget.parse(f"{option}={value}"), option)
-    if isinstance(default, bool):
-        if value not in ("", "true", "false"):
-            raise ValueError(f"{option} must be alone, or {option}=true or {option}=false, got {change!r}")
-        return value != "false"
-    try:
-        return int(value)
-    except ValueError:
-        raise ValueError(f"{option} of a variant must be a whole number, such as {option}=2048, got {change!r}") from None
 
 
 def in_order(names) -> list[str]:
@@ -158,17 +146,25 @@ def budget_words(budget: Budget) -> str:
     return tail_note(budget.tail) + words
 
 
-def as_budget(value) -> Budget:
-    """The Budget of a config's field: one already, its spelling, or what `to_dict` wrote."""
-    if isinstance(value, Budget):
-        return value
-    return Budget.from_dict(value) if isinstance(value, Mapping) else Budget.parse(value)
-
-
 def spelled(budget: Budget) -> str:
     """`str(budget)` that always names k and b_sel, for records and headings."""
     parts = {part.partition("=")[0]: part for part in str(budget).split(",") if part}
     return ",".join(({"k": f"k={budget.k}", "block": f"block={budget.block}"} | parts).values())
+
+
+def budgets_of(text: str) -> list[Budget]:
+    """The budgets of a script's option: spelled as `Budget.parse` does, separated by semicolons.
+
+    What scripts took before still serves: `k:b_sel[:candidates][:field=value...]`, separated by commas.
+    """
+    if not re.match(r"\s*\d+\s*:", text):
+        return [Budget.parse(part) for part in text.split(";")]
+    found = []
+    for part in text.split(","):
+        k, block, *rest = part.split(":")
+        fields = [f"candidates={field}" if field.isdigit() else field for field in rest]
+        found.append(Budget.parse(",".join([f"k={k}", f"block={block}", *fields])))
+    return found
 
 
 def former_fields_as_budget(config: Mapping) -> dict:
@@ -177,14 +173,14 @@ def former_fields_as_budget(config: Mapping) -> dict:
     if not former:
         return dict(config)
     rest = {name: value for name, value in config.items() if name not in FORMER}
-    return {**rest, "budget": spelled(as_budget(rest.get("budget", Budget())).replace(**former))}
+    return {**rest, "budget": spelled(Budget.of(rest.get("budget", Budget())).replace(**former))}
 
 
 def budget_in(config: Mapping) -> Budget:
     """The Budget of a written config; of a grid that of its first point."""
     if "ks" in config:
         return Budget.parse(config["budget"], Budget(k=config["ks"][0], block=config["blocks"][0]))
-    return as_budget(former_fields_as_budget(config)["budget"])
+    return Budget.of(former_fields_as_budget(config)["budget"])
 
 
 def needs_indexer(names) -> bool:

@@ -6,6 +6,7 @@ from npu_sparse.measure.variants import (
     budget_in,
     budget_of,
     budget_words,
+    budgets_of,
     check_names,
     former_fields_as_budget,
     in_order,
@@ -54,9 +55,9 @@ def test_variants_stand_in_one_order_those_with_options_after_their_base():
         ("oracle+candidates=8", "options of oracle must be among k, sink, .*, exact_last, tail, each once, got 'candid"),
         ("indexer+block=8", "options of indexer must be among k, sink, .*, got 'block=8'"),
         ("indexer+k=8+k=9", "each once, got 'k=9'"),
-        ("indexer+k", "k of a variant must be a whole number, such as k=2048, got 'k'"),
-        ("indexer+k=1.5", "k of a variant must be a whole number"),
-        ("indexer+tail=1", "tail must be alone, or tail=true or tail=false, got 'tail=1'"),
+        ("indexer+k", "k must have a value, such as k=512, got none"),
+        ("indexer+k=1.5", "k must be a whole number or 0:512.65536:1024, got '1.5'"),
+        ("indexer+tail=1", "tail must stand alone or be true or false, got '1'"),
         ("indexer-shared+dense_below=9", "got 'dense_below=9'"),
     ],
 )
@@ -112,3 +113,14 @@ def test_anchors_are_joined_by_plus_in_a_variant_too():
 def test_where_a_variant_is_sparse_is_spelled_as_in_a_budget():
     assert budget_of("indexer-shared:k=16,dense_below=auto", COMMON) == COMMON.replace(k=16, dense_below="auto")
     assert budget_of("oracle:dense_below=99", COMMON).dense_below == 99
+    assert budget_of("oracle:k=16,per_layer=3:8+5:9,tail", COMMON) == COMMON.replace(
+        block=1, candidates=0, k=16, per_layer={3: 8, 5: 9}, tail=True
+    )
+
+
+def test_budgets_of_a_script_are_spelled_as_one_is_and_as_they_were():
+    expected = [Budget(k=2048), Budget(k=2048, block=16, reduce="mean", tail=True), Budget(k=512, candidates=1024)]
+    assert budgets_of("k=2048,block=64;k=2048,block=16,reduce=mean,tail;k=512,candidates=1024") == expected
+    assert budgets_of("2048:64,2048:16:reduce=mean:tail,512:64:1024") == expected
+    with pytest.raises(ValueError, match="budget must name fields among .*, got 'colour'"):
+        budgets_of("2048:64:colour=3")

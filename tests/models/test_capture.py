@@ -1,6 +1,7 @@
 """A prefill waits for the device once, at its end, and a CUDA graph that records it makes it wait not at all."""
 
 import importlib
+from collections import Counter
 
 import pytest
 import torch
@@ -97,6 +98,36 @@ def test_a_wait_within_a_layer_is_found(monkeypatch):
     with attached(model, "indexer", NORMAL, "kernel"), Waits() as waits:
         model(ids)
     assert waits.found == ["_local_scalar_dense"] * 4  # of three layers, and of the forward
+
+
+class Counts(TorchDispatchMode):
+    """How often PyTorch is asked for an operator, a view among them: each takes the host microseconds."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.asked[str(function.overloadpacket)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("budget, own, others", [("normal", 4, 17), ("raw maximum", 3, 5)])
+def test_a_sparse_layer_asks_for_few_operators(monkeypatch, budget, own, others):
+    kernels(monkeypatch)
+    monkeypatch.setattr(prefill, "is_capturing", lambda device: True)  # the finite check is the forward's, not a layer's
+    asked = []
+    for layers in (2, 6):
+        model, ids = tiny_model("qwen2", dtype=torch.bfloat16, num_hidden_layers=layers), tokens()
+        with Counts() as dense:
+            model(ids)
+        with attached(model, "indexer", BUDGETS[budget], "kernel"), Counts() as sparse:
+            model(ids)
+        ours = sum(count for name, count in sparse.asked.items() if name.startswith("npu_sparse"))
+        asked.append((ours, sparse.asked.total() - ours - dense.asked.total()))
+    (first, few), (second, more) = asked
+    assert (second - first) / 4 == own  # index_heads, select_by_index, sparse_attention, and dense_rows for exact rows
+    assert (more - few) / 4 <= others
 
 
 # On the card

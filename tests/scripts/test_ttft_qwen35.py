@@ -129,7 +129,7 @@ def test_another_error_ends_the_run_with_a_status_after_the_rest_is_measured(scr
     "arguments, message",
     [
         (["--dense", "fa3", "--sparse", "16:8"], "dense fa3 must have FlashAttention-3: run `pip install fa3-fwd`"),
-        (["--sparse", "16:8:colour=3"], "--sparse must name fields of Budget, got colour"),
+        (["--sparse", "16:8:colour=3"], "budget must name fields among .*, got 'colour'"),
         (["--hybrid", "faster"], "--hybrid must be fast, stock or both, got 'faster'"),
     ],
 )

@@ -1,7 +1,6 @@
 """A grid of budgets, and the quality and timing run of each of its points."""
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
@@ -22,7 +21,8 @@ class FrontierConfig:
 
     Attributes:
         ks, blocks: the grid: every k with every block (b_sel).
-        budget: all other fields of the Budget, as `Budget.parse` spells them.
+        budget: all other fields of the Budget, as `Budget.parse` spells them. The grid can be spelled here, too, in place of ks
+            and blocks: `k=256|512|1024,block=1|64,sink=4`.
         All others: as in EvalConfig and TtftConfig; tasks that dense attention does not solve are skipped.
     """
 
@@ -53,6 +53,17 @@ class FrontierConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
+        rest = []
+        for item in filter(None, self.budget.split(",")):
+            field, _, values = (part.strip() for part in item.partition("="))
+            if field in ("k", "block"):
+                found = tuple(Budget.changes(f"{field}={value}")[field] for value in values.split("|"))
+                if not all(isinstance(value, int) for value in found):
+                    raise ValueError(f"{field} of a grid must be whole numbers joined by |, got {values!r}")
+                object.__setattr__(self, f"{field}s", found)
+            else:
+                rest.append(item)
+        object.__setattr__(self, "budget", ",".join(rest))
         for name in ("ks", "blocks"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, int) else tuple(value)
@@ -71,9 +82,7 @@ class FrontierConfig:
         return [(k, block) for k in self.ks for block in self.blocks]
 
     def budget_at(self, k: int, block: int) -> Budget:
-        """The Budget of one point. ValueError where `budget` names what the grid sets."""
-        if grid := [name for name in ("k", "block") if re.search(rf"(^|,)\s*{name}\s*=", self.budget)]:
-            raise ValueError(f"budget must leave {' and '.join(grid)} to ks and blocks, got {self.budget!r}")
+        """The Budget of one point."""
         return Budget.parse(self.budget, Budget(k=k, block=block))
 
     def quality_at(self, k: int, block: int) -> EvalConfig:

@@ -10,7 +10,7 @@ from ...ops.dispatch import IMPLEMENTATIONS
 from ...runs.machine import chosen_dtype
 from ...tasks import task_names
 from ...tasks.catalogue import task_named
-from ..variants import as_budget, check_budgets, check_names, former_fields_as_budget, spelled
+from ..variants import check_budgets, check_names, former_fields_as_budget, spelled
 
 GAPS = {
     "oracle gap": ("dense", "oracle"),
@@ -78,7 +78,7 @@ class EvalConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
-        object.__setattr__(self, "budget", as_budget(self.budget))
+        object.__setattr__(self, "budget", Budget.of(self.budget))
         for name in ("tasks", "variants", "texts", "instruments"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))

@@ -34,7 +34,6 @@ from ..decode import generate_texts
 from ..variants import (
     EVIDENCE,
     Subject,
-    adapter_fingerprint,
     attachable,
     budget_of,
     check_context,
@@ -183,11 +182,7 @@ def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
     check_context(subject.model, config.length)
     attachable(subject, names, config.budget, config.impl)
     prompts = {task: _prompts(config, directory, task, subject.tokenizer) for task in {cell[0]: None for cell in cells}}
-    common = {
-        "base": subject.base(),
-        "adapter": None if subject.indexer is None else adapter_fingerprint(subject.indexer),
-        "machine": machines.machine(str(subject.model.device)),
-    }
+    common = {**subject.inputs(), "machine": machines.machine(str(subject.model.device))}
     existing = _records(config, directory).values()
     _check_agree(config, [*existing, *({**common, "prompts": p.digest, "task": task} for task, p in prompts.items())])
 

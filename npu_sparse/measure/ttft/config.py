@@ -10,7 +10,7 @@ from ...budget import Budget
 from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
 from ...runs.machine import chosen_dtype
-from ..variants import as_budget, check_budgets, check_names, former_fields_as_budget, spelled, variant_named
+from ..variants import check_budgets, check_names, former_fields_as_budget, spelled, variant_named
 from .shapes import SHAPES
 
 STAGES = ("projection", "scoring", "top-k", "attention", "exact", "rest")
@@ -110,7 +110,7 @@ class TtftConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
-        object.__setattr__(self, "budget", as_budget(self.budget))
+        object.__setattr__(self, "budget", Budget.of(self.budget))
         for name in ("variants", "texts", "baselines", "layers"):
             value = getattr(self, name)
             object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))

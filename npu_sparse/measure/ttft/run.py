@@ -41,7 +41,6 @@ from ..prompts import prompt_ids
 from ..variants import (
     EVIDENCE,
     Subject,
-    adapter_fingerprint,
     attachable,
     budget_of,
     check_context,
@@ -101,7 +100,7 @@ def run_ttft(
             with running(subject.model, name):
                 pass
         attachable(subject, config.variants, config.budget, config.impl)
-        _check_agree(directory, [*cells.records().values(), _inputs(subject)])
+        _check_agree(directory, [*cells.records().values(), subject.inputs()])
         prompts = {length: prompt_ids(config, subject, length) for length in todo}
         for length in todo:
             if budget_s is not None and not _fits(config, cells, length, budget_s - (time.monotonic() - started)):
@@ -170,10 +169,6 @@ def _cells(config: TtftConfig, directory: Path) -> Cells:
 def _budget_dict(config: TtftConfig, name: str) -> dict | None:
     budget = budget_of(name, config.budget)
     return None if budget is None else budget.to_dict()
-
-
-def _inputs(subject: Subject) -> dict:
-    return {"base": subject.base(), "adapter": None if subject.indexer is None else adapter_fingerprint(subject.indexer)}
 
 
 def _check_agree(directory: Path, records: list[dict]) -> None:
@@ -325,7 +320,7 @@ def _measure(config: TtftConfig, subject: Subject, length: int, ids, profile: Pa
     say(f"{length} tokens: " + ", ".join(f"{name} {took:.3g} s" for name, took in medians.items()))
     hybrid = "flash-linear-attention" if importlib.util.find_spec("fla") else "transformers' torch fallback"
     return {
-        **_inputs(subject),
+        **subject.inputs(),
         "evidence": {name: _evidence(way.variant, subject) for name, way in ways.items()},
         "machine": machines.machine(str(device)),
         "setting": {

@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -188,3 +189,12 @@ def test_teacher_forced_answers_stand_beside_the_scores_of_every_point(model, to
 
 def test_a_frontier_of_before_is_read_as_a_generated_one():
     assert FrontierConfig.from_dict(CONFIG.to_dict()) == CONFIG and "instruments" not in CONFIG.to_dict()
+
+
+def test_a_grid_is_spelled_as_a_budget_is():
+    spelled = replace(CONFIG, ks=(1,), blocks=(1,), budget="k=32|64,sink=4,block=1|16")
+    assert spelled == replace(CONFIG, budget="sink=4") and (spelled.ks, spelled.blocks) == ((32, 64), (1, 16))
+    assert FrontierConfig.from_dict(json.loads(json.dumps(spelled.to_dict()))) == spelled
+    for budget, message in (("k=32|x", "k must be a whole number"), ("k=0:8+9:16", "joined by |"), ("sink=1|2", "sink must be")):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            replace(CONFIG, budget=budget)
