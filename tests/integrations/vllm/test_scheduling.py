@@ -54,3 +54,11 @@ def test_thirty_two_requests_of_mixed_lengths_at_once(engine, checkpoints, refer
     check = reference(checkpoints("qwen3"), SPARSE).check
     for one in served:
         check(one)
+
+
+def test_a_second_turn_selects_among_tokens_that_were_decoded(engine, checkpoints, reference, prompts):
+    served_by = engine("llama", SPARSE, block_size=32)
+    (first,) = served_by.serve(prompts(90), max_tokens=70)
+    (second,) = served_by.serve([first.prompt + first.tokens + prompts(60, seed=5)[0]])
+    assert second.steps[0][0] >= 128, "pages that decode steps wrote are among those of the prefix"
+    reference(checkpoints("llama"), SPARSE).check(second, before=first)
