@@ -239,7 +239,7 @@ ENTRIES = {
     "index_partition": (MIXED, 6, "IndexPartitionTiling"),
     "select_tokens": ("__schedmode__(1) __global__ __mix__(0, 1)", 5, "SelectTokensTiling"),
     "select_by_index": (BATCHED, 8, "SelectByIndexTiling"),
-    "sparse_attention": (MIXED, 7, "SparseAttentionTiling"),
+    "sparse_attention": (MIXED, 8, "SparseAttentionTiling"),
     "attention_mass": (MIXED, 5, "AttentionMassTiling"),
 }
 

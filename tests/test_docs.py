@@ -239,3 +239,14 @@ def test_the_documentation_is_there():
     names = {page.name for page in PAGES}
     assert names >= {"quickstart.md", "concepts.md", "architecture.md", "add-an-op.md", "benchmarking.md"}
     assert COMMANDS
+
+
+def test_every_page_is_linked_on_the_front():
+    front = {path for path in TARGET.findall(prose(ROOT / "README.md")) + LINK.findall(prose(ROOT / "README.md"))}
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} - front == set()
+
+
+def test_every_shipped_adapter_is_named_in_the_quickstart():
+    sentence = re.search(r"Adapters for (.+?) come with\s+the package", prose(ROOT / "docs" / "quickstart.md"), re.S)[1]
+    shipped = {path.parent.name for path in (ROOT / "npu_sparse" / "adapters").glob("*/config.json")}
+    assert set(re.findall(r"`([^`]+)`", sentence)) == shipped

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import npu_sparse
-from npu_sparse import ascendc, checkpoints, compiled, doctor
+from npu_sparse import ascendc, cann, checkpoints, compiled, doctor
 
 ROOT = Path(npu_sparse.__file__).parent.parent
 HEAVY = ("torch", "torch_npu", "transformers", "numpy", "triton", "islpy", "rich", "typer", "safetensors", "gguf")
@@ -252,6 +252,28 @@ def test_npu_with_cann_and_matching_torch_npu_runs(machine, packages, monkeypatc
     npu = doctor.report()["npu"]
     assert npu["runs"] and npu["cann"] == "9.1.0"
     assert npu["devices"][0].endswith("davinci0 Ascend 910B3")
+
+
+def test_both_places_of_cann_are_named_where_it_is_not_set_up(machine, packages):
+    machine({"/dev/davinci0": ""})
+    why = next(item["why"] for item in doctor.report()["missing"] if item["what"] == "CANN")
+    assert "/usr/local/Ascend/cann" in why and "/usr/local/Ascend/ascend-toolkit/latest" in why
+
+
+@pytest.mark.parametrize(
+    "chip, version, reason",
+    [
+        ("Ascend 310P3", "9.1.0", cann.unserved("Ascend 310P3")),
+        ("Ascend 910B3", "8.3.RC1", "CANN must be 8.5 or newer, got 8.3.RC1"),
+    ],
+)
+def test_a_chip_or_a_cann_that_is_not_served_is_called_out(machine, packages, monkeypatch, tmp_path, chip, version, reason):
+    packages["torch_npu"] = "2.13.0"
+    machine({"/dev/davinci0": "", "/ascend/version.cfg": f"toolkit_installed_version=[{version}]\n"})
+    monkeypatch.setenv("ASCEND_HOME_PATH", "/ascend")
+    tool(tmp_path / "bin", "npu-smi", f'echo "NPU ID  Chip ID  Chip Name"; echo "0  0  {chip}"')
+    npu = doctor.report()["npu"]
+    assert not npu["runs"] and npu["reason"] == reason
 
 
 def test_torch_npu_for_another_torch_is_called_out(machine, packages, monkeypatch):

@@ -1,6 +1,7 @@
 // The operators as torch calls them: inputs are checked and made contiguous, outputs and workspace allocated, the tiling
 // made, the kernel launched. One source for both libraries; NPU_SPARSE_NAMESPACE tells them apart.
 
+#include <ATen/ops/arange.h>
 #include <c10/core/DeviceGuard.h>
 #include <torch/library.h>
 
@@ -301,8 +302,58 @@ Tensor SparseAttention(const Tensor& q, const Tensor& k, const Tensor& v, const 
     const Tensor slots = indices.contiguous(), used = count.contiguous();
     const Tensor out = q.new_empty(shape);
     Run(launch_sparse_attention, KernelUnits::MIXED, tiling.cores, SparseAttentionWorkspace(tiling), tiling,
-        {In("q", queries), In("k", keys), In("v", values), In("indices", slots), In("count", used), Out("out", out)}, q);
+        {In("q", queries), In("k", keys), In("v", values), In("indices", slots), In("count", used), In("positions", OptionalTensor()),
+         Out("out", out)}, q);
     return out.transpose(1, 2);
+}
+
+// Sparse attention whose support holds every valid key: rows in the order of their positions, and back.
+Tensor DenseRows(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& positions, double scale,
+                 const OptionalTensor& valid)
+{
+    const c10::DeviceGuard guard(q.device());
+    CheckServed("q", q);
+    for (const auto& [name, tensor] : {std::pair("q", q), std::pair("k", k), std::pair("v", v)}) CheckDims(name, tensor, 4);
+    const int64_t B = q.size(0), R = q.size(2), Tk = k.size(2);
+    CheckInput("k", k, {B, k.size(1), Tk, q.size(3)}, q.scalar_type(), q);
+    CheckInput("v", v, {B, k.size(1), Tk, v.size(3)}, q.scalar_type(), q);
+    CheckInput("positions", positions, {B, R}, at::kInt, q);
+    CheckInput("valid", valid, {B, Tk}, at::kBool, q);
+    SparseAttentionProblem problem{};
+    problem.batch = Size("B", q, 0);
+    problem.queryHeads = Size("Hq", q, 1);
+    problem.keyHeads = Size("Hkv", k, 1);
+    problem.queries = Size("R", q, 2);
+    problem.keys = Size("Tk", k, 2);
+    problem.dim = Size("D", q, 3);
+    problem.valueDim = Size("Dv", v, 3);
+    problem.supportHeads = 1;
+    problem.width = problem.keys;
+    problem.type = Type("q", q);
+    problem.scale = static_cast<float>(scale);
+    problem.rowsAnywhere = true;
+    const Hardware hardware = DeviceHardware();
+    problem.block = DenseRowsBlock(problem.batch, problem.keyHeads, problem.queries, hardware);
+    Accept(CheckSparseAttention(problem));
+    const SparseAttentionTiling tiling = MakeSparseAttentionTiling(problem, hardware);
+    const auto [places, order] = positions.sort(1);
+    const Tensor across = order.view({B, 1, R, 1});
+    const Tensor queries = q.gather(2, across.expand(q.sizes())).contiguous(), keys = k.contiguous(), values = v.contiguous();
+    Tensor slots, used;
+    if (valid) {  // valid keys first, in their order
+        slots = (*valid).logical_not().to(at::kByte).argsort(/*stable=*/true, /*dim=*/1, /*descending=*/false).to(at::kInt).contiguous();
+        used = valid->sum({1}, false, at::kInt);
+    } else {
+        slots = at::arange(Tk, positions.options()).expand({B, Tk}).contiguous();
+        used = positions.new_full({B}, Tk);
+    }
+    const Tensor ascending = places.contiguous();
+    const Tensor out = q.new_empty({B, R, q.size(1), v.size(3)});
+    Run(launch_sparse_attention, KernelUnits::MIXED, tiling.cores, SparseAttentionWorkspace(tiling), tiling,
+        {In("q", queries), In("k", keys), In("v", values), In("indices", slots), In("count", used), In("positions", ascending),
+         Out("out", out)}, q);
+    const Tensor back = order.argsort(1, /*descending=*/false).view({B, R, 1, 1});
+    return out.gather(1, back.expand(out.sizes())).transpose(1, 2);
 }
 
 Tensor AttentionMass(const Tensor& q, const Tensor& k, double scale, int64_t block, c10::string_view reduce, bool perKv,
@@ -353,6 +404,8 @@ TORCH_LIBRARY(NPU_SPARSE_NAMESPACE, m)
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SelectByIndex)));
     m.def("sparse_attention(Tensor q, Tensor k, Tensor v, Tensor indices, Tensor count, int block, float scale) -> Tensor",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(SparseAttention)));
+    m.def("dense_rows(Tensor q, Tensor k, Tensor v, Tensor positions, float scale, Tensor? valid) -> Tensor",
+          torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(DenseRows)));
     m.def("attention_mass(Tensor q, Tensor k, float scale, int block, str reduce, bool per_kv, Tensor? valid) -> Tensor",
           torch::dispatch(c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(AttentionMass)));
     m.def("selection_refusal(int heads, int dim, int k, int block, str reduce) -> str",

@@ -22,7 +22,7 @@ LAUNCH(index_scores, IndexScoresTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5)
 LAUNCH(index_partition, IndexPartitionTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5))
 LAUNCH(select_tokens, SelectTokensTiling, GM(0), GM(1), GM(2), GM(3), GM(4))
 LAUNCH(select_by_index, SelectByIndexTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
-LAUNCH(sparse_attention, SparseAttentionTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6))
+LAUNCH(sparse_attention, SparseAttentionTiling, GM(0), GM(1), GM(2), GM(3), GM(4), GM(5), GM(6), GM(7))
 LAUNCH(attention_mass, AttentionMassTiling, GM(0), GM(1), GM(2), GM(3), GM(4))
 
 }  // namespace npu_sparse_ascendc

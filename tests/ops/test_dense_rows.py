@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from npu_sparse import ops
-from npu_sparse.ops import dispatch, workspace
+from npu_sparse.ops import workspace
 from npu_sparse.support import Support
 from npu_sparse.testing import (
     DTYPES,
@@ -61,6 +61,7 @@ CASES = [
     Case(R=3, Tk=600, D=128, Dv=128, strided=True, scattered=False),
     Case(R=33, Tk=520, D=256, Dv=256, scattered=False),
     Case(R=130, Tk=1100, Hq=2, Hkv=1, scattered=False),
+    Case(B=2, R=70, Tk=40, side="right"),
 ]
 
 
@@ -79,16 +80,6 @@ def naive(q, k, v, positions, valid, scale, dtype=torch.float64):
             weights = (scores if dtype == torch.float64 else scores.float()).softmax(-1).to(dtype)
             out[b, :, r] = (weights[:, None] @ values)[:, 0]
     return out
-
-
-def impl_of(backend):
-    """Its `impl`; the kernels of other devices are refused, and tested to be."""
-    if backend.impl == "kernel" and dispatch._kernel("dense_rows", backend.device) is None:
-        q, k, v, positions, valid = backend.fit(Case()).inputs(backend.device)
-        with pytest.raises(ops.KernelUnavailableError, match="dense_rows has no kernel on .*: it has kernels for cuda only"):
-            ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl="kernel")
-        return None
-    return backend.impl
 
 
 def plainly_added(q, k, v, positions, valid, scale):
@@ -129,14 +120,12 @@ def test_the_plain_yardstick_is_the_same_attention():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rows_are_as_accurate_as_the_yardstick(backend, case):
-    if impl := impl_of(backend):
-        check(backend.fit(case), impl, backend.device)
+    check(backend.fit(case), backend.impl, backend.device)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_dtype_is_as_accurate_as_the_yardstick(backend, dtype):
-    if impl := impl_of(backend):
-        check(backend.fit(Case(B=2, R=17, Tk=300, D=64, Dv=64, side="left", dtype=dtype)), impl, backend.device)
+    check(backend.fit(Case(B=2, R=17, Tk=300, D=64, Dv=64, side="left", dtype=dtype)), backend.impl, backend.device)
 
 
 @given(
@@ -166,25 +155,21 @@ def test_rows_in_slices_are_the_same(monkeypatch):
 
 
 def test_keys_that_no_row_sees_may_hold_anything(backend):
-    if not (impl := impl_of(backend)):
-        return
     case = backend.fit(Case(B=2, R=6, Tk=80, side="left"))
     q, k, v, _, valid = case.inputs(backend.device)
     positions = torch.tensor([[50, 40, 3, -1, 51, 52], [70, 60, 1, 66, -1, 71]], dtype=torch.int32, device=backend.device)
-    expected = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=impl)
+    expected = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=backend.impl)
     unseen = ~valid | (torch.arange(80, device=backend.device) > positions.amax(1, keepdim=True))
     k, v = (x.masked_fill(unseen[:, None, :, None], float("nan")) for x in (k, v))
-    found = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=impl)
+    found = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=backend.impl)
     assert torch.equal(found, expected) and bool(found.isfinite().all())
 
 
 def test_a_row_that_sees_no_key_is_zero(backend):
-    if not (impl := impl_of(backend)):
-        return
     q, k, v, positions, _ = backend.fit(Case(R=5)).inputs(backend.device)
     positions = torch.tensor([[-1, 9, 10, 30, -1]], dtype=torch.int32, device=backend.device)
     valid = torch.arange(37, device=backend.device)[None] >= 10  # row 1 sees padding only
-    found = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=impl)
+    found = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=backend.impl)
     blank = (found == 0).all(-1).all(1)[0]
     assert blank.tolist() == [True, True, False, False, True]
 

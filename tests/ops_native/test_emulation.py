@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulati
 NOT_IN_A_LINE = {  # what no instruction of the kernel says
     "red_zone": "past its end",  # a raw store is found when the launch ends
     "launch_on_other_cores": "must be for the cores of __mix__(1, 2), got MIX_AIV_1_0",
+    "launch_on_twice_the_vector_cores": "must be for the cores of __mix__(1, 1), got MIX_AIC_1_2",
     "entry_without_attributes": "must say its cores by __mix__(cube, vector), got none",
 }
 

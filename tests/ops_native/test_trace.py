@@ -52,3 +52,32 @@ def test_problems_outside_the_limits_are_refused(attention):
     with pytest.raises(subprocess.CalledProcessError) as refused:
         attention(dim=72)
     assert refused.value.stderr.strip() == "D must be a multiple of 16 from 16 to 256, got 72 (nearest: 80)"
+
+
+@pytest.fixture(scope="module")
+def selection(tmp_path_factory):
+    if shutil.which("g++") is None:
+        pytest.skip("the trace program needs g++: install it")
+    program = tmp_path_factory.mktemp("trace") / "select_by_index"
+    command = ["g++", "-std=c++17", "-O1", "-pthread", "-DNPU_SPARSE_OPERATOR=2", "-I", str(ROOT / "ops/emulation")]
+    subprocess.run([*command, "-o", str(program), str(ROOT / "ops/emulation/tools/trace.cpp")], check=True)
+
+    def run(queries, heads, block=1, partition=0):
+        path = program.with_suffix(".json")
+        arguments = map(str, (DIM, queries, 1024, 512, block, heads, partition, 0))
+        subprocess.run([str(program), str(path), *arguments], check=True, capture_output=True, text=True)
+        return cost.load_trace(path)
+
+    return run
+
+
+def test_heads_fill_the_rows_of_a_product_where_there_are_few_queries(selection):
+    timing = cost.simulate(selection(queries=6, heads=24))
+    assert timing.mac == 2 * 80 * 1024 * DIM  # 24 heads of a sub-tile's 3 queries are 72 rows, 80 in whole fractals
+    alone = cost.simulate(selection(queries=6, heads=1))
+    assert alone.mac == 2 * 16 * 1024 * DIM
+
+
+def test_a_partition_takes_vector_time_and_no_products(selection):
+    plain, shifted = (cost.simulate(selection(queries=128, heads=1, block=64, partition=p)) for p in (0, 1))
+    assert shifted.mac == plain.mac and shifted.busy["AIV.V"] > plain.busy["AIV.V"]

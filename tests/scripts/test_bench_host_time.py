@@ -50,6 +50,19 @@ def test_an_unknown_field_is_refused_before_anything_is_loaded(script, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
+def test_graphs_are_refused_without_a_card(script, tmp_path):
+    with pytest.raises(ValueError, match="--graphs must have a CUDA device, got --device cpu"):
+        script.main([*OPTIONS, "--graphs", "--output", str(tmp_path / "run")])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a CUDA device")
+def test_recorded_prefills_are_timed(script, tmp_path):
+    options = [*OPTIONS, "--device", "cuda", "--dtype", "bfloat16", "--lengths", "512", "--sparse", BUDGET, "--graphs"]
+    assert script.main([*options, "--output", str(tmp_path / "run")]) == 0
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert all(row["graph_ms"] > 0 for row in report["ttft"])
+
+
 def test_a_layer_is_issued_once_a_forward(monkeypatch):
     at = iter(range(100))
     monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(at))

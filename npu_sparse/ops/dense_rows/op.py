@@ -68,7 +68,7 @@ def dense_rows(
         k: `[B, Hkv, Tk, D]`, v: `[B, Hkv, Tk, Dv]`. Invalid keys may hold anything, and so may those beyond every row's position.
         positions: int32 `[B, R]`, each less than Tk: what a row sees ends there.
         valid: bool `[B, Tk]`, False for padding; None = all valid.
-        impl: "auto", "reference" or "kernel". On an NPU, and emulated, the kernel is sparse attention's (`by_support`).
+        impl: "auto", "reference" or "kernel". On an NPU, and emulated, the kernel is sparse attention's.
     """
     check_tensor("q", q, (None, None, None, None), FLOATS)
     B, Hq, R, D = q.shape

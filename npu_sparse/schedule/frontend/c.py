@@ -73,6 +73,7 @@ def parse_text(text: str, source: str, function: str | None = None, opaques: dic
                 walk = Walk(source, region, opaques or {}, context, frozenset(pure))
                 walk.scope.layouts = dict(layouts)
                 scop = walk.scop()
+                scop = replace(scop, function="") if region.bare else scop
                 if walk.scope.layouts == layouts:
                     return scop
                 layouts = walk.scope.layouts

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pycparser import c_ast, c_parser
 
+from npu_sparse.schedule.frontend.bare import enclosed
 from npu_sparse.schedule.frontend.calls import declared_pure
 from npu_sparse.schedule.frontend.preprocess import TOKEN, preprocess, without_extensions
 from npu_sparse.schedule.scop import ScopError
@@ -23,23 +24,26 @@ class Region:
     Attributes:
         start: the line on which the function's definition begins, 0 where something else stands before it in that line.
         pure: the functions that the file declares with the attribute const.
+        bare: whether the function is not in the file: it was put around a region outside of functions.
     """
 
     tree: c_ast.FileAST
     function: c_ast.FuncDef
     start: int
     pure: frozenset[str]
+    bare: bool = False
 
 
 def count_regions(text: str, source: str, function: str | None = None) -> int:
     """How many regions the function of that name has, or the only function with any."""
-    _, _, count = _relevant(without_extensions(preprocess(text, source)), source, function, 1)
+    expanded, _ = _in_function(preprocess(text, source), source, function)
+    _, _, count = _relevant(without_extensions(expanded), source, function, 1)
     return count
 
 
 def find_region(text: str, source: str, function: str | None = None, number: int | None = None) -> Region:
     """The region of a C text, or of its function of that name; `number`, from 1, where that has several."""
-    expanded = preprocess(text, source)
+    expanded, bare = _in_function(preprocess(text, source), source, function)
     relevant, begin, _ = _relevant(without_extensions(expanded), source, function, number)
     tree = _parse(relevant, source)
     found = next((node for node in tree.ext if isinstance(node, c_ast.FuncDef)), None)
@@ -47,7 +51,23 @@ def find_region(text: str, source: str, function: str | None = None, number: int
         raise ScopError(f"{source}: #pragma scop must stand in a function that C can define, got it elsewhere")
     first = len(expanded) - len(expanded[begin:].lstrip())
     alone = not expanded[expanded.rfind("\n", 0, first) + 1:first].strip()
-    return Region(tree, found, expanded.count("\n", 0, first) + 1 if alone else 0, frozenset(declared_pure(expanded)))
+    start = expanded.count("\n", 0, first) + 1 if alone and not bare else 0
+    return Region(tree, found, start, frozenset(declared_pure(expanded)), bare)
+
+
+def _in_function(expanded: str, source: str, function: str | None) -> tuple[str, bool]:
+    """Preprocessed text with a function around its region where no function holds one, and whether that was so."""
+    starts = [match.start() for match in SCOP.finditer(expanded)]
+    inside = [at for begin, end, _ in _definitions(expanded, source) for at in starts if begin <= at < end]
+    if not starts or inside or function is not None:
+        return expanded, False
+    region = ENDSCOP.search(expanded, starts[0])
+    if region and not expanded[expanded.find("\n", starts[0]):region.start()].strip():
+        return expanded, False
+    blanked = list(expanded[:starts[0]])
+    for begin, end, _ in _definitions(expanded[:starts[0]], source):
+        blanked[begin:end] = [c if c == "\n" else " " for c in blanked[begin:end]]
+    return enclosed("".join(blanked) + expanded[starts[0]:], starts[0], tuple(TYPES), source), True
 
 
 def parse_function(text: str, source: str, function: str | None = None) -> tuple[c_ast.FileAST, c_ast.FuncDef]:

@@ -1,4 +1,5 @@
-// The cube half of scoring: ReLU(<qi, ki>) of every step's keys and a tile's queries, into workspace slots.
+// The cube half of scoring: ReLU(<qi, ki>) of every step's keys and a tile's queries, into workspace slots. Where a sub-tile has few
+// queries, several heads' are the rows of one product, because all index heads have the same keys: row head * queries + query.
 #pragma once
 
 #include "score_schedule.h"
@@ -15,18 +16,17 @@ public:
         qiGm.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(qi));
         kiGm.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(ki));
         slotsGm.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace));
-        rowsInL1 = Aligned(t.queriesPerSub, FRACTAL);
-        const uint32_t subBytes = rowsInL1 * t.dim * sizeof(T);
+        const uint32_t subBytes = t.productRows * t.dim * sizeof(T);
         if (t.queriesInL1) {
-            pipe->InitBuffer(queriesL1, 1, t.heads * SUBS * subBytes);
+            pipe->InitBuffer(queriesL1, 1, (t.heads + t.headsPerProduct - 1) / t.headsPerProduct * SUBS * subBytes);
         } else {
             pipe->InitBuffer(queriesL1, SUBS, subBytes);
         }
         pipe->InitBuffer(keysL1, 2, t.keysPerStep * t.dim * sizeof(T));
         pipe->InitBuffer(queriesL0, 2, TILE * TILE * sizeof(T));
         pipe->InitBuffer(keysL0, 2, TILE * TILE * sizeof(T));
-        const uint32_t tiles = rowsInL1 <= TILE / 2 ? 4 : 2;
-        pipe->InitBuffer(scoresL0, tiles, rowsInL1 * TILE * sizeof(float));
+        const uint32_t tiles = t.productRows <= TILE / 2 ? 4 : 2;
+        pipe->InitBuffer(scoresL0, tiles, t.productRows * TILE * sizeof(float));
         // both sub-tiles can use keys in L0 if neither has to hold its accumulators while Fixpipe empties the last ones
         shareKeys = t.dim <= TILE || tiles == 4;
     }
@@ -66,7 +66,7 @@ public:
 private:
     static constexpr uint32_t TILE = 128;  // rows, keys and features of one Mmad
 
-    // [rows, dim] in GM to NZ fractals of `stride` rows; the rows up to a whole fractal repeat the first one.
+    // [rows, dim] in GM to NZ fractals of `stride` rows.
     __aicore__ inline void LoadRows(const LocalTensor<T>& to, const GlobalTensor<T>& from, uint32_t rows, uint32_t stride)
     {
         Nd2NzParams params;
@@ -79,27 +79,46 @@ private:
         params.dstNzNStride = 1;
         params.dstNzMatrixStride = FRACTAL;
         DataCopy(to, from, params);
+    }
+
+    // The rows behind the last one, up to a whole fractal, are copies of `from`: nothing unwritten is read.
+    __aicore__ inline void FillRows(const LocalTensor<T>& to, const GlobalTensor<T>& from, uint32_t rows, uint32_t stride)
+    {
         const uint32_t missing = Aligned(rows, FRACTAL) - rows;
         if (missing > 0) {
+            Nd2NzParams params;
             params.ndNum = missing;
             params.nValue = 1;
+            params.dValue = t.dim;
+            params.srcNdMatrixStride = 0;
+            params.srcDValue = t.dim;
+            params.dstNzC0Stride = stride;
+            params.dstNzNStride = 1;
+            params.dstNzMatrixStride = FRACTAL;
             DataCopy(to[rows * FRACTAL], from, params);
         }
     }
 
+    __aicore__ inline uint32_t ProductHeads(uint32_t head) { return Least(t.headsPerProduct, t.heads - head); }
+
+    // The queries of a sub-tile and of the heads of a product, the first of which is `head`.
     __aicore__ inline void LoadQueries(const LocalTensor<T>& to, const ScoreItem& item, uint32_t head, uint32_t sub)
     {
-        const uint64_t row = (static_cast<uint64_t>(item.sequence) * t.heads + head) * t.queries + item.firstQuery +
-                             sub * t.queriesPerSub;
-        LoadRows(to, qiGm[row * t.dim], SubQueries(t, item, sub), rowsInL1);
+        const uint64_t first = (static_cast<uint64_t>(item.sequence) * t.heads + head) * t.queries + item.firstQuery +
+                               sub * t.queriesPerSub;
+        const uint32_t rows = SubQueries(t, item, sub), heads = ProductHeads(head);
+        for (uint32_t i = 0; i < heads; i++) {
+            LoadRows(to[i * rows * FRACTAL], qiGm[(first + static_cast<uint64_t>(i) * t.queries) * t.dim], rows, t.productRows);
+        }
+        FillRows(to, qiGm[first * t.dim], heads * rows, t.productRows);
     }
 
     __aicore__ inline LocalTensor<T> LoadAllQueries(const ScoreItem& item)
     {
         LocalTensor<T> all = queriesL1.AllocTensor<T>();
-        for (uint32_t head = 0; head < t.heads; head++) {
+        for (uint32_t head = 0; head < t.heads; head += t.headsPerProduct) {
             for (uint32_t sub = 0; sub < SUBS && SubQueries(t, item, sub) > 0; sub++) {
-                LoadQueries(all[(head * SUBS + sub) * rowsInL1 * t.dim], item, head, sub);
+                LoadQueries(all[(head / t.headsPerProduct * SUBS + sub) * t.productRows * t.dim], item, head, sub);
             }
         }
         queriesL1.EnQue(all);
@@ -110,7 +129,9 @@ private:
     {
         LocalTensor<T> keys = keysL1.AllocTensor<T>();
         const uint64_t row = static_cast<uint64_t>(item.sequence) * t.keys + first;
-        LoadRows(keys, kiGm[row * t.dim], Least(t.keysPerStep, item.endKey - first), t.keysPerStep);
+        const uint32_t rows = Least(t.keysPerStep, item.endKey - first);
+        LoadRows(keys, kiGm[row * t.dim], rows, t.keysPerStep);
+        FillRows(keys, kiGm[row * t.dim], rows, t.keysPerStep);
         keysL1.EnQue(keys);
     }
 
@@ -119,23 +140,22 @@ private:
         LocalTensor<T> keys = keysL1.DeQue<T>();
         const uint32_t count = Aligned(Least(t.keysPerStep, item.endKey - first), FRACTAL);
         const uint32_t subs = SubQueries(t, item, 1) > 0 ? SUBS : 1;
-        for (uint32_t head = 0; head < t.heads; head++) {
+        for (uint32_t head = 0; head < t.heads; head += t.headsPerProduct) {
             LocalTensor<T> queries[SUBS];
             for (uint32_t sub = 0; sub < subs; sub++) {
                 if (t.queriesInL1) {
-                    queries[sub] = allQueries[(head * SUBS + sub) * rowsInL1 * t.dim];
+                    queries[sub] = allQueries[(head / t.headsPerProduct * SUBS + sub) * t.productRows * t.dim];
                 } else {
                     queries[sub] = LoadHeadQueries(item, head, sub);
                 }
             }
             for (uint32_t key = 0; key < count; key += TILE) {
                 const uint32_t columns = Least(TILE, count - key);
-                const uint64_t to = static_cast<uint64_t>(head) * t.queriesPerSub * t.keysPerStep + key;
                 if (shareKeys) {
-                    ScoreTiles(item, queries, 0, subs, keys, key, columns, slot, to);
+                    ScoreTiles(item, queries, 0, subs, keys, key, columns, slot, head);
                 } else {
                     for (uint32_t sub = 0; sub < subs; sub++) {
-                        ScoreTiles(item, queries, sub, sub + 1, keys, key, columns, slot, to);
+                        ScoreTiles(item, queries, sub, sub + 1, keys, key, columns, slot, head);
                     }
                 }
             }
@@ -154,10 +174,11 @@ private:
         return queriesL1.DeQue<T>();
     }
 
-    // ReLU(queries keys^T) for up to 128 queries of each sub-tile from firstSub to endSub and up to 128 keys.
+    // ReLU(queries keys^T) for up to 128 rows of each sub-tile from firstSub to endSub, of the heads from `head` on, and up to 128
+    // keys.
     __aicore__ inline void ScoreTiles(const ScoreItem& item, const LocalTensor<T> (&queries)[SUBS], uint32_t firstSub,
                                       uint32_t endSub, const LocalTensor<T>& keys, uint32_t firstKey, uint32_t columns,
-                                      uint32_t slot, uint64_t to)
+                                      uint32_t slot, uint32_t head)
     {
         LocalTensor<float> scores[SUBS];
         for (uint32_t feature = 0; feature < t.dim; feature += TILE) {
@@ -165,7 +186,8 @@ private:
             LoadB(keys, firstKey, columns, feature, depth);
             LocalTensor<T> b = keysL0.DeQue<T>();
             for (uint32_t sub = firstSub; sub < endSub; sub++) {
-                const uint32_t rows = SubQueries(t, item, sub);
+                const uint32_t queriesOfSub = SubQueries(t, item, sub);
+                const uint32_t rows = ProductHeads(head) * queriesOfSub;
                 MmadParams params;
                 params.m = Aligned(rows, FRACTAL);
                 params.n = columns;
@@ -182,6 +204,7 @@ private:
                 }
                 queriesL0.FreeTensor(a);
                 if (feature + depth == t.dim) {
+                    const uint64_t to = static_cast<uint64_t>(head) * queriesOfSub * t.keysPerStep + firstKey;
                     StoreScores(scores[sub], rows, columns, slotsGm[SlotOffset(t, core, sub, slot) + to]);
                 }
             }
@@ -211,9 +234,9 @@ private:
         LocalTensor<T> a = queriesL0.AllocTensor<T>();
         LoadData2DParams params;
         params.repeatTimes = depth / FRACTAL;
-        params.srcStride = rowsInL1 / FRACTAL;
+        params.srcStride = t.productRows / FRACTAL;
         for (uint32_t row = 0; row < m; row += FRACTAL) {
-            LoadData(a[row * depth], queries[feature * rowsInL1 + row * FRACTAL], params);
+            LoadData(a[row * depth], queries[feature * t.productRows + row * FRACTAL], params);
         }
         queriesL0.EnQue(a);
     }
@@ -234,7 +257,6 @@ private:
 
     ScoreTiling t;
     uint32_t core;
-    uint32_t rowsInL1;
     bool shareKeys;
     GlobalTensor<T> qiGm;
     GlobalTensor<T> kiGm;

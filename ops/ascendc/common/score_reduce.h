@@ -226,7 +226,7 @@ private:
         const uint32_t queryLoads = (queries + t.queriesPerLoad - 1) / t.queriesPerLoad;
         const uint32_t query = QueriesOfLoad(load, t.heads, queryLoads) * t.queriesPerLoad;
         const uint32_t count = Least(t.queriesPerLoad, queries - query);
-        const uint64_t row = static_cast<uint64_t>(HeadOfLoad(load, t.heads, queryLoads)) * t.queriesPerSub + query;
+        const uint64_t row = static_cast<uint64_t>(HeadOfLoad(load, t.heads, queryLoads)) * queries + query;
         const uint16_t blocks = Aligned(keys, FRACTAL) / BLOCK_FLOATS;
         const uint16_t gap = t.keysPerStep / BLOCK_FLOATS - blocks;
         LocalTensor<float> products = productsUb.template AllocTensor<float>();
@@ -255,7 +255,8 @@ private:
         PipeBarrier<PIPE_V>();
     }
 
-    // Every weight fills a block, so that it multiplies a row of scores.
+    // Every weight fills a block, so that it multiplies a row of scores: 64 columns of all rows with one instruction, or all columns
+    // of a row where that takes fewer of them.
     __aicore__ inline void AddWeightedHead(const LocalTensor<float>& scores, const LocalTensor<float>& products, uint32_t query,
                                            uint32_t count, uint32_t head, uint32_t columns)
     {
@@ -265,15 +266,30 @@ private:
             PipeBarrier<PIPE_V>();
         }
         const uint8_t stride = t.keysPerStep / BLOCK_FLOATS;
-        const BinaryRepeatParams rows(1, 1, 0, stride, stride, static_cast<uint8_t>(t.heads));
         const LocalTensor<float> weight = blocks[head * BLOCK_FLOATS];
-        for (uint32_t at = 0; at < columns; at += REPEAT_FLOATS) {
-            const uint64_t lanes = Least(REPEAT_FLOATS, columns - at);
-            if (head == 0) {
-                Mul(scores[at], products[at], weight, lanes, count, rows);
-            } else {
-                MulAddDst(scores[at], products[at], weight, lanes, count, rows);
+        if (columns % REPEAT_FLOATS == 0 && count < columns / REPEAT_FLOATS) {
+            const BinaryRepeatParams along(1, 1, 0, REPEAT_FLOATS / BLOCK_FLOATS, REPEAT_FLOATS / BLOCK_FLOATS, 0);
+            for (uint32_t i = 0; i < count; i++) {
+                const uint32_t at = i * t.keysPerStep;
+                AddWeighted(scores[at], products[at], weight[i * t.heads * BLOCK_FLOATS], REPEAT_FLOATS, columns / REPEAT_FLOATS,
+                            along, head == 0);
             }
+            return;
+        }
+        const BinaryRepeatParams rows(1, 1, 0, stride, stride, static_cast<uint8_t>(t.heads));
+        for (uint32_t at = 0; at < columns; at += REPEAT_FLOATS) {
+            AddWeighted(scores[at], products[at], weight, Least(REPEAT_FLOATS, columns - at), count, rows, head == 0);
+        }
+    }
+
+    __aicore__ inline void AddWeighted(const LocalTensor<float>& scores, const LocalTensor<float>& products,
+                                       const LocalTensor<float>& weight, uint64_t lanes, uint8_t repeats,
+                                       const BinaryRepeatParams& strides, bool first)
+    {
+        if (first) {
+            Mul(scores, products, weight, lanes, repeats, strides);
+        } else {
+            MulAddDst(scores, products, weight, lanes, repeats, strides);
         }
     }
 

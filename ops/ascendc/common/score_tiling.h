@@ -104,7 +104,9 @@ inline ScoreTiling MakeScoreTiling(const ScoreProblem& p, const Hardware& hardwa
                                    p.heads * t.queriesPerSub * t.keysPerStep * 4 > MAX_SLOT_BYTES)) {
         t.keysPerStep /= 2;
     }
-    const uint32_t queriesL1 = p.heads * SUBS * RoundUp(t.queriesPerSub, 16) * p.dim * 2;
+    t.headsPerProduct = std::min(p.heads, CUBE_ROWS / t.queriesPerSub);
+    t.productRows = RoundUp(t.headsPerProduct * t.queriesPerSub, 16);
+    const uint32_t queriesL1 = CeilDiv(p.heads, t.headsPerProduct) * SUBS * t.productRows * p.dim * 2;
     t.queriesInL1 = queriesL1 + 2 * t.keysPerStep * p.dim * 2 <= hardware.l1Bytes - L1_RESERVED_BYTES;
     t.slotFloats = static_cast<uint64_t>(p.heads) * t.queriesPerSub * t.keysPerStep;
 

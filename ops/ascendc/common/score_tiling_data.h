@@ -29,9 +29,11 @@ struct ScoreTiling {
     uint32_t splits;         // items a tile's keys are cut into
     uint32_t keysPerStep;    // keys of one hand-over from cube to vector
     uint32_t queriesPerLoad; // queries an AIV loads at once
+    uint32_t headsPerProduct; // index heads whose queries are the rows of one product: all have the same keys
+    uint32_t productRows;    // headsPerProduct * queriesPerSub, as whole fractals
     uint32_t queriesInL1;    // 1: the index queries of a tile stay in L1, 0: they are read again at every step
     float scale;             // 1 / sqrt(Di)
-    uint64_t slotFloats;     // floats of a workspace slot: [heads, queriesPerSub, keysPerStep]
+    uint64_t slotFloats;     // floats of a workspace slot: [heads, queries of the sub-tile, keysPerStep]
 };
 
 }  // namespace npu_sparse_ascendc

@@ -36,14 +36,27 @@ struct AttentionStep {
 // What both kinds of core agree on without talking: which steps there are.
 class AttentionSteps {
 public:
-    __aicore__ inline void Init(const SparseAttentionTiling& tiling, GM_ADDR indices, GM_ADDR count)
+    __aicore__ inline void Init(const SparseAttentionTiling& tiling, GM_ADDR indices, GM_ADDR count, GM_ADDR positions)
     {
         tiling_ = tiling;
+        positionsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(positions));
         indicesGm_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(indices));
         countGm_.SetGlobalBuffer(reinterpret_cast<__gm__ int32_t*>(count));
     }
 
-    __aicore__ inline uint32_t Position(uint32_t token) const { return tiling_.keys - tiling_.queries + token; }
+    // Of a token among the keys; -1 for one that sees nothing.
+    __aicore__ inline int32_t Position(const AttentionStep& step, uint32_t token) const
+    {
+        if (tiling_.rowsAnywhere) {
+            return positionsGm_.GetValue(static_cast<uint64_t>(step.batch) * tiling_.queries + token);
+        }
+        return static_cast<int32_t>(tiling_.keys - tiling_.queries + token);
+    }
+
+    __aicore__ inline bool Sees(int32_t position, const AttentionStep& step, uint32_t i) const
+    {
+        return static_cast<int32_t>(Key(step, i)) <= position;
+    }
 
     // Of the first key of the step's head, among the rows of k or v.
     __aicore__ inline uint64_t KeyRow(const AttentionStep& step) const
@@ -77,13 +90,13 @@ public:
         step.parts = (step.tileTokens + tiling_.tokens - 1) / tiling_.tokens;
         SetPart(step, 0);
         const uint32_t supportHead = tiling_.supportHeads == 1 ? 0 : step.keyHead;
-        const uint64_t row = (static_cast<uint64_t>(step.batch) * tiling_.supportHeads + supportHead) * tiling_.blocks + block;
+        const uint64_t heads = static_cast<uint64_t>(step.batch) * tiling_.supportHeads + supportHead;
+        const uint64_t row = tiling_.rowsAnywhere ? step.batch : heads * tiling_.blocks + block;
         step.support = row * tiling_.width;
         step.used = step.tileTokens == 0 ? 0 : static_cast<uint32_t>(countGm_.GetValue(row));
         step.slot = 0;
-        const uint32_t lastPosition = Position(step.tileToken + step.tileTokens - 1);
-        while (step.used > 0 && Key(step, step.used - 1) > lastPosition) {
-            --step.used;
+        if (step.used > 0) {
+            CutUnseen(step, Position(step, step.tileToken + step.tileTokens - 1));
         }
     }
 
@@ -126,6 +139,24 @@ public:
     }
 
 private:
+    // Keys ascend: those behind the last that is seen at `position` are used no more.
+    __aicore__ inline void CutUnseen(AttentionStep& step, int32_t position) const
+    {
+        if (Sees(position, step, step.used - 1)) {
+            return;
+        }
+        uint32_t seen = 0;
+        for (uint32_t end = step.used - 1; seen < end;) {
+            const uint32_t middle = (seen + end) / 2;
+            if (Sees(position, step, middle)) {
+                seen = middle + 1;
+            } else {
+                end = middle;
+            }
+        }
+        step.used = seen;
+    }
+
     __aicore__ inline bool FindTile(AttentionStep& step, uint32_t tile) const
     {
         for (; tile < tiling_.tiles; tile += tiling_.cores) {
@@ -148,7 +179,7 @@ private:
     }
 
     SparseAttentionTiling tiling_;
-    GlobalTensor<int32_t> indicesGm_, countGm_;
+    GlobalTensor<int32_t> indicesGm_, countGm_, positionsGm_;
 };
 
 // Sums of weighted values of a part of a tile.
@@ -163,10 +194,10 @@ template <typename T>
 class AttentionCube {
 public:
     __aicore__ inline void Init(const SparseAttentionTiling& tiling, GM_ADDR q, GM_ADDR k, GM_ADDR indices, GM_ADDR count,
-                                GM_ADDR workspace, TPipe* pipe)
+                                GM_ADDR positions, GM_ADDR workspace, TPipe* pipe)
     {
         tiling_ = tiling;
-        steps_.Init(tiling, indices, count);
+        steps_.Init(tiling, indices, count, positions);
         queryGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(q));
         keyGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(k));
         gatheredGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace + ATTENTION_GATHERED_OFFSET));
@@ -416,10 +447,10 @@ template <typename T>
 class AttentionVector {
 public:
     __aicore__ inline void Init(const SparseAttentionTiling& tiling, GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR indices,
-                                GM_ADDR count, GM_ADDR out, GM_ADDR workspace, TPipe* pipe)
+                                GM_ADDR count, GM_ADDR positions, GM_ADDR out, GM_ADDR workspace, TPipe* pipe)
     {
         tiling_ = tiling;
-        steps_.Init(tiling, indices, count);
+        steps_.Init(tiling, indices, count, positions);
         queryRowsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(q));
         keyRowsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(k));
         valueRowsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(v));
@@ -667,11 +698,11 @@ private:
         uint32_t visible = 0;
         for (uint32_t row = firstRow; row < firstRow + rows && row < step.rows;) {
             const uint32_t token = row / tiling_.group;
-            const uint32_t position = steps_.Position(step.firstToken + token);
-            if (steps_.Key(step, step.keys - 1) <= position) {
+            const int32_t position = steps_.Position(step, step.firstToken + token);
+            if (steps_.Sees(position, step, step.keys - 1)) {
                 break;  // this token and all later ones see everything
             }
-            while (visible < step.keys && steps_.Key(step, visible) <= position) {
+            while (visible < step.keys && steps_.Sees(position, step, visible)) {
                 ++visible;
             }
             const uint32_t end = Least((token + 1) * tiling_.group, firstRow + rows);
@@ -817,7 +848,8 @@ private:
 
     __aicore__ inline void MendRow(const AttentionStep& step, uint32_t row)
     {
-        const uint32_t token = step.firstToken + row / tiling_.group, position = steps_.Position(token);
+        const uint32_t token = step.firstToken + row / tiling_.group;
+        const int32_t position = steps_.Position(step, token);
         const uint32_t dim = tiling_.dim, valueDim = tiling_.valueDim;
         const uint64_t head = static_cast<uint64_t>(step.keyHead) * tiling_.group + row % tiling_.group;
         const uint64_t line = static_cast<uint64_t>(step.batch) * tiling_.queries + token;
@@ -836,7 +868,7 @@ private:
         const uint64_t queryLine = (static_cast<uint64_t>(step.batch) * tiling_.queryHeads + head) * tiling_.queries + token;
         FetchWide(query, queryRowsGm_[queryLine * dim], dim);
         float most = LOWEST_MAXIMUM, total = 0.0f;
-        for (uint32_t i = 0; i < step.used && steps_.Key(step, i) <= position; ++i) {
+        for (uint32_t i = 0; i < step.used && steps_.Sees(position, step, i); ++i) {
             const uint64_t key = steps_.KeyRow(step) + steps_.Key(step, i);
             FetchWide(other, keyRowsGm_[key * dim], dim);
             Mul(other, other, query, dim);
@@ -917,33 +949,34 @@ private:
 
 template <typename T>
 __aicore__ inline void RunSparseAttention(const SparseAttentionTiling& tiling, GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR indices,
-                                          GM_ADDR count, GM_ADDR out, GM_ADDR workspace)
+                                          GM_ADDR count, GM_ADDR positions, GM_ADDR out, GM_ADDR workspace)
 {
     TPipe pipe;
     workspace += CoreIndex() * ATTENTION_CORE_BYTES;
     if ASCEND_IS_AIC {
         AttentionCube<T> cube;
-        cube.Init(tiling, q, k, indices, count, workspace, &pipe);
+        cube.Init(tiling, q, k, indices, count, positions, workspace, &pipe);
         cube.Run();
     }
     if ASCEND_IS_AIV {
         AttentionVector<T> vector;
-        vector.Init(tiling, q, k, v, indices, count, out, workspace, &pipe);
+        vector.Init(tiling, q, k, v, indices, count, positions, out, workspace, &pipe);
         vector.Run();
     }
 }
 
 }  // namespace npu_sparse_ascendc
 
-// out is [B, Tq, Hq, Dv] in memory; MakeSparseAttentionTiling and SparseAttentionWorkspace say the rest.
+// out is [B, Tq, Hq, Dv] in memory; positions, int32 [B, Tq] or null, is for dense_rows, whose indices are [B, K] and count [B];
+// MakeSparseAttentionTiling and SparseAttentionWorkspace say the rest.
 extern "C" MIXED_KERNEL void npu_sparse_sparse_attention(GM_ADDR q, GM_ADDR k, GM_ADDR v, GM_ADDR indices, GM_ADDR count,
-                                                         GM_ADDR out, GM_ADDR workspace,
+                                                         GM_ADDR positions, GM_ADDR out, GM_ADDR workspace,
                                                          npu_sparse_ascendc::SparseAttentionTiling tiling)
 {
     TASK_TYPE(KERNEL_TYPE_MIX_AIC_1_2);
     if (tiling.bfloat16) {
-        npu_sparse_ascendc::RunSparseAttention<bfloat16_t>(tiling, q, k, v, indices, count, out, workspace);
+        npu_sparse_ascendc::RunSparseAttention<bfloat16_t>(tiling, q, k, v, indices, count, positions, out, workspace);
     } else {
-        npu_sparse_ascendc::RunSparseAttention<half>(tiling, q, k, v, indices, count, out, workspace);
+        npu_sparse_ascendc::RunSparseAttention<half>(tiling, q, k, v, indices, count, positions, out, workspace);
     }
 }

@@ -1,6 +1,8 @@
 // Host side of sparse_attention: what it serves, how a problem is cut up, and the workspace it takes.
 #pragma once
 
+#include <algorithm>
+
 #include "../common/hardware.h"
 #include "tiling_data.h"
 
@@ -12,6 +14,7 @@ struct SparseAttentionProblem {
     uint32_t supportHeads, width, block;                  // Hs, K (slots of a support), b_sel
     uint32_t type;                                        // DataType of q, k, v and the output
     float scale;
+    bool rowsAnywhere = false;                            // dense_rows: queries have positions, a sequence has one support
 };
 
 inline std::string CheckSparseAttention(const SparseAttentionProblem& p)
@@ -28,7 +31,8 @@ inline std::string CheckSparseAttention(const SparseAttentionProblem& p)
     if (p.batch == 0 || p.queries == 0 || p.width == 0) {
         return Refusal("B, Tq and the support's width", "be at least 1", 0);
     }
-    const std::string shape = CheckHeadsAndLengths(p.queryHeads, p.keyHeads, ATTENTION_TILE_ROWS, p.queries, p.keys);
+    const std::string shape = CheckHeadsAndLengths(p.queryHeads, p.keyHeads, ATTENTION_TILE_ROWS,
+                                                   p.rowsAnywhere ? 1 : p.queries, p.keys);
     if (!shape.empty()) {
         return shape;
     }
@@ -56,6 +60,7 @@ inline SparseAttentionTiling MakeSparseAttentionTiling(const SparseAttentionProb
     t.block = p.block;
     t.bfloat16 = p.type == BFLOAT16;
     t.scale = p.scale;
+    t.rowsAnywhere = p.rowsAnywhere;
     t.group = p.queryHeads / p.keyHeads;
     const uint32_t most = ATTENTION_TILE_ROWS / t.group;
     const uint32_t shared = p.block < p.queries ? p.block : p.queries;
@@ -67,6 +72,13 @@ inline SparseAttentionTiling MakeSparseAttentionTiling(const SparseAttentionProb
     t.tiles = p.batch * p.keyHeads * t.blocks * t.tilesPerBlock;
     t.cores = t.tiles < hardware.cores ? t.tiles : hardware.cores;
     return t;
+}
+
+// Rows of dense_rows in a block: as many blocks as there are cores for, for a block's rows read all keys on one of them.
+inline uint32_t DenseRowsBlock(uint32_t batch, uint32_t keyHeads, uint32_t rows, const Hardware& hardware)
+{
+    const uint32_t blocks = std::min(rows, CeilDiv(hardware.cores, batch * keyHeads));
+    return std::min(CeilDiv(rows, blocks), 128u);
 }
 
 inline uint32_t SparseAttentionBlocks(const SparseAttentionTiling& t) { return t.cores; }

@@ -33,6 +33,7 @@ struct SparseAttentionTiling {
     uint32_t tilesPerBlock;  // tiles that share one support
     uint32_t tiles;          // over batch, KV heads and blocks
     uint32_t cores;          // launch this many blocks
+    uint32_t rowsAnywhere;   // 1: queries stand where `positions` says, ascending, and a sequence has one support (dense_rows)
 };
 
 }  // namespace npu_sparse_ascendc

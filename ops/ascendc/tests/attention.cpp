@@ -240,7 +240,8 @@ std::vector<uint16_t> LaunchAttention(const AttentionCase& c, const Run& run = {
     const SparseAttentionTiling tiling = MakeSparseAttentionTiling(c.p, hardware);
     std::vector<uint16_t> out(size_t(c.p.batch) * c.p.queries * c.p.queryHeads * c.p.valueDim);
     emulation::Launch(Options(run, "sparse_attention", SparseAttentionBlocks(tiling)), npu_sparse_sparse_attention, In(c.q, "q"),
-                      In(c.k, "k"), In(c.v, "v"), In(c.indices, "indices"), In(c.count, "count"), Out(out, "out"),
+                      In(c.k, "k"), In(c.v, "v"), In(c.indices, "indices"), In(c.count, "count"),
+                      Gm(nullptr, 0, "positions", GmUse::Read), Out(out, "out"),
                       Gm(nullptr, SparseAttentionWorkspace(tiling), "workspace", GmUse::Workspace),
                       tiling);
     return out;

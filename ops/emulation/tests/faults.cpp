@@ -780,6 +780,11 @@ __schedmode__(1) __global__ __mix__(0, 1) void Together(GM_ADDR, GM_ADDR, GM_ADD
 __global__ __mix__(1, 2) __schedmode__(1) void MixedTogether(GM_ADDR, GM_ADDR, GM_ADDR) {
     if ASCEND_IS_AIV SyncAll();  // caught: sync_all_of_more_blocks_than_cores
 }
+__global__ __mix__(1, 1) void OneToOne(GM_ADDR, GM_ADDR, GM_ADDR) {}
+__global__ __mix__(0, 1) void FlagsAlone(GM_ADDR, GM_ADDR, GM_ADDR) {
+    CrossCoreSetFlag<0, PIPE_MTE3>(0);  // caught: flags_of_blocks_that_start_alone
+    CrossCoreWaitFlag(0);
+}
 __schedmode__(1) __global__ __mix__(0, 1) void FlagsTogether(GM_ADDR, GM_ADDR, GM_ADDR) {
     CrossCoreSetFlag<0, PIPE_MTE3>(0);  // caught: flags_of_more_blocks_than_cores
     CrossCoreWaitFlag(0);
@@ -797,8 +802,10 @@ struct EntryCase {
 
 const std::vector<EntryCase> kEntryCases = {
     {"launch_on_other_cores", 5, kVectorMix, Mixed, Together},
+    {"launch_on_twice_the_vector_cores", 5, kMix, OneToOne, Mixed},
     {"entry_without_attributes", 5, kVectorMix, Plain, Together},
     {"sync_all_of_blocks_that_start_alone", 8, kVectorMix, Alone, Together},
+    {"flags_of_blocks_that_start_alone", 8, kVectorMix, FlagsAlone, FlagsTogether},
     {"sync_all_of_more_blocks_than_vector_cores", 8, kVectorMix, Together, Together, 41, 40},
     {"sync_all_of_more_blocks_than_cores", 8, kMix, MixedTogether, MixedTogether, 21, 20},
     {"flags_of_more_blocks_than_cores", 8, kVectorMix, FlagsTogether, FlagsTogether, 41, 40},
