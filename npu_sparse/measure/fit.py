@@ -24,7 +24,7 @@ from .. import ops
 from ..budget import Budget
 from ..ops import workspace
 from ..prefill import SparsePrefill
-from ..runs.machine import chosen_dtype, machine, machine_line
+from ..runs.machine import machine, machine_line
 from ..runs.page import markdown_table, say
 from ..runs.store import Cells, open_stage, write_json, write_text
 from ..selectors import ByIndexer, LayerInputs
@@ -32,7 +32,7 @@ from ..support import Support
 from ..tasks import documents, encode, generate
 from ..tasks.catalogue import task_named
 from .clocks import synchronize
-from .variants import adapter_fingerprint, check_context, load_subject, with_tokenizer
+from .variants import adapter_fingerprint, check_context, load_subject, settle, with_tokenizer
 
 OBJECTIVES = ("square", "mean")
 COSTS = ("keys", "time")
@@ -82,10 +82,8 @@ class FitConfig:
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
-        for name, kind in (("ladder", int), ("lengths", int), ("tasks", str), ("texts", str)):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, (str, int)) else tuple(map(kind, value)))
+        settle(self, "tasks", "texts")
+        settle(self, "ladder", "lengths", kind=int)
         for name, known in (("objective", OBJECTIVES), ("cost", COSTS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
 from ..budget import Budget
+from ..runs.machine import chosen_dtype
 
 LOCAL_SINK = 4
 EVIDENCE = {"dense", "oracle", "distilled", "untrained", "control", "training-free"}
@@ -144,6 +145,14 @@ def budget_words(budget: Budget) -> str:
         told.pop("key_block", None)
     words = f" All sparse rows: {', '.join(f'{name} {value}' for name, value in told.items())}." if told else ""
     return tail_note(budget.tail) + words
+
+
+def settle(config, *names: str, kind: type = str) -> None:
+    """Makes tuples of a config's fields of these names, of one value or any sequence, and says which dtype "auto" is."""
+    object.__setattr__(config, "dtype", chosen_dtype(config.dtype, config.device))
+    for name in names:
+        value = getattr(config, name)
+        object.__setattr__(config, name, (value,) if isinstance(value, kind) else tuple(map(kind, value)))
 
 
 def spelled(budget: Budget) -> str:

@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, replace
 
 from ...budget import Budget
 from ...ops import workspace
-from ...runs.machine import chosen_dtype
 from ..quality import EvalConfig
 from ..quality.config import INSTRUMENTS
 from ..ttft import TtftConfig
-from ..variants import FORMER
+from ..variants import FORMER, settle
 
 RUNTIME = ("seed", "dtype", "device", "impl")
 
@@ -52,7 +51,7 @@ class FrontierConfig:
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
+        settle(self, "tasks", "texts", "instruments")
         rest = []
         for item in filter(None, self.budget.split(",")):
             field, _, values = (part.strip() for part in item.partition("="))
@@ -70,9 +69,6 @@ class FrontierConfig:
             if not value or len(set(value)) != len(value):
                 raise ValueError(f"{name} must name at least one value and none twice, got {value}")
             object.__setattr__(self, name, value)
-        for name in ("tasks", "texts", "instruments"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
         for k, block in self.points():
             self.quality_at(k, block)
             self.ttft_at(k, block)

@@ -7,10 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from ...budget import Budget
 from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
-from ...runs.machine import chosen_dtype
 from ...tasks import task_names
 from ...tasks.catalogue import task_named
-from ..variants import check_budgets, check_names, former_fields_as_budget, spelled
+from ..variants import check_budgets, check_names, former_fields_as_budget, settle, spelled
 
 GAPS = {
     "oracle gap": ("dense", "oracle"),
@@ -77,11 +76,8 @@ class EvalConfig:
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
+        settle(self, "tasks", "variants", "texts", "instruments")
         object.__setattr__(self, "budget", Budget.of(self.budget))
-        for name in ("tasks", "variants", "texts", "instruments"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"tasks must name at least one task and none twice, got {', '.join(self.tasks) or 'none'}")
         for task in self.tasks:

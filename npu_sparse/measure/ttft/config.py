@@ -9,8 +9,7 @@ from pathlib import Path
 from ...budget import Budget
 from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
-from ...runs.machine import chosen_dtype
-from ..variants import check_budgets, check_names, former_fields_as_budget, spelled, variant_named
+from ..variants import check_budgets, check_names, former_fields_as_budget, settle, spelled, variant_named
 from .shapes import SHAPES
 
 STAGES = ("projection", "scoring", "top-k", "attention", "exact", "rest")
@@ -109,11 +108,8 @@ class TtftConfig:
     workspace_mib: int = workspace.DEFAULT_MIB
 
     def __post_init__(self):
-        object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
+        settle(self, "variants", "texts", "baselines", "layers")
         object.__setattr__(self, "budget", Budget.of(self.budget))
-        for name in ("variants", "texts", "baselines", "layers"):
-            value = getattr(self, name)
-            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(map(str, value)))
         lengths = (self.lengths,) if isinstance(self.lengths, int) else tuple(self.lengths)
         object.__setattr__(self, "lengths", lengths)
         if not lengths or len(set(lengths)) != len(lengths):
