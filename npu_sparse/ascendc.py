@@ -23,7 +23,7 @@ from .errors import ActionableError
 
 TARGETS = {"emulated": "cpu", "npu": "npu"}  # target -> the device type that its library serves
 OPERATORS = ("index_scores", "index_partition", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
-OF_ANOTHER_KERNEL = ("dense_rows",)  # operators without a kernel of their own: that of sparse_attention serves them
+OF_ANOTHER_KERNEL = ("dense_rows",)  # operators that sparse_attention's kernel serves
 SOURCES = Path(__file__).resolve().parent / "ascendc_sources"
 _SOURCE_SUFFIXES = (".h", ".cpp")
 # torch's headers want C++20; a kernel is C++17, like everything that CANN's compiler reads
@@ -32,7 +32,7 @@ _EMULATION = ["-std=c++17", "-O2", "-fPIC", "-pthread"]
 # The kernels order their own instructions. What bisheng would add by default takes event ids that they use, and time; the
 # emulation, which checks every hazard, has none of it either
 _KERNELS = ["-x", "asc", f"--npu-arch={cann.ARCHITECTURE}", "-std=c++17", "-O3", "--cce-auto-sync=off", "-shared", "-fPIC"]
-_TASK_TYPE_MACRO = "-DNPU_SPARSE_TASK_TYPE_MACRO"  # for CANN before `__mix__`
+_TASK_TYPE_MACRO = "-DNPU_SPARSE_TASK_TYPE_MACRO"  # for versions of CANN older than the attribute `__mix__`
 
 
 class BuildError(ActionableError, RuntimeError):
@@ -74,7 +74,7 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
             _run_all(commands)
             unfinished = path.with_suffix(f".{os.getpid()}")
             _run_all([[*link, "-o", str(unfinished)]])
-            for beside in set(path.parent.glob("*.so")) - {path}:  # what it is linked with
+            for beside in set(path.parent.glob("*.so")) - {path}:  # libraries that it links with
                 compiled.keep(beside, beside)
             compiled.keep(unfinished, path)
             for made in path.parent.glob("*.o"):
@@ -174,10 +174,10 @@ def _torch_libraries(torch: Path) -> list[str]:
 
 def _gxx() -> str:
     name = os.environ.get("CXX", "g++")
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         raise BuildError(f"no C++ compiler: {name} is not in PATH ({os.environ.get('PATH', '')}); install g++ or set CXX")
-    return found
+    return path
 
 
 def _cann() -> cann.Toolkit:
@@ -190,10 +190,10 @@ def _cann() -> cann.Toolkit:
 
 def _package(name: str) -> Path:
     """The directory of an installed package, without importing it."""
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
         raise BuildError(f"{name} is not installed: its headers and libraries are needed to build")
-    return Path(found.submodule_search_locations[0])
+    return Path(spec.submodule_search_locations[0])
 
 
 def _version(package: str) -> str:
@@ -206,11 +206,11 @@ def _version(package: str) -> str:
 def _source_files() -> list[Path]:
     """Every file that a library is compiled from, in a fixed order."""
     folders = ("ascendc", "emulation/emulation", "emulation", "torch")
-    found = {
+    files = {
         path for folder in folders for path in (SOURCES / folder).glob("*" if folder == "emulation" else "**/*")
         if path.suffix in _SOURCE_SUFFIXES and "tests" not in path.relative_to(SOURCES).parts
     }  # fmt: skip
-    return sorted(found)
+    return sorted(files)
 
 
 def _run_all(commands: list[list[str]]) -> None:

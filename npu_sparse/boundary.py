@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-JSON_BYTES = 64 << 20  # more than any config, index or record has; a tokenizer is not read here
+JSON_BYTES = 64 << 20  # more than any config, index or record has; tokenizers are not read through here
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 KEY_BLOCKS = (16, 32, 64, 128)
 REDUCTIONS = ("max", "mean", "softmax_max")
-MASS_REDUCTIONS = ("max", "mean")  # of attention mass, which is each query's own softmax already
+MASS_REDUCTIONS = ("max", "mean")  # attention mass is each query's own softmax, so there is no raw score to normalise
 PARTITIONS = ("auto", "exact", "learned")
 
 
@@ -243,16 +243,16 @@ def _value(name: str, value: str, default):
 
 
 def _table(name: str, value: str) -> dict[int, int]:
-    found: dict[int, int] = {}
+    entries: dict[int, int] = {}
     for item in value.split("+"):
         key, _, k = (_number(part) for part in item.partition(":"))
         if not key or not k:
             rule = "FROM:K, such as 0:512+65536:1024" if name == "k" else "LAYER:K, such as 3:256+7:512"
             raise ValueError(f"{name} must be whole numbers {rule}, got {value!r}")
-        if int(key) in found:
+        if int(key) in entries:
             raise ValueError(f"{name} must name {key} once, got {value!r}")
-        found[int(key)] = int(k)
-    return found
+        entries[int(key)] = int(k)
+    return entries
 
 
 def _number(text: str) -> str | None:

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from .errors import ActionableError
 
-OLDEST = (8, 5)  # its bisheng takes `-x asc --npu-arch`
-ATTRIBUTES = (9, 1)  # from here on `__mix__` and `__schedmode__` are documented; before, a macro in the kernel's body
-ROOTS = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")  # of newer and of older installations
+OLDEST = (8, 5)  # the first whose bisheng takes `-x asc --npu-arch`
+ATTRIBUTES = (9, 1)  # the first that documents `__mix__` and `__schedmode__`; older ones want a macro in the kernel's body
+ROOTS = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")  # where newer and older versions install themselves
 ARCHITECTURE = "dav-2201"
 CHIPS = "Ascend 910B (Atlas A2) and 910C (Atlas A3)"
 _BISHENG = ("bin", "compiler/ccec_compiler/bin", "tools/bisheng_compiler/bin")
@@ -64,11 +64,11 @@ def version(root: Path) -> str | None:
     """What the files of a toolkit say of its version, such as "9.1.0"; None where none does."""
     for path in (root / "version.cfg", *sorted(root.glob("*/ascend_toolkit_install.info"))):
         try:
-            found = re.search(r"version\w*\s*=\s*\[?[^\d\n]*(\d+(?:\.\w+)+)", path.read_text(errors="replace"))
+            match = re.search(r"version\w*\s*=\s*\[?[^\d\n]*(\d+(?:\.\w+)+)", path.read_text(errors="replace"))
         except OSError:
             continue
-        if found:
-            return found.group(1)
+        if match:
+            return match.group(1)
     return None
 
 
@@ -124,8 +124,8 @@ def chips(smi: str) -> list[str]:
 
 def numbers(version: str | None) -> tuple[int, ...]:
     """The first two numbers of a version, () if it does not begin with any."""
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    return tuple(map(int, found.groups())) if found else ()
+    match = re.match(r"(\d+)\.(\d+)", version or "")
+    return tuple(map(int, match.groups())) if match else ()
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -48,7 +48,7 @@ def keep(unfinished: Path, path: Path) -> None:
     """Makes a file that a compiler wrote beside `path` the compiled file `path`: on the disk first, its digest last."""
     os.chmod(unfinished, stat.S_IMODE(unfinished.stat().st_mode) & ~_OTHERS_WRITE)
     digest = hashlib.sha256(unfinished.read_bytes()).hexdigest()
-    _digest_file(path).unlink(missing_ok=True)  # of an earlier file: the two never stand for each other
+    _digest_file(path).unlink(missing_ok=True)  # a digest of an earlier file must never stand beside the new one
     _flush(unfinished)
     os.replace(unfinished, path)
     _flush(path.parent)
@@ -68,15 +68,15 @@ def unsafe(directory: Path) -> str | None:
     """Why nothing compiled may be kept in a directory of the cache, one sentence; None where it may, or is not there yet."""
     for folder in (directory, *directory.parents):
         try:
-            found = folder.stat()
+            status = folder.stat()
         except FileNotFoundError:
             continue
         except OSError as error:
             return f"{folder} cannot be read ({error.strerror})"
-        sticky = found.st_mode & stat.S_ISVTX
-        if found.st_uid not in (os.geteuid(), 0):
-            return f"{folder} must belong to this user or to root, and belongs to user {found.st_uid}: {_REMEDY}"
-        if found.st_mode & stat.S_IWOTH and not sticky:
+        sticky = status.st_mode & stat.S_ISVTX
+        if status.st_uid not in (os.geteuid(), 0):
+            return f"{folder} must belong to this user or to root, and belongs to user {status.st_uid}: {_REMEDY}"
+        if status.st_mode & stat.S_IWOTH and not sticky:
             return f"{folder} must not be writable by everybody: {_REMEDY}"
         if folder == cache_dir():
             break
@@ -91,12 +91,12 @@ def _content(path: Path) -> bytes:
     if reason := unsafe(path.parent):
         raise ValueError(f"lies where others may write: {reason}")
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        found = os.fstat(file.fileno())
-        if found.st_uid not in (os.geteuid(), 0):
-            raise ValueError(f"belongs to user {found.st_uid}")
-        if found.st_mode & _OTHERS_WRITE:
-            raise ValueError(f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})")
-        if not found.st_size:
+        status = os.fstat(file.fileno())
+        if status.st_uid not in (os.geteuid(), 0):
+            raise ValueError(f"belongs to user {status.st_uid}")
+        if status.st_mode & _OTHERS_WRITE:
+            raise ValueError(f"may be written by others (mode {stat.S_IMODE(status.st_mode):o})")
+        if not status.st_size:
             raise ValueError("is empty")
         data = file.read()
     try:

@@ -5,7 +5,7 @@ builtin one of a caller's mistake, is a bug and keeps its traceback.
 """
 
 USER_ERROR, FAILURE = 2, 1  # exit statuses: a mistake in what was asked for, and what could not be done
-UNFINISHED = 3  # of a command that was told how long it may take, and that goes on when it is given again
+UNFINISHED = 3  # exit status of a command that reached its time limit; the same command resumes it
 
 
 class ActionableError(Exception):

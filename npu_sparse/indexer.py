@@ -19,8 +19,8 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent / "adapters"  # adapters of the demo checkpoints, by name
 EVIDENCE = ("distilled", "untrained")
 DIMS = (64, 128, 256)
-MOST_HIDDEN, MOST_LAYERS = 1 << 17, 1 << 12  # several times what any model has: more is a damaged file
-DTYPES = ("F64", "F32", "F16", "BF16")  # that an adapter may be stored in, as safetensors calls them
+MOST_HIDDEN, MOST_LAYERS = 1 << 17, 1 << 12  # several times what any model has: a larger number means a damaged file
+DTYPES = ("F64", "F32", "F16", "BF16")  # dtypes of stored adapters, by their safetensors names
 
 
 class AdapterError(ActionableError, ValueError):
@@ -207,16 +207,16 @@ class Indexer(nn.Module):
                 f"{theirs}, got {ours}"
             )
 
-    def check_identity(self, found: dict) -> None:
-        """Raises AdapterError where `found` (`checkpoints.identity`) is another checkpoint than this indexer was made for.
+    def check_identity(self, identity: dict) -> None:
+        """Raises AdapterError where `identity`, of `checkpoints.identity`, is not that of the checkpoint it was made for.
 
         What either of them does not know, None or absent, is not compared.
         """
         for name, value in self.base.items():
-            known = value is not None and found.get(name) is not None
-            if name != "architectures" and known and found[name] != value:
+            known = value is not None and identity.get(name) is not None
+            if name != "architectures" and known and identity[name] != value:
                 raise AdapterError(
-                    f"adapter was distilled from another base: {name} must be {value!r}, the model has {found[name]!r}"
+                    f"adapter was distilled from another base: {name} must be {value!r}, the model has {identity[name]!r}"
                     f"{_CHANGED if name == 'backbone_fingerprint' else ''}"
                 )
 
@@ -280,9 +280,9 @@ def _read_config(directory: Path) -> dict:
             f"adapter {directory} must be a directory with config.json, or one of {', '.join(shipped())}"
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
+        stored_format = config.get("format") if isinstance(config, dict) else None
         raise AdapterError(
-            f"adapter {directory}: format must be {FORMAT}, got {repr(found)[:40]}; distil it again or update "
+            f"adapter {directory}: format must be {FORMAT}, got {repr(stored_format)[:40]}; distil it again or update "
             "npu-sparse"
         )
     missing = {"indexer", "base", "evidence", "budget", "weights_sha256"} - set(config)
@@ -313,12 +313,12 @@ def _built(directory: Path, config: dict) -> Indexer:
         raise AdapterError(f"adapter {directory}: model.safetensors is truncated or changed (its sha256 differs)")
     with safe_open(path, framework="pt") as file:
         stored = {name: file.get_slice(name) for name in file.keys()}
-        found = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
-        if found != expected:
-            first = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))[0]
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+        if shapes != expected:
+            first = sorted(name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name))[0]
             raise AdapterError(
                 f"adapter {directory}: weights do not fit config.json ({first} must have shape {expected.get(first)}, "
-                f"got {found.get(first)})"
+                f"got {shapes.get(first)})"
             )
         for name, tensor in stored.items():
             if tensor.get_dtype() not in DTYPES:

@@ -77,9 +77,6 @@ def cases() -> list[Case]:
     ]
 
 
-# ---- one case ---------------------------------------------------------------------------------------------------------------
-
-
 def kernels(case: Case, cores: int) -> dict[str, Kernel]:
     """The case's kernel under every schedule."""
     untiled = replace(config.load("pluto"), tiling=config.Tiling())
@@ -160,9 +157,6 @@ def properties(case: Case) -> dict:
 def _parallel_tile(plan: Plan) -> bool:
     """Whether the cores share chunks of a loop that runs inside."""
     return isinstance(plan.root, Band) and any(loop.parallel and loop.tile for loop in plan.root.loops)
-
-
-# ---- the report -------------------------------------------------------------------------------------------------------------
 
 
 def geomean(values) -> float:

@@ -309,9 +309,6 @@ def publish(output: Path) -> None:
             archive.add(path, name)
 
 
-# Carrying
-
-
 def pack(directory: Path, count: int, models: tuple[str, ...]) -> list[Path]:
     """Writes numbered pieces of at most PIECE_BYTES, of which each can be unpacked alone; returns them."""
     from npu_sparse.checkpoints import DEMOS

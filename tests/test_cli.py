@@ -134,9 +134,6 @@ def test_doctor_says_what_runs_here(capsys):
     assert isinstance(json.loads(capsys.readouterr().out), (dict, list))
 
 
-# Options
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_options_are_the_fields_of_the_config(name):
     command = typer.main.get_command(cli._app([name])).commands[name]

@@ -126,9 +126,6 @@ def test_a_broken_geometry_is_refused(fields, message):
         IndexerConfig(**{"hidden_size": 16, "layers": (0, 1), "rotary_dim": 8, **fields})
 
 
-# Adapters
-
-
 def test_a_saved_adapter_loads_as_its_bf16_weights(indexer, adapter):
     loaded = Indexer.from_pretrained(adapter)
     assert loaded.config == indexer.config and loaded.base == indexer.base

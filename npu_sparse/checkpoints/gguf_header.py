@@ -44,7 +44,7 @@ class Header:
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
     entries: tuple[tuple[str, bytes], ...]  # (key, the entry as stored) of the metadata, without the vocabulary
-    table: bytes  # of the tensors, as stored
+    table: bytes  # the table of tensors as stored
     data_start: int
     version: int
 
@@ -81,9 +81,9 @@ class _Cursor:
     def numbers(self, form: str, count: int = 1) -> tuple:
         width = struct.calcsize(form)
         self.need(count, width)
-        found = struct.unpack_from(f"<{count}{form}", self.data, self.at)
+        values = struct.unpack_from(f"<{count}{form}", self.data, self.at)
         self.at += count * width
-        return found
+        return values
 
     def number(self, form: str) -> Any:
         return self.numbers(form)[0]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FINGERPRINT_SAMPLES = 4096
-BACKBONE_ROWS, BACKBONE_COLUMNS = 4, 1024  # of every matrix
+BACKBONE_ROWS, BACKBONE_COLUMNS = 4, 1024  # sampled from every matrix
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str | None:
@@ -124,9 +124,9 @@ def _backbone_fingerprint(names: Iterable[str], rows: Callable[[str], list]) -> 
     layers = re.compile(re.escape(prefix) + r"layers\.\d+\.(?!.*\bexperts\b).*weight")
     digest = hashlib.sha256()
     for name in sorted([embedding, *(name for name in names if layers.fullmatch(name))]):
-        found = rows(name)
-        if found:  # a vector has no rows: norms are not sampled
-            digest.update(name.removeprefix(prefix).encode() + _comparable(torch.cat(found)))
+        sampled = rows(name)
+        if sampled:  # a vector has no rows: norms are not sampled
+            digest.update(name.removeprefix(prefix).encode() + _comparable(torch.cat(sampled)))
     return digest.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ from ..boundary import read_json, reading
 from .cache import CheckpointError
 from .gguf_header import LFS_POINTER
 
-_NAMED = 4  # so many names are a sentence, the rest is a number
+_NAMED = 4  # the most names that a message lists; above that it counts them
 
 
 def check_names(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:

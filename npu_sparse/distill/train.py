@@ -28,7 +28,7 @@ from .validate import validate
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
 RECOMMENDED = Budget(k=512, block=64, dense_below=1024)
-WITH_HEADS = dict(k=1024, reduce="softmax_max", exact_last=128)  # what hard retrieval asks of shared supports
+WITH_HEADS = dict(k=1024, reduce="softmax_max", exact_last=128)  # hard retrieval with shared supports wants this
 BACKENDS = {"cuda": "nccl", "npu": "hccl"}
 
 
@@ -272,13 +272,13 @@ def _markdown(result: dict) -> str:
 
 
 def _partition_words(result: dict) -> str:
-    found = result["partition"]
-    if found is None:
+    partition = result["partition"]
+    if partition is None:
         return "\nIt has no partition heads.\n"
     return (
         f"\nPartition heads, by least squares over {result['config']['partition_steps']} more steps' batches: on the same "
-        f"held-out documents they miss the exact log-partition by {found['residual']:.3f} nats (root mean square; "
-        f"{found['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {found['spread']:.3f}.\n"
+        f"held-out documents they miss the exact log-partition by {partition['residual']:.3f} nats (root mean square; "
+        f"{partition['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {partition['spread']:.3f}.\n"
     )
 
 

@@ -172,12 +172,12 @@ def gated_mlp_modules(model) -> list:
     """The feed-forward modules of a loaded model that compute `down(silu(gate(x)) * up(x))`."""
     from torch import nn
 
-    found = []
+    modules = []
     for module in decoder(model).modules():
         if all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             if type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-                found.append(module)
-    return found
+                modules.append(module)
+    return modules
 
 
 def decoder(model):

@@ -15,7 +15,7 @@ from ..ops.slices import upto
 from .forward import ForwardContext, is_capturing, is_sparse
 
 LAYER = "npu_sparse_layer"  # the keyword under which an attention function receives its SparseLayer
-PREFIX = "npu_sparse"  # of the names that attached models select their attention and mask functions by
+PREFIX = "npu_sparse"  # the names of registered attention and mask functions begin with it
 _UNHOOKED = object()
 
 

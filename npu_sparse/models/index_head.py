@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..indexer import IndexHead
 
-ALIGNED = 8  # rows of a product begin at multiples of 16 bytes in 16 bits: what fast matrix products ask for
+ALIGNED = 8  # 16-bit rows then begin at multiples of 16 bytes, which fast matrix products need
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,9 +12,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_tensor(name: str, tensor, shape: tuple, dtypes: tuple, device=None) -> None:
     """Raises TypeError or ValueError unless `tensor` has this shape (None = any), one of the dtypes and the device."""
     if isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and (device is None or tensor.device == device):
-        found = tensor.shape
-        if len(found) == len(shape):
-            for want, got in zip(shape, found):
+        sizes = tensor.shape
+        if len(sizes) == len(shape):
+            for want, got in zip(shape, sizes):
                 if want is not None and want != got:
                     break
             else:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 DEFAULT_MIB = 256
-SIZE = DEFAULT_MIB << 20  # bytes of a slice, where nobody says another
+SIZE = DEFAULT_MIB << 20  # bytes of a slice by default
 _SAID: ContextVar[int | None] = ContextVar("npu_sparse_workspace", default=None)
 
 

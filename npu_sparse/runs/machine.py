@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FORM = {"processor": str, "cores": (int, None), "commit": str, "dirty": bool, "date": str}  # of `machine()`, as a record has it
+FORM = {"processor": str, "cores": (int, None), "commit": str, "dirty": bool, "date": str}  # how a record keeps `machine()`
 
 
 def machine(device: str = "cpu") -> dict:
@@ -20,7 +20,7 @@ def machine(device: str = "cpu") -> dict:
     travels without its history, `NPU_SPARSE_COMMIT` says which commit it is.
     """
     stated = os.environ.get("NPU_SPARSE_COMMIT")
-    found = {
+    facts = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -32,14 +32,14 @@ def machine(device: str = "cpu") -> dict:
     }
     for package in ("torch", "transformers", "triton", "npu-sparse", "fla-core", "fa3-fwd"):
         try:
-            found[package] = version(package)
+            facts[package] = version(package)
         except PackageNotFoundError:
             pass
     if device.startswith("cuda"):
         import torch
 
-        found["card"] = torch.cuda.get_device_name(device)
-    return found
+        facts["card"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 @cache
@@ -70,11 +70,11 @@ def chosen_dtype(dtype: str, device: str) -> str:
     return fast_dtype(device) if dtype == "auto" else dtype
 
 
-def machine_line(found: dict) -> str:
+def machine_line(facts: dict) -> str:
     """One sentence of `machine()` for a caption."""
-    where = found.get("card") or f"{found['processor']}, {found['cores']} cores"
-    commit = f"{found['commit'] or 'unknown'}{'+changes' if found['dirty'] else ''}"
-    return f"{where}; torch {found.get('torch')}, transformers {found.get('transformers')}; commit {commit}; {found['date']}"
+    where = facts.get("card") or f"{facts['processor']}, {facts['cores']} cores"
+    commit = f"{facts['commit'] or 'unknown'}{'+changes' if facts['dirty'] else ''}"
+    return f"{where}; torch {facts.get('torch')}, transformers {facts.get('transformers')}; commit {commit}; {facts['date']}"
 
 
 def _processor() -> str:

@@ -57,5 +57,5 @@ def reference_answer(example: "Example") -> Reference:
 
 
 def _place(answer: str, prompt: str) -> int:
-    found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt)
-    return found.start() if found else len(prompt)
+    match = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt)
+    return match.start() if match else len(prompt)

@@ -278,9 +278,6 @@ def test_inductor_gives_the_same(backend):
     torch.testing.assert_close(compiled(*inputs), layer(*inputs))
 
 
-# Policy
-
-
 @pytest.mark.parametrize(
     "impl, device, kernel",
     [

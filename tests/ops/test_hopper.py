@@ -40,8 +40,6 @@ def compiler():
         pytest.skip("CUDA C++ kernels need NVRTC: run `pip install nvidia-cuda-nvrtc`")
 
 
-# Compiling
-
 VERBOSE = ("--ptxas-options=-v", "--no-cache")  # what comes from NVRTC's own cache comes without a log
 COMMON = {"BF16": 1}
 ATTEND = [
@@ -108,9 +106,6 @@ def test_without_nvrtc_the_error_says_what_to_install(monkeypatch):
             nvrtc._nvrtc()
     finally:
         nvrtc._nvrtc.cache_clear()
-
-
-# Attention
 
 
 @dataclass(frozen=True)
@@ -204,9 +199,6 @@ def test_tensors_that_wide_copies_cannot_read_are_tritons(hopper):
     exact = naive_sparse_attention(q, k, v, support, scale=0.1)
     yardstick = ops.sparse_attention(q, k, v, support, scale=0.1, impl="reference")
     assert_accurate(ops.sparse_attention(q, shifted, v, support, scale=0.1, impl="kernel"), exact, yardstick)
-
-
-# Selection
 
 
 @dataclass(frozen=True)

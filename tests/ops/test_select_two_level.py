@@ -269,9 +269,6 @@ def naive_candidate_scores(qi, ki, w, blocks, position, reduce, valid, dtype):
     return out
 
 
-# Edges
-
-
 def test_the_mean_chooses_among_the_same_candidates(two_level):
     case = two_level.fit(Case(Tq=70, block=16, k=200, candidates=32, Hi=2))  # more slots than candidates: all of them
     assert_same(run(replace(case, reduce="mean"), two_level.impl, two_level.device), run(case, two_level.impl, two_level.device))

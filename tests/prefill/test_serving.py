@@ -32,9 +32,6 @@ def loss_gradients(model, ids, **options):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# Gradients
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [1, 16])
 def test_a_forward_with_gradients_on_works(kind, block):
@@ -98,9 +95,6 @@ def test_dropout_of_attention_weights_is_refused():
     model = tiny_model("llama", attention_dropout=0.1).train()
     with attach("oracle", model), pytest.raises(ValueError, match=r"attention_dropout must be 0 .* got 0.1: call model.eval\(\)"):
         model(tokens(2, T))
-
-
-# Autocast
 
 
 @pytest.mark.parametrize("kind", KINDS)

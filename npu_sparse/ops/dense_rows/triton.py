@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..slices import power_of_two
 
-FEWEST_KEYS = 256  # of a split
+FEWEST_KEYS = 256  # a split of the keys has at least this many
 PROGRAMS_PER_CORE = 2  # so that no multiprocessor waits for the slowest
-CORES_INTERPRETED = 4  # under TRITON_INTERPRET, where there is no card to ask
+CORES_INTERPRETED = 4  # stands for a card's multiprocessors under TRITON_INTERPRET
 LOG2E = 1.4426950408889634
 
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 ROWS, COLS = 64, 64
-PROGRAMS = 256  # wanted at least: with few rows their keys are shared out, and the partial sums added
-SHARE = 1024  # keys of a share at least
+PROGRAMS = 256  # at least this many: with few rows the keys are split into shares, whose partial sums are added
+SHARE = 1024  # a share has at least this many keys
 
 
 @triton.jit

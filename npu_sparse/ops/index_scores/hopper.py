@@ -17,7 +17,7 @@ from ..hopper import is_hopper, is_readable, processors
 
 BLOCKS = (1, 16, 32, 64, 128)
 SHARED_BYTES = 232448
-KEYS = 128  # of a step
+KEYS = 128  # keys of one step
 DEVIATIONS = 5.0
 ANY = 0x007FFFFF << 32  # the threshold that every visible key reaches
 THREADS = 256

@@ -227,9 +227,9 @@ def _place(slots, count, chosen, out, rows_per_group, Ng, K, W, key_block, BN: t
     row = b * tl.num_programs(0) + n
     slot = tl.program_id(1) * BN + tl.arange(0, BN)
     used = slot < tl.load(count + row)
-    found = tl.load(slots + row * K + slot, mask=used, other=0)
-    block = tl.load(chosen + (b * Ng + n // rows_per_group) * W + found // key_block, mask=used, other=0)
-    key = tl.where(used, block * key_block + found % key_block, -1)
+    picked = tl.load(slots + row * K + slot, mask=used, other=0)
+    block = tl.load(chosen + (b * Ng + n // rows_per_group) * W + picked // key_block, mask=used, other=0)
+    key = tl.where(used, block * key_block + picked % key_block, -1)
     tl.store(out + row * K + slot, key, mask=slot < K)
 
 
