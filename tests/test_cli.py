@@ -77,14 +77,14 @@ def captured(monkeypatch):
     """`captured(name, *options)` gives the config with which a stage would run."""
 
     def capture(name: str, *options: str):
-        found = []
+        configs = []
 
         def stub(config, output):
-            found.append(config)
+            configs.append(config)
 
         monkeypatch.setattr(import_module(cli.COMMANDS[name].module), cli.COMMANDS[name].run, stub)
         assert cli.main([name, "tiny", *options]) == 0
-        return found[0]
+        return configs[0]
 
     return capture
 

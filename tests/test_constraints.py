@@ -13,8 +13,8 @@ TORCHS = {"triton"}  # torch's CUDA build pins it
 
 
 def requirements(lines):
-    found = (packaging.Requirement(line.partition(" #")[0]) for line in lines if line.strip() and not line.startswith("#"))
-    return {requirement.name.lower().replace("_", "-"): requirement for requirement in found}
+    parsed = (packaging.Requirement(line.partition(" #")[0]) for line in lines if line.strip() and not line.startswith("#"))
+    return {requirement.name.lower().replace("_", "-"): requirement for requirement in parsed}
 
 
 def pinned():

@@ -242,8 +242,8 @@ def test_weights_in_a_dtype_that_casting_would_ruin_are_refused(adapter, dtype):
 def test_weights_in_another_floating_dtype_are_taken(adapter, dtype):
     expected = Indexer.from_pretrained(adapter).state_dict()
     restored(adapter, lambda weights: weights.update({name: tensor.to(dtype) for name, tensor in weights.items()}))
-    found = Indexer.from_pretrained(adapter).state_dict()
-    assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
+    loaded = Indexer.from_pretrained(adapter).state_dict()
+    assert all(torch.allclose(loaded[name], expected[name], atol=1e-7) for name in expected)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

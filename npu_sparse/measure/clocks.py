@@ -57,10 +57,10 @@ class EventTimer:
     @property
     def seconds(self) -> dict[str, float]:
         synchronize(self.device)
-        found: dict[str, float] = defaultdict(float)
+        totals: dict[str, float] = defaultdict(float)
         for name, started, ended in self._marks:
-            found[name] += started.elapsed_time(ended) / 1e3
-        return found
+            totals[name] += started.elapsed_time(ended) / 1e3
+        return totals
 
     def _mark(self):
         event = getattr(torch, self.device.type).Event(enable_timing=True)

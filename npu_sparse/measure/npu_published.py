@@ -109,8 +109,8 @@ class Stream:
 
     def vector(self, opcode: str, elements: int, barrier: bool = True):
         """One vector instruction over fp32 elements, and the barrier that the next one needs if it depends on it."""
-        found = self._step("instruction", "V", opcode, repeats=math.ceil(elements / LANES))
-        return self._step("barrier", "V") if barrier else found
+        step = self._step("instruction", "V", opcode, repeats=math.ceil(elements / LANES))
+        return self._step("barrier", "V") if barrier else step
 
     def flag(self, source: str, target: str):
         """What `target` does next waits for what `source` has done."""
@@ -133,12 +133,12 @@ def dealt(shape: Published, cores: int) -> list[list[_Block]]:
     """Base blocks of every core: in order, as many for each, one more for the first ones."""
     blocks = [_Block(s, b) for s in range(shape.batch) for b in range(math.ceil(shape.keys / BLOCK_KEYS))]
     least, more = divmod(len(blocks), cores)
-    found, at = [], 0
+    shares, at = [], 0
     for core in range(cores if least else more):
         count = least + (core < more)
-        found.append(blocks[at : at + count])
+        shares.append(blocks[at : at + count])
         at += count
-    return found
+    return shares
 
 
 def lightning_indexer(shape: Published, cores: int) -> dict:

@@ -133,14 +133,14 @@ def judge(model, asked: Forced, states: Tensor, dense: Tensor) -> dict:
     if states.shape != dense.shape or len(states) != len(answer):
         raise ValueError(f"states must have {len(answer)} rows, one a token, got {len(states)} and {len(dense)} dense ones")
     rows = max(1, LOGIT_ELEMENTS // len(weight))
-    found, kl = [], []
+    hits, kl = [], []
     for start in range(0, len(states), rows):
         part = slice(start, start + rows)
         q = functional.linear(states[part].float(), weight, bias)  # [rows, vocabulary]
         p = functional.linear(dense[part].to(states.device).float(), weight, bias).log_softmax(-1)
-        found.append(q.argmax(-1) == answer[part])
+        hits.append(q.argmax(-1) == answer[part])
         kl.append((p.exp() * (p - q.log_softmax(-1))).sum(-1))
-    equal = torch.cat(found).double()
+    equal = torch.cat(hits).double()
     if asked.counts is not None:
         equal = equal[torch.tensor(asked.counts, device=equal.device)]
     divergence = torch.cat(kl).clamp_(min=0.0)  # rounding can leave -1e-7 where the two are equal
@@ -188,8 +188,8 @@ def read_states(path: Path) -> list[Tensor]:
     """What `write_states` wrote."""
     from safetensors.torch import load
 
-    found = load(Path(path).read_bytes())
-    return [found[str(n)] for n in range(len(found))]
+    stored = load(Path(path).read_bytes())
+    return [stored[str(n)] for n in range(len(stored))]
 
 
 @contextmanager

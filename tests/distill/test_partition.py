@@ -47,9 +47,9 @@ def test_a_channel_that_never_varies_gets_no_coefficient():
 
 
 def test_targets_are_the_exact_partitions_of_the_rows_that_are_supervised(model):
-    indexer, found = loud_indexer(model), []
-    tap(model, torch.arange(1, 61)[None].repeat(2, 1), found.append)
-    for seen_layer in found:
+    indexer, taps = loud_indexer(model), []
+    tap(model, torch.arange(1, 61)[None].repeat(2, 1), taps.append)
+    for seen_layer in taps:
         head = indexer.layers[str(seen_layer.layer)]
         with torch.no_grad():
             qi, ki, w = head(seen_layer.hidden, seen_layer.cos, seen_layer.sin)

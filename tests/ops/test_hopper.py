@@ -295,14 +295,14 @@ def test_selection_is_the_top_k_of_exact_scores(hopper, case):
         scores.float(), k=case.k, sink=case.sink, recent=case.recent, block=case.block, queries=case.Tq, impl="reference"
     )
     assert torch.equal(support.count, best.count)
-    found, wanted = support.member_mask(case.Tk)[:, 0], best.member_mask(case.Tk)[:, 0]
-    differ = (found != wanted).any(-1)
+    chosen, wanted = support.member_mask(case.Tk)[:, 0], best.member_mask(case.Tk)[:, 0]
+    differ = (chosen != wanted).any(-1)
     if case.levels or case.opposed:
         assert not differ.any()  # small integers and floors are exact: ties go to the smaller position
     # what is less a shift rounds like the shift: a few rows more have their last two candidates within rounding
     assert differ.float().mean() < (0.01 if case.shift is None else 0.05)
     rounding = 0.0 if case.shift is None else 2e-6 * float(options["partition"].abs().max()) * case.Di**0.5
-    worst = scores.masked_fill(~found, float("inf")).amin(-1)[differ]
+    worst = scores.masked_fill(~chosen, float("inf")).amin(-1)[differ]
     least = scores.masked_fill(~wanted, float("inf")).amin(-1)[differ]
     assert (worst >= least - 1e-5 * least.abs() - rounding).all()  # what was taken instead is as good within rounding
 

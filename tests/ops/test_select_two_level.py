@@ -438,11 +438,11 @@ def test_interpreted_kernels_compile_for_a_gpu_too():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in found] == [
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in compiled] == [
         "_bound", "_rank", "_score", "_bound", "_rank", "_score", "_normalise", "_place"
     ]  # fmt: skip
-    assert all(int(size) > 0 and int(shared) <= 232448 for _, size, shared in found)
+    assert all(int(size) > 0 and int(shared) <= 232448 for _, size, shared in compiled)
 
 
 @pytest.mark.parametrize("block", [1, 16])

@@ -50,7 +50,7 @@ def test_following_the_advice_leads_to_the_same_result(model, ids, monkeypatch):
     mib, tried = workspace.DEFAULT_MIB, []
     while True:
         try:
-            found = prefill(model, ids, workspace_mib=mib)
+            actual = prefill(model, ids, workspace_mib=mib)
             break
         except torch.OutOfMemoryError as error:
             tried.append(mib)
@@ -61,7 +61,7 @@ def test_following_the_advice_leads_to_the_same_result(model, ids, monkeypatch):
             ), sentence  # fmt: skip
             mib = int(re.search(r"attach with workspace_mib=(\d+)", sentence)[1])
     assert tried == [256, 64, 16]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(

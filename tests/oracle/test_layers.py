@@ -139,7 +139,7 @@ def test_layers_on_the_dense_trajectory_get_the_dense_models_inputs(model, monke
     monkeypatch.setattr(
         layers, "measure_layer", lambda inputs, out, *rest: (seen.update({inputs.layer: inputs}), [], [])[1:]
     )
-    found = layers.measure_layers(model, ids, hidden_states(model, ids), GRANULARITIES, BUDGETS)
+    report = layers.measure_layers(model, ids, hidden_states(model, ids), GRANULARITIES, BUDGETS)
     assert sorted(seen) == [0, 1]
     keys = {}
     hooks = [
@@ -152,4 +152,4 @@ def test_layers_on_the_dense_trajectory_get_the_dense_models_inputs(model, monke
     for n, inputs in seen.items():
         norms = keys[n].unflatten(-1, (2, 8)).transpose(1, 2).norm(dim=-1)  # rotation keeps norms
         torch.testing.assert_close(inputs.k.norm(dim=-1), norms, rtol=1e-4, atol=1e-4)
-    assert found["path"]["kl"] < 1e-5 and found["path"]["agreement"] == 1
+    assert report["path"]["kl"] < 1e-5 and report["path"]["agreement"] == 1

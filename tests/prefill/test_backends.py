@@ -84,20 +84,20 @@ def test_every_backend_serves_an_exact_end_under_normalised_scores(backend, plac
     module = attention_modules(model)[min(attention_modules(model))]
 
     def rows(budget):
-        found = []
-        handle = module.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0].clone()))
+        seen = []
+        handle = module.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
         with SparsePrefill.attach(model, tiny_selector("indexer", model), budget, impl=backend.impl):
             logits = model(ids, attention_mask=mask).logits
         handle.remove()
-        return found[0], logits
+        return seen[0], logits
 
-    found, logits = rows(budget)
+    exact, logits = rows(budget)
     assert bool(logits[mask.bool()].isfinite().all())
     sparse, every = rows(budget.replace(exact_last=0))[0], rows(EVERYTHING)[0]
     for sequence, length in enumerate(mask.sum(1).tolist()):
-        assert torch.equal(found[sequence, : length - n], sparse[sequence, : length - n])
+        assert torch.equal(exact[sequence, : length - n], sparse[sequence, : length - n])
         last = slice(length - n, length)
-        assert (found[sequence, last] - every[sequence, last]).norm() < 0.02 * every[sequence, last].norm()
+        assert (exact[sequence, last] - every[sequence, last]).norm() < 0.02 * every[sequence, last].norm()
         assert (sparse[sequence, last] - every[sequence, last]).norm() > 0.1 * every[sequence, last].norm()
 
 

@@ -197,11 +197,11 @@ def test_a_file_system_without_links_is_claimed_all_the_same(tmp_path, monkeypat
 def test_a_directory_of_an_earlier_version_is_resumed_through_its_upgrade(tmp_path):
     open_run(tmp_path, {"stage": "eval", "k": 512})
     now = {"stage": "eval", "budget": "k=512"}
-    assert open_run(tmp_path, now, upgrade=lambda found: {"stage": "eval", "budget": f"k={found['k']}"}) == tmp_path
+    assert open_run(tmp_path, now, upgrade=lambda stored: {"stage": "eval", "budget": f"k={stored['k']}"}) == tmp_path
     with pytest.raises(RunError, match="holds another run"):
-        open_run(tmp_path, {**now, "budget": "k=256"}, upgrade=lambda found: {"stage": "eval", "budget": f"k={found['k']}"})
+        open_run(tmp_path, {**now, "budget": "k=256"}, upgrade=lambda stored: {"stage": "eval", "budget": f"k={stored['k']}"})
     with pytest.raises(RunError, match="holds another run"):
-        open_run(tmp_path, now, upgrade=lambda found: found["absent"])
+        open_run(tmp_path, now, upgrade=lambda stored: stored["absent"])
 
 
 # Temporary files

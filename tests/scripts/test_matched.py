@@ -54,13 +54,13 @@ def run(tmp_path):
 def test_the_report_averages_what_dense_solves_and_compares_with_the_fastest_dense(run, capsys):
     words, output = run
     assert matched.main(words) == 0
-    found = json.loads((output / "report.json").read_text())
-    assert found["solved"] == ["easy"]
-    dense, row = found["rows"]
+    report = json.loads((output / "report.json").read_text())
+    assert report["solved"] == ["easy"]
+    dense, row = report["rows"]
     assert (dense["right"]["value"], row["right"]["value"], row["over_dense"]["value"]) == (0.75, 0.5, -0.25)
     assert row["kl"]["value"] == 0.25 and dense["kl"]["value"] == 0
     assert row["worst"] == {"task": "easy", "difference": -0.25}
-    timed = next(line for line in found["timings"] if line["variant"] == VARIANT)
+    timed = next(line for line in report["timings"] if line["variant"] == VARIANT)
     assert timed["best_dense"] == "dense fa2" and timed["speed_up"]["value"] == pytest.approx(1.5)
     assert "1.50x" in capsys.readouterr().out and (output / "report.png").exists()
 
@@ -97,10 +97,10 @@ def test_cells_are_measured_by_the_same_means_as_a_run_of_eval_and_ttft(tmp_path
              "oracle:k=32,block=1", "--length", "700", "--count", "2", "--timed", "300", "--rounds", "2", "--dense", "sdpa,eager",
              "--solved", "-1", "--device", "cpu", "--dtype", "float32", "--output", str(tmp_path)]  # fmt: skip
     assert matched.main(words) == 0
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert [row["evidence"] for row in found["rows"]] == ["dense", "oracle", "untrained", "control"]
-    assert found["adapter"] == subject.inputs()["adapter"] and found["base"] == subject.base()
-    assert {row["variant"] for row in found["timings"]} == {"dense sdpa", "dense eager", "indexer:k=32,block=16", "local:k=32"}
-    assert all(row["ttft_s"]["n"] == 2 and row["ttft_s"]["median"] > 0 for row in found["timings"])
-    assert all(row["kl"]["value"] > 0 for row in found["rows"][1:])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["evidence"] for row in report["rows"]] == ["dense", "oracle", "untrained", "control"]
+    assert report["adapter"] == subject.inputs()["adapter"] and report["base"] == subject.base()
+    assert {row["variant"] for row in report["timings"]} == {"dense sdpa", "dense eager", "indexer:k=32,block=16", "local:k=32"}
+    assert all(row["ttft_s"]["n"] == 2 and row["ttft_s"]["median"] > 0 for row in report["timings"])
+    assert all(row["kl"]["value"] > 0 for row in report["rows"][1:])
     assert model.config._attn_implementation == "sdpa"

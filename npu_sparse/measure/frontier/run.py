@@ -63,8 +63,8 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
         _require_same(halves, _identity(quality) | _grid(quality), _identity(ttft) | _grid(ttft))
         _require_same("all points", whole, {**_identity(quality), "prompts": quality["prompts"]})
         _require_same("all ttft runs", _hardware(pairs[0][1]), _hardware(ttft))
-    solved = [task for task, found in first["tasks"].items() if found["solved"]]
-    if not solved or (first.get("forced") and not any(found["solved"] for found in first["forced"]["tasks"].values())):
+    solved = [task for task, scored in first["tasks"].items() if scored["solved"]]
+    if not solved or (first.get("forced") and not any(scored["solved"] for scored in first["forced"]["tasks"].values())):
         raise RunError("dense attention must solve at least one task by every instrument for a frontier: see the quality reports")
     timings = [ttft for _, ttft in pairs]
     dense_s = [seconds for ttft in timings for seconds in _row(ttft, "dense")["seconds"]]
@@ -74,7 +74,7 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
         "adapter": whole["adapter"],
         "length": whole["length"],
         "tasks": solved,
-        "forced_tasks": [task for task, found in (first.get("forced") or {"tasks": {}})["tasks"].items() if found["solved"]],
+        "forced_tasks": [task for task, scored in (first.get("forced") or {"tasks": {}})["tasks"].items() if scored["solved"]],
         "unsolved": [task for task in first["tasks"] if task not in solved],
         "rows": [
             {**_scored(first, "dense"), "ttft_s": summary(dense_s), **_where(first, *timings)},

@@ -207,8 +207,8 @@ def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, c
     started = time.perf_counter()
     samples = [{"index": example.index, "length": example.length} for example in prompts.examples]
     if "forced" in config.instruments:
-        for sample, found in zip(samples, _forced(config, directory, cell, subject, prompts)):
-            sample |= found
+        for sample, judged in zip(samples, _forced(config, directory, cell, subject, prompts)):
+            sample |= judged
     if "generated" in config.instruments:
         with _prefill(config, name, subject):
             outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, config.batch)
@@ -342,10 +342,10 @@ def _check_agree(config: EvalConfig, records: list[dict]) -> None:
     """Raises RunError unless records are of one model and one adapter, and those of a task of the same prompts."""
     seen: dict[str, object] = {}
     for record in records:
-        found = {"base model": record["base"], f"prompts of {record['task']}": record["prompts"]}
+        inputs = {"base model": record["base"], f"prompts of {record['task']}": record["prompts"]}
         if record["adapter"] is not None:
-            found["adapter weights"] = record["adapter"]
-        for name, value in found.items():
+            inputs["adapter weights"] = record["adapter"]
+        for name, value in inputs.items():
             if seen.setdefault(name, value) != value:
                 raise RunError(
                     f"all cells must have the same {name}, got {seen[name]} and {value}: use another directory"
