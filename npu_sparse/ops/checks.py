@@ -1,4 +1,4 @@
-"""What operators ask of their inputs: each raises TypeError or ValueError with the rule and what it got."""
+"""Checks of operators' inputs. Each raises TypeError or ValueError with the rule and the value that breaks it."""
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, support: Support) -> None:
 
 
 def check_scoring(qi, ki, w, block, reduce, valid, partition):
-    """Raises TypeError or ValueError where inputs that index scores are made of break a rule."""
+    """Raises TypeError or ValueError where the inputs of index scores break a rule."""
     check_tensor("qi", qi, (None, None, None, None), FLOATS)
     B, Hi, Tq, Di = qi.shape
     check_tensor("ki", ki, (B, None, Di), (qi.dtype,), qi.device)

@@ -34,7 +34,7 @@ def compiled(source: str, macros: dict[str, int], architecture: str) -> bytes:
     if kept := compiled_code.read(path):
         return kept
     cubin, _ = compile_source(source, macros, architecture)
-    with suppress(OSError):  # a cache that is full, or that others may write, costs a compilation a process
+    with suppress(OSError):  # without a usable cache, every process compiles for itself
         compiled_code.write(path, cubin)
     return cubin
 

@@ -1,5 +1,5 @@
-"""dense_rows in Triton, flash-decoding: a tile is rows x the query heads of one KV head; programs split the keys between them,
-each keeps a maximum, a sum and an unnormalised output, and a second kernel joins those."""
+"""dense_rows in Triton by flash-decoding: a tile holds rows x the query heads of one KV head. Programs share out its keys; each
+keeps a maximum, a sum and an unnormalised output, and a second kernel joins them."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""index_heads in Triton: a program has a few tokens, all heads of them; everything is read once and written once."""
+"""index_heads in Triton: a program computes all heads of a few tokens, so that everything is read and written once."""
 
 import torch
 import triton

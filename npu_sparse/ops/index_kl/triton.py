@@ -1,8 +1,9 @@
-"""index_kl in Triton. Every kernel streams: the attention mass and the index scores of a tile of queries and keys are made, used
-and dropped. Every program owns what it writes, and partial sums are added in a fixed order: gradients are the same on every run.
+"""index_kl in Triton. Every kernel streams: it computes the attention mass and the index scores of a tile of queries and keys,
+uses them and drops them. Every program owns its output and partial sums are added in a fixed order, so gradients are the same
+on every run.
 
-One pass for the normalisers, one for the loss, one each for the gradients of queries and of keys. Queries are named by their
-positions (`rows`), so that nothing is gathered; a tile of rows may span two segments.
+There is one pass for the normalisers, one for the loss, and one each for the gradients of queries and of keys. Queries are named
+by their positions (`rows`), so that nothing is gathered; a tile of rows may span two segments.
 """
 
 import torch
@@ -313,7 +314,7 @@ def _launch(q: Tensor, qi: Tensor) -> dict:
 
 
 def _shares(T: int, programs: int) -> tuple[int, int]:
-    """Keys of one share, whole tiles of them, and the number of shares: enough programs, and sums worth their start."""
+    """The keys of one share, in whole tiles, and the number of shares: enough programs, each with enough work."""
     wanted = max(1, min(triton.cdiv(PROGRAMS, programs), T // SHARE))
     share = triton.cdiv(triton.cdiv(T, wanted), COLS) * COLS
     return share, triton.cdiv(T, share)

@@ -17,7 +17,7 @@ ROW_ELEMENTS = 2048  # slots that one program of `_place` turns into keys
 
 @triton.jit
 def _bound(ki, valid, out, Tk, k_b, k_t, k_d, v_b, v_t, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr):
-    """What stands for one key block: half way from the mean of its valid keys to their maxima, and to their minima."""
+    """The representatives of one key block: half way from the mean of its valid keys to their maxima, and to their minima."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     key, d = c * C + tl.arange(0, C), tl.arange(0, DP)
     real = key < Tk
@@ -234,7 +234,7 @@ def _place(slots, count, chosen, out, rows_per_group, Ng, K, W, key_block, BN: t
 
 
 def _inputs(qi: Tensor, w: Tensor | None, valid: Tensor | None) -> tuple[dict, Tensor, Tensor, tuple, tuple]:
-    """What every kernel gets of them: constants, placeholders for what is missing, and strides."""
+    """The arguments that every kernel takes: constants, placeholders for missing tensors, and strides."""
     constants = dict(
         HI=qi.shape[1], D=qi.shape[-1], DP=max(16, triton.next_power_of_2(qi.shape[-1])), WEIGHTED=w is not None,
         PADDED=valid is not None, PRECISION="ieee" if qi.dtype == torch.float32 else "tf32",

@@ -32,7 +32,7 @@ Unite = nvrtc.structure(
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> bool:
-    """Whether the kernel takes these tensors; what it does not take is Triton's."""
+    """Whether the kernel takes these tensors; Triton's kernel serves the others."""
     G, D = q.shape[1] // k.shape[1], q.shape[-1]
     return (
         is_hopper(q.device)

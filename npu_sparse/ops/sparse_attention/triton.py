@@ -126,7 +126,7 @@ def _mend(
     Hq: tl.constexpr, Hkv: tl.constexpr, HEADS_PER_SUPPORT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Of TOKENS queries of one head, those whose result holds NaN: attention over what each sees, and nothing else read."""
+    """Computes those of TOKENS queries of one head again whose result holds NaN, reading only the keys that each one sees."""
     b, head = (tl.program_id(1) // Hq).to(tl.int64), tl.program_id(1) % Hq
     h = head // (Hq // Hkv)
     first = tl.program_id(0) * TOKENS
@@ -244,8 +244,8 @@ def _launch(q, k, v, indices, count, member, tail, out, block, scale, TQ, first,
 
 
 def mend(q, k, v, indices, count, block, scale, tail, out) -> None:
-    """Computes the rows of `out` again that hold NaN, each by itself: tiles multiply what only some of their queries see by zero
-    for the others, and zero times NaN is NaN. Where there is none, this costs one reading of `out`."""
+    """Computes the rows of `out` that hold NaN again, one by one: a tile multiplies values that only some of its queries see by
+    zero for the others, and zero times NaN is NaN. Without NaN this costs one pass over `out`."""
     B, Hq, Tq, D = q.shape
     Hkv, Dv = k.shape[1], v.shape[-1]
     if not out.numel() or indices.shape[-1] == 0:
