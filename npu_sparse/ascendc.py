@@ -1,9 +1,8 @@
 """The AscendC kernels as a shared library: built once for the host emulation or for the card, and loaded.
 
-The sources are one directory, `ops/` of a checkout. A library is kept in the cache under a name that says what it was made
-of - sources, torch, compiler - so that another version is another file, and an old one is never loaded by mistake; nor is one
-that is not whole, or that another user could have written (`compiled`). Nothing heavy is imported before a library is loaded:
-the doctor asks here too.
+The sources are one directory, `ops/` of a checkout. The cache keeps a library under a name made from its sources, torch and
+compiler, so that a stale one is never loaded. A library that is incomplete, or that another user could have written, is not
+loaded either (`compiled`). Nothing heavy is imported before a library is loaded, because the doctor asks here too.
 """
 
 import hashlib
@@ -30,8 +29,8 @@ _SOURCE_SUFFIXES = (".h", ".cpp")
 # torch's headers want C++20; a kernel is C++17, like everything that CANN's compiler reads
 _BINDING = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
 _EMULATION = ["-std=c++17", "-O2", "-fPIC", "-pthread"]
-# The kernels order their own instructions. What bisheng would add by default takes event ids that they use, and time; the
-# emulation, which checks every hazard, has none of it either
+# The kernels synchronise their own instructions. What bisheng adds by default would use the same event ids and cost time. The
+# emulation checks every hazard without it.
 _KERNELS = ["-x", "asc", f"--npu-arch={cann.ARCHITECTURE}", "-std=c++17", "-O3", "--cce-auto-sync=off", "-shared", "-fPIC"]
 _TASK_TYPE_MACRO = "-DNPU_SPARSE_TASK_TYPE_MACRO"  # for versions of CANN older than the attribute `__mix__`
 
@@ -58,7 +57,8 @@ def library(target: str) -> Path:
 def build(target: str, report: Callable[[str], object] = print) -> Path:
     """The built library of a target, compiled if need be; two processes that ask at once compile it once.
 
-    `report` is told what happens. Raises BuildError where a compiler, a header or a library is missing, or a compiler fails.
+    `report` is called with a line for every step. Raises BuildError where a compiler, a header or a library is missing, or a
+    compiler fails.
     """
     path = library(target)
     if not _misfit(path):
@@ -85,8 +85,8 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
 
 
 def load(target: str) -> dict[str, Callable]:
-    """Loads the built library of a target: its kernel of every operator, those that are made of them, and `selection_refusal`,
-    which tells of limits before.
+    """Loads the built library of a target: its kernel of every operator, and `selection_refusal`, which checks limits before a
+    selection.
 
     Raises BuildError where it is not built, or not for the card that is there.
     """
@@ -235,7 +235,7 @@ def _run_all(commands: list[list[str]]) -> None:
 
 @contextmanager
 def _locked(directory: Path):
-    """One process at a time per directory; a process that dies lets go."""
+    """One process at a time per directory; the system releases the lock of a process that dies."""
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,7 @@
 """CANN on this machine: where its toolkit is, which version, and which chips the kernels are for. Imports nothing heavy.
 
 Versions and chips are checked where a library is built and again where it is loaded: a kernel of another architecture would fail
-at its first launch with a number for an answer.
+at its first launch with nothing but an error number.
 """
 
 import os
@@ -38,7 +38,7 @@ class Toolkit:
 
     @property
     def has_attributes(self) -> bool:
-        """Whether the compiler is known to take a kernel's cores as attributes; a version nobody tells counts as a new one."""
+        """Whether the compiler is known to take a kernel's cores as attributes; an unknown version counts as a new one."""
         return not self.version or self.version >= ATTRIBUTES
 
 
@@ -110,7 +110,7 @@ def explained(error: BaseException) -> str | None:
 
 
 def check_cards(smi: Callable[[], str | None] | None = None) -> None:
-    """Raises CannError where npu-smi shows cards and none that the kernels are for; without cards one may build for others."""
+    """Raises CannError where npu-smi shows cards, but none that the kernels are for. A machine without cards may build."""
     shown = chips((smi or _smi)() or "")
     refusals = [unserved(chip, told_by_smi=True) for chip in shown]
     if shown and all(refusals):

@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else FAILURE
     except KeyboardInterrupt:  # before the command began; later typer makes it an exit of its own
         return _failed("interrupted", FAILURE)
-    except Exception as error:  # every mistake of a user is one sentence; what is not is a bug and keeps its traceback
+    except Exception as error:  # a user's mistake is one sentence; anything else is a bug and keeps its traceback
         status = _status(error)
         if status is None or os.environ.get("NPU_SPARSE_TRACEBACK"):
             raise
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _app(arguments: list[str]) -> typer.Typer:
-    """The application; of its commands only the one that `arguments` ask for is built."""
+    """The application. Only the command that `arguments` ask for is built."""
     wanted = next((a for a in arguments if not a.startswith("-")), None)
     app = typer.Typer(
         help="Oracle-guided sparse prefill for existing long-context checkpoints.",

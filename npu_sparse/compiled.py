@@ -1,7 +1,7 @@
-"""Compiled code in the cache: loaded only where this user, or root, wrote all of it; anything else is made again.
+"""Compiled code in the cache. It is loaded only where this user, or root, wrote all of it; otherwise it is made again.
 
-A file `x.so` is whole when `x.so.sha256` says so, which is written last: whatever was killed, cut off by a crash of the
-machine, or changed afterwards does not fit its digest. Imports nothing heavy: the doctor asks here.
+A file `x.so` is complete when its digest `x.so.sha256`, which is written last, fits it. A file that a killed process or a crash
+cut off, or that was changed later, does not fit. Nothing heavy is imported, because the doctor asks here.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Keeps `data` as a compiled file, whole or not at all. OSError passes through."""
+    """Writes `data` as a compiled file, completely or not at all. OSError passes through."""
     _own(path.parent)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -45,7 +45,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def keep(unfinished: Path, path: Path) -> None:
-    """Makes a file that a compiler wrote beside `path` the compiled file `path`: on the disk first, its digest last."""
+    """Moves a file that a compiler wrote to the compiled file `path`: its bytes reach the disk first, its digest last."""
     os.chmod(unfinished, stat.S_IMODE(unfinished.stat().st_mode) & ~_OTHERS_WRITE)
     digest = hashlib.sha256(unfinished.read_bytes()).hexdigest()
     _digest_file(path).unlink(missing_ok=True)  # a digest of an earlier file must never stand beside the new one

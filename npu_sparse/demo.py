@@ -1,5 +1,5 @@
-"""The whole story on a real checkpoint, in minutes: what dense attention it needs, how well the shipped indexer finds it, what
-sharing supports costs, and what prefill gains. Each part is the stage of the same name at a small size."""
+"""All stages on a real checkpoint, in minutes: how much dense attention it needs, how much of that the shipped indexer finds,
+what sharing supports costs, and what prefill gains. Each part is the stage of the same name at a small size."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""What this machine can run, what is missing, and the command that gets it.
+"""What this machine can run, what is missing, and the command that installs it.
 
-Nothing heavy is imported and no device library is touched, so the answer comes at once and comes even where torch or
-torch_npu is broken: devices are found through /proc, /dev and the vendors' tools, versions through package metadata.
+Nothing heavy is imported and no device library is touched, so the answer is immediate and works even where torch or torch_npu
+is broken. Devices are detected through /proc, /dev and the vendors' tools, versions through package metadata.
 `python -m npu_sparse.doctor` prints the report; `--json` prints it as one JSON line.
 """
 
@@ -33,7 +33,7 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "sve")
 
 
 def report() -> dict[str, Any]:
-    """What there is, JSON-serialisable: npu_sparse, python, cpu, cuda, npu, emulation, packages, checkpoints, missing.
+    """This machine's state, JSON-serialisable: npu_sparse, python, cpu, cuda, npu, emulation, packages, checkpoints, missing.
 
     Each of cpu, cuda, npu and emulation has `runs` and, where that is False, a one-sentence `reason`. `missing` lists
     what would make more run, each as `what`, `why`, and the shell `command` that gets it.

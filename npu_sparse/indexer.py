@@ -1,4 +1,4 @@
-"""The indexer: a small scorer beside every full-attention layer, and the adapter it ships as."""
+"""The indexer: a small scorer beside every full-attention layer, and the adapter that it is saved as."""
 
 import hashlib
 import json
@@ -77,11 +77,11 @@ def _check_integers(name: str, values: Iterable[int], least: int, most: int) -> 
 
 
 class PartitionHead(nn.Module):
-    """The log-partition of every query's index scores, predicted: `c = <a, x> + b + g log n` of its hidden state x and of the
+    """Predicts the log-partition of every query's index scores, `c = <a, x> + b + g log n`, from its hidden state x and from the
     number n of keys that it sees.
 
-    Least squares fit it (`distill.partition`), so that it takes no gradient. Unfitted it is log n, which is exact for an indexer
-    whose scores are all zero.
+    It is fitted by least squares (`distill.partition`) and takes no gradient. Before that it is log n, which is exact for an
+    indexer whose scores are all zero.
     """
 
     def __init__(self, hidden_size: int):
@@ -127,7 +127,7 @@ class IndexHead(nn.Module):
         return rotate(self.k_norm(self.k_proj(hidden)), rotary_for(cos, self.dim), rotary_for(sin, self.dim))
 
     def key_maker(self) -> str:
-        """A fingerprint of the weights that index keys are made with: the same for the same weights in the same dtype."""
+        """A fingerprint of the weights that make index keys: the same for the same weights in the same dtype."""
         weights = (self.k_proj.weight, self.k_norm.weight, self.k_norm.bias)
         digest = hashlib.sha256(str((self.k_norm.eps, *(tensor.dtype for tensor in weights))).encode())
         for tensor in weights:
@@ -143,8 +143,8 @@ class Indexer(nn.Module):
         base: identity of the checkpoint it was made for (`checkpoints.identity`), {} where unknown.
         evidence: "distilled" after distillation, "untrained" before: untrained weights say nothing about quality.
         budget: the budget recommended with it (`Budget.to_dict()`), or None.
-        checks: what `check_base` compares, in words; adapters made before there was a fingerprint of all matrices see a
-            change of two of them only.
+        checks: what `check_base` compares, in words. Adapters older than the fingerprint of all matrices notice changes in two of
+            them only.
     """
 
     @property
@@ -208,9 +208,9 @@ class Indexer(nn.Module):
             )
 
     def check_identity(self, identity: dict) -> None:
-        """Raises AdapterError where `identity`, of `checkpoints.identity`, is not that of the checkpoint it was made for.
+        """Raises AdapterError where `identity` (of `checkpoints.identity`) is not that of this adapter's base checkpoint.
 
-        What either of them does not know, None or absent, is not compared.
+        Fields that are None or absent on either side are not compared.
         """
         for name, value in self.base.items():
             known = value is not None and identity.get(name) is not None

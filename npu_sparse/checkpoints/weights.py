@@ -1,4 +1,4 @@
-"""Weight files that are whole, and hold what the model wants, in finite numbers, and nothing else."""
+"""Weight files that are complete, and hold what the model wants, in finite numbers, and nothing else."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training and validation contexts.
 
-Sequence j of a step is a function of (seed, step, j) alone: a resumed run sees the same, and so do several processes.
+Sequence j of a step is a function of (seed, step, j) alone, so that a resumed run and several processes see the same data.
 """
 
 import hashlib

@@ -51,7 +51,7 @@ class LeastSquares:
         varies = deviation > 1e-6 * deviation.max()
         unit = torch.where(varies, 1 / deviation.where(varies, torch.ones_like(deviation)), 0.0)
         ridge = torch.full_like(unit, RIDGE)
-        ridge[~varies] = 1.0  # what never varies stays without a coefficient
+        ridge[~varies] = 1.0  # a constant feature gets no coefficient
         solution = torch.linalg.solve(unit[:, None] * covariance * unit + ridge.diag(), unit * slope) * unit
         bias = target_mean + float(self.target_origin) - float(solution @ (mean + self.origin.double().cpu()))
         return solution[:-1], bias, float(solution[-1])
@@ -84,7 +84,7 @@ def exact_partitions(head: IndexHead, tapped: Tap, segments) -> Iterable[tuple[T
     """`(hidden [B, rows, H], seen [1, rows], exact log-partition [B, rows])` of every segment of rows."""
     qi, ki, w = head(tapped.hidden, tapped.cos, tapped.sin)
     ki = ki.to(qi.dtype)
-    # where training has kernels, so has this; elsewhere nobody needs to build any for a run that is nearly done
+    # kernels where training has them; elsewhere a run that is nearly done should not need a build
     impl = "auto" if dispatch.has_kernels_for("index_kl", qi.device.type) else "reference"
     for start, stop in segments:
         exact = ops.index_partition(

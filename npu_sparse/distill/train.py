@@ -135,7 +135,7 @@ def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -
 
 
 def _save(output: Path, indexer: Indexer, optimizer, state: dict) -> None:
-    """One file that is replaced atomically: weights, optimizer moments and the loss curve always belong together."""
+    """Replaces one file atomically, so that weights, optimizer moments and the loss curve always belong together."""
     from safetensors.torch import save
 
     tensors = {f"indexer.{name}": tensor.detach().cpu().contiguous() for name, tensor in indexer.state_dict().items()}
@@ -155,7 +155,7 @@ def _digest(tensors: dict, curve: str = "") -> str:
 
 
 def _append(path: Path, record: dict) -> None:
-    """One more line for whoever watches; a line that a kill cuts short is rewritten from the checkpoint."""
+    """Appends a line for people who watch the run. If a kill cuts it short, it is rewritten from the checkpoint."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with open(descriptor, "a") as file:
@@ -165,7 +165,7 @@ def _append(path: Path, record: dict) -> None:
 
 
 def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
-    """Where the run goes on: `{"step", "metrics"}` and, where something was trained, what it was trained on as "inputs"."""
+    """Where the run resumes: `{"step", "metrics"}` and, once something was trained, its "inputs"."""
     from safetensors import SafetensorError, safe_open
 
     path = output / CHECKPOINT
@@ -324,7 +324,7 @@ def _processes(config: DistillConfig):
     if joined:
         distributed.init_process_group(BACKENDS.get(config.device, "gloo"))
     yield distributed.get_rank(), world, device
-    if joined:  # after an error the others may be waiting: the end of this process ends them
+    if joined:  # not reached after an error, when the others may be waiting: the end of this process ends them
         distributed.barrier()  # a process that ends while its last collective is being freed is aborted by the interpreter
         distributed.destroy_process_group()
 

@@ -1,4 +1,4 @@
-"""The only file that knows model classes: what is a full-attention or a linear-attention layer, and what is refused and why."""
+"""The only file that knows model classes: where their full and linear attention is, and which models are refused and why."""
 
 from dataclasses import asdict, dataclass
 
@@ -215,8 +215,8 @@ def unwrapped(model):
 
 
 def _max_positions(text) -> int:
-    """The longest context in tokens: what `max_position_embeddings` means depends on the kind of rotary scaling, by
-    transformers' conventions.
+    """The longest context in tokens. By transformers' conventions, `max_position_embeddings` means different lengths for
+    different kinds of rotary scaling.
 
     "linear" and "dynamic" stretch it by their factor, "yarn" stretches `original_max_position_embeddings` (where that is not
     given, the config's); "longrope" and "llama3" name the stretched length, and so do configs that scale some layers only.

@@ -1,4 +1,4 @@
-"""What an oracle study measures: its config, and the variants that follow from it."""
+"""The config of an oracle study, and the variants that follow from it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields

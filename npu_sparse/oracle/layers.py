@@ -1,4 +1,4 @@
-"""Layer by layer on the dense trajectory: every layer gets its inputs in the dense model, so errors do not add up."""
+"""Layer by layer on the dense trajectory: every layer is measured on its inputs in the dense model, so errors do not add up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,8 +29,8 @@ def measure_layers(
 ) -> dict:  # fmt: skip
     """`{"layers": rows, "overlap": rows, "path": {...}}` of one prompt, int64 `[T]`, on the dense trajectory.
 
-    Rows are those of `measure_layer`, each with its layer. "path" compares this forward - every key, through the
-    sparse path - with the dense model: what the sparse path's own rounding does.
+    Rows are those of `measure_layer`, each with its layer. "path" compares this forward, which reads every key through the sparse
+    path, with the dense model: it shows the sparse path's own rounding.
     """
     rows, overlaps = [], []
 

@@ -193,7 +193,7 @@ def _cells(study: Study, directory: Path) -> Cells:
 
 
 def _measure(study: Study, cells: Cells, shard: tuple[int, int]) -> None:
-    """Measures this shard's cells that are not there."""
+    """Measures the unfinished cells of this shard."""
     measures = _measures(study)
     if there := _records(study, cells):
         say(f"oracle: {len(there)} of {len(measures)} cells are there already")

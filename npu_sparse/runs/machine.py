@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor or card, versions, commit."""
+"""The machine that a figure was measured on: processor or card, versions, commit."""
 
 import os
 import platform
@@ -14,7 +14,7 @@ FORM = {"processor": str, "cores": (int, None), "commit": str, "dirty": bool, "d
 
 
 def machine(device: str = "cpu") -> dict:
-    """What a figure was measured on: processor or card, versions, commit and whether the tree was changed.
+    """The machine that a figure is measured on: processor or card, versions, commit and whether the tree was changed.
 
     The commit is this project's: "" where the package is installed, whatever repository that installation lies in. Where the tree
     travels without its history, `NPU_SPARSE_COMMIT` says which commit it is.
@@ -44,9 +44,9 @@ def machine(device: str = "cpu") -> dict:
 
 @cache
 def fast_dtype(device: str = "cpu") -> str:
-    """"bfloat16", or "float32" on a processor that multiplies no faster in bfloat16: there it can be tens of times slower.
+    """"bfloat16", or "float32" on a processor that is not faster in bfloat16, where it can be tens of times slower.
 
-    Decided by one small product in each, once a process, because flags of a processor do not say what a library makes of them.
+    One small product in each dtype decides, once a process, because a processor's flags do not say whether a library uses them.
     """
     if not device.startswith("cpu"):
         return "bfloat16"

@@ -1,8 +1,7 @@
 """Run directories: config.json first, named cells, everything written atomically; resumed by the same config, refused by another.
 
-A run is a list of cells. A cell is finished when its record is there, is never computed again, and may be computed by any of
-several processes that share the directory. A record is accepted only as that of its own cell, and only whole: whatever is wrong
-with a file is one RunError that names it.
+A run is a list of cells. A cell with a record is finished and never computed again; several processes may share a directory and
+divide its cells. A record must be complete and belong to its cell: whatever is wrong with a file is one RunError that names it.
 """
 
 import errno
@@ -43,7 +42,7 @@ def open_run(directory, config: Mapping, *, upgrade: Callable[[dict], dict] | No
     RunError: nothing is ever mixed or overwritten.
 
     Args:
-        upgrade: makes the config of an earlier version one of this version; what it raises means that there is another run.
+        upgrade: turns the config of an earlier version into one of this version; an exception means that it is another run's.
     """
     directory = Path(directory)
     config = json.loads(json.dumps(config))

@@ -1,6 +1,6 @@
-"""Scores of outputs by each task's rule.
+"""Scores of outputs by each task's rule, and the reference answer that teacher forcing reads.
 
-And the one text of the answers that teacher forcing reads, which has to be fixed before any model has answered.
+There is one reference answer per prompt, because it has to be fixed before any model has answered.
 """
 
 import re
