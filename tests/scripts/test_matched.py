@@ -5,12 +5,10 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from npu_sparse import Indexer
 from npu_sparse.measure.variants import Subject
-from npu_sparse.testing import tiny_tokenizer
+from npu_sparse.testing import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 specification = importlib.util.spec_from_file_location("matched", ROOT / "scripts" / "matched.py")
@@ -85,12 +83,10 @@ def test_a_variant_that_cannot_be_read_is_refused_before_anything_is_loaded(spec
 def test_cells_are_measured_by_the_same_means_as_a_run_of_eval_and_ttft(tmp_path, monkeypatch):
     lines = ["What are all the special magic numbers for one key mentioned in the provided text? The grass is green."]
     tokenizer = tiny_tokenizer(lines, special=("<eos>",), begins=False, eos_token="<eos>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    model = tiny_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        max_position_embeddings=2048, initializer_range=0.02, eos_token_id=0, pad_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
     subject = Subject(model, tokenizer, Indexer.for_model(model, dim=64))
     monkeypatch.setattr(matched, "load_subject", lambda args, names: subject)
     words = ["tiny", "--adapter", "a", "--tasks", "niah_single_1", "--variants", "indexer:k=32,block=16;local:k=32", "--scored",
