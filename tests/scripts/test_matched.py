@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from npu_sparse import Indexer
 from npu_sparse.measure.variants import Subject
-from npu_sparse.testing import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 specification = importlib.util.spec_from_file_location("matched", ROOT / "scripts" / "matched.py")
@@ -80,15 +78,9 @@ def test_a_variant_that_cannot_be_read_is_refused_before_anything_is_loaded(spec
 
 
 @pytest.fixture
-def subject(monkeypatch):
+def subject(monkeypatch, model, tokenizer, indexer):
     """A tiny model in place of what would be loaded."""
-    lines = ["What are all the special magic numbers for one key mentioned in the provided text? The grass is green."]
-    tokenizer = tiny_tokenizer(lines, special=("<eos>",), begins=False, eos_token="<eos>")
-    model = tiny_model(
-        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        max_position_embeddings=2048, initializer_range=0.02, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
-    subject = Subject(model, tokenizer, Indexer.for_model(model, dim=64))
+    subject = Subject(model, tokenizer, indexer)
     monkeypatch.setattr(matched, "load_subject", lambda args, names: subject)
     return subject
 

@@ -1,11 +1,10 @@
-"""Which budgets are worth their quality? Score against TTFT at every k and b_sel, in one table: `npu-sparse frontier`.
+"""Which budgets are worth their quality? One table of score against TTFT at every k and b_sel: `npu-sparse frontier`.
 
 A run directory holds config.json; quality/k<k>-b<block>/ and ttft/k<k>-b<block>/, which are runs of `quality` and
 `ttft`; report.json, report.md and report.png. Cells that do not depend on what changes (dense; per-query variants at
 the same k) are computed once and shared. Running again resumes.
 
-At block 1 every query selects for itself, so that the indexer per query is what is timed; at larger blocks the shared
-one is.
+At block 1 every query selects for itself, so the per-query indexer is timed; at larger blocks the shared one is.
 """
 
 from pathlib import Path
@@ -21,7 +20,7 @@ from .page import figure, markdown
 
 
 def run_frontier(config: FrontierConfig, output, *, model=None, tokenizer=None, indexer=None) -> dict:
-    """The joined report of a grid; what is finished already is only read.
+    """The joined report of a grid; finished cells are only read.
 
     Arguments and errors as in `run_eval` and `run_ttft`; ValueError where there is no indexer.
     """

@@ -1,4 +1,4 @@
-"""What a timing run compares, and on what; its stages by name."""
+"""The config of a timing run, and its stages by name."""
 
 import json
 import re
