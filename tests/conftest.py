@@ -15,13 +15,13 @@ from npu_sparse.testing import BACKENDS, Backend, open_backend, tiny_model, tiny
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs; tests interrupt what they start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jobs ignore it, but tests interrupt what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set by `make test-npu`: the directory of the runtime stub's libraries, where torch_npu runs without a card
 RUNTIME_STUB = os.environ.get("NPU_SPARSE_RUNTIME_STUB")
 
-ONLY_ELSEWHERE = ": it has kernels for "  # of the sentence that names the devices an operator has kernels for
+ONLY_ELSEWHERE = ": it has kernels for "  # begins the list of devices that an operator has kernels for
 
 TASK_LINES = [
     "Some special magic numbers are hidden within the following text. Make sure to memorize it.",

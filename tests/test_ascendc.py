@@ -79,7 +79,7 @@ def test_a_library_that_does_not_fit_is_not_loaded_and_is_built_again(compiler, 
     damage(path)
     with pytest.raises(ascendc.BuildError, match=rf"must not be loaded, because it .*{why}.*: run `npu-sparse build emulated`"):
         ascendc.load("emulated")
-    assert ascendc.load_if_built("cpu") == {}  # as if it were not there
+    assert ascendc.load_if_built("cpu") == {}  # it counts as not built
     said = []
     assert ascendc.build("emulated", report=said.append) == path
     assert said[0].startswith(f"{path} ") and said[0].endswith(": it is built again")

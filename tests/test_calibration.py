@@ -119,7 +119,7 @@ def test_a_calibration_runs_both_ways_and_leaves_the_model_as_it_was(monkeypatch
     monkeypatch.setattr(calibration, "seconds_of", watched)
     monkeypatch.setattr(calibration, "RUNS", 2)
     timings = calibration.calibrate(model, selector, BUDGET.replace(exact_last=4), attach=attach)
-    assert list(timings) == [512] and all(seconds > 0 for seconds in timings[512])  # what these models serve at most
+    assert list(timings) == [512] and all(seconds > 0 for seconds in timings[512])  # the longest context of these models
     assert sorted(sparse for _, _, sparse in ran) == [False] * 4 + [True] * 4
     assert {(length, count) for length, count, _ in ran} == {(512, 3 if name == "qwen2" else 4)}
     assert decoder(model).layers is layers

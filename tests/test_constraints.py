@@ -48,4 +48,4 @@ def test_transformers_is_bounded_on_both_sides():
     (tested,) = pinned()["transformers"].specifier
     assert int(tested.version.split(".")[0]) < int(upper.version)
     makefile = (ROOT / "Makefile").read_text()
-    assert f"transformers=={lower.version}.0" in makefile  # what `make test-oldest` installs
+    assert f"transformers=={lower.version}.0" in makefile  # the version that `make test-oldest` installs

@@ -376,7 +376,7 @@ def test_a_backbone_with_a_lora_merged_into_v_proj_is_another_base(model, adapte
 
 def test_an_adapter_says_what_of_its_base_it_checks(model, indexer):
     assert indexer.checks == "the geometry and every weight matrix"
-    del indexer.base["backbone_fingerprint"]  # as adapters were before
+    del indexer.base["backbone_fingerprint"]  # older adapters have none
     assert indexer.checks == "the geometry, the embedding and one query projection"
     indexer.check_base(model)
     with pytest.raises(AdapterError, match="weights_fingerprint must be"):

@@ -27,7 +27,7 @@ def test_least_squares_find_what_is_linear():
     a[3] = 0
     for n in range(4):
         hidden, seen = normal(500, 12, seed=n), torch.arange(1 + 500 * n, 501 + 500 * n)
-        hidden[:, 3] = 300.0  # as some channels of real models are: large, and nearly constant
+        hidden[:, 3] = 300.0  # some channels of real models are large and nearly constant
         fit.add(hidden, seen, hidden @ a + 2.5 + 0.7 * seen.log())
     direction, bias, growth = fit.solve()
     torch.testing.assert_close(direction, a.double(), rtol=1e-2, atol=1e-2)

@@ -36,7 +36,7 @@ def test_spend_keeps_to_a_total_of_measured_times():
     losses = {0: {1: 1.0, 2: 0.0}, 1: {1: 1.0, 2: 0.5}}
     assert spend(losses, {1: 0.0101, 2: 0.0203}, 0.0303) == {0: 1, 1: 1}  # 0.0304 would be needed
     assert spend(losses, {1: 0.0101, 2: 0.0203}, 0.0304) == {0: 2, 1: 1}
-    assert spend(losses, {1: 1.0, 2: 1.0}, 2.0) == {0: 2, 1: 2}  # what costs nothing is taken
+    assert spend(losses, {1: 1.0, 2: 1.0}, 2.0) == {0: 2, 1: 2}  # a key that costs nothing is taken
     with pytest.raises(ValueError, match="total must pay for the cheapest k of 2 layers"):
         spend(losses, {1: 1.0, 2: 2.0}, 1.5)
 
@@ -59,7 +59,7 @@ def test_lost_mass_is_the_attention_outside_the_support(model, indexer, tokenize
     first, last = LADDER[0] // budget.block * budget.block, 64 - budget.exact_last
     row = {(row["layer"], row["k"]): row for row in measured["layers"]}
     assert set(row) == {(layer, k) for layer in (0, 1) for k in LADDER}
-    for k in LADDER:  # of the first layer, whose inputs sparse layers before it do not change
+    for k in LADDER:  # in the first layer, no sparse layer before it changes the inputs
         support = supports[0, k]
         member = torch.zeros(len(support.indices[0, 0]), 65, dtype=torch.bool)
         used = torch.arange(support.indices.shape[-1]) < support.count[0, 0][:, None]

@@ -97,7 +97,7 @@ def test_a_wait_within_a_layer_is_found(monkeypatch):
     monkeypatch.setattr(prefill, "_of_one_dtype", lambda q, k, v: (q, k, v) if bool(q.sum() < 1e9) else None)
     with attached(model, "indexer", NORMAL, "kernel"), Waits() as waits:
         model(ids)
-    assert waits.names == ["_local_scalar_dense"] * 4  # of three layers, and of the forward
+    assert waits.names == ["_local_scalar_dense"] * 4  # three layers wait, and the forward
 
 
 class Counts(TorchDispatchMode):
@@ -163,7 +163,7 @@ def test_a_graph_of_a_prefill_gives_what_the_prefill_gives(card_model, budget, c
     with attached(model, "indexer", ON_CARD[budget], "kernel"):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is compiled, and what libraries allocate, is so before the graph is recorded
+        with torch.cuda.stream(stream):  # compile and allocate before the graph is recorded
             for _ in range(2):
                 run()
         torch.cuda.current_stream().wait_stream(stream)

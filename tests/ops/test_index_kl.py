@@ -135,7 +135,7 @@ def test_gradients_of_a_mean_over_many_rows_do_not_vanish_in_half_precision(at):
     tiny = ki.grad.clone()
     ki.grad = None
     ops.index_kl(q, k, qi, ki, w, segments=[(0, 80)], scale=0.25, impl=at.impl).sum().backward()
-    normal = ki.grad.abs() * 2.0**-10 > 2.0**-14  # what fp16 holds at full precision
+    normal = ki.grad.abs() * 2.0**-10 > 2.0**-14  # gradients that fp16 holds at full precision
     assert bool(normal.any())
     torch.testing.assert_close(tiny[normal] * 2.0**10, ki.grad[normal])
 

@@ -219,7 +219,7 @@ def test_blocks_are_ranked_as_accurately_as_the_yardstick(two_level, dtype):
     competing = ~exact.isnan() & ~sinks[:, None]
     assert int(competing.sum()) == 2 * (15 + 19 + 23)
     assert_accurate(actual[competing], exact[competing], *(each[competing] for each in naive))
-    rest = actual[~competing]  # of the first keys, of the group and ahead of it
+    rest = actual[~competing]  # blocks of the first keys, of the group and ahead of it
     assert set(rest[rest.isfinite()].tolist()) == {torch.finfo(torch.float32).max}
     assert bool((actual[:, :, -1] == torch.tensor([float("-inf")] + [float("inf")] * 2, device=device)).all())
 
@@ -360,7 +360,7 @@ def test_a_support_fills_up_where_candidates_equal_k(two_level):
 
 def test_every_block_belongs_where_there_are_few():
     assert blocks_scored(100, 64, 64, 64, 0, 0) == 2
-    assert blocks_scored(6400, 640, 64, 64, 0, 0) == 10 + 1 + 2  # of the first key; the group may touch two
+    assert blocks_scored(6400, 640, 64, 64, 0, 0) == 10 + 1 + 2  # one block of the first key; the group may touch two
     assert blocks_scored(6400, 641, 64, 16, 65, 66) == 11 + 2 + 3
     assert blocks_scored(6400, 640, 16, 128, 0, 0) == 40 + 1 + 9
 

@@ -162,7 +162,7 @@ def test_compiled_models_have_their_own_workspaces(ids, monkeypatch):
         torch.compiler.reset()
         one, two = compiled(model), compiled(other)
         one(ids[:, :40]), two(ids[:, :40])
-        monkeypatch.setattr(workspace, "sized", lambda size: sizes.append(size >> 20) or sized(size))  # what operators work in
+        monkeypatch.setattr(workspace, "sized", lambda size: sizes.append(size >> 20) or sized(size))  # in MiB
         for run, mib in ((one, 8), (two, 16), (one, 8)):
             sizes.clear()
             run(ids[:, :40])

@@ -14,7 +14,7 @@ ENTRIES = re.findall(r'^    \{"(\w+)", (\d+), k\w+, (?:\[\]|[A-Z]\w+, )', SOURCE
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled by g++: not found")
 
-NOT_IN_A_LINE = {  # what no instruction of the kernel says
+NOT_IN_A_LINE = {  # steps that no instruction of the kernel shows
     "red_zone": "past its end",  # a raw store is found when the launch ends
     "launch_on_other_cores": "must be for the cores of __mix__(1, 2), got MIX_AIV_1_0",
     "launch_on_twice_the_vector_cores": "must be for the cores of __mix__(1, 1), got MIX_AIC_1_2",

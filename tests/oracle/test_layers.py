@@ -72,7 +72,7 @@ def test_ties_are_settled_as_the_selector_settles_them(sharpness):
     out = attention(inputs) @ inputs.v.repeat_interleave(2, 1)
     for row in layers.measure_layer(inputs, out, GRANULARITIES, BUDGETS)[0]:
         expected = naive(inputs, out, row["heads"], row["block"], row["reduce"], row["k"], 64)
-        del expected["output_error"]  # where a support has no mass left, the naive one cannot renormalise
+        del expected["output_error"]  # the naive one cannot renormalise a support without mass
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 

@@ -104,7 +104,7 @@ def test_every_backend_serves_an_exact_end_under_normalised_scores(backend, plac
 @on_kernels
 @pytest.mark.parametrize("kind", ["oracle", "indexer"])
 def test_every_backend_selects_the_same_for_chunks_of_whole_blocks(backend, placed, name, kind, require_continuing):
-    # what linear attention hands over depends on the chunks in the last bits, on a GPU more: it comes after the layer looked at
+    # linear attention's output depends on the chunks in its last bits, more so on a GPU, so it follows the checked layer
     first = {"layer_types": ["full_attention", "linear_attention"] * 2} if name == "qwen3_5" else {}
     model, ids = placed(name, **first), tokens().to(backend.device)
     require_continuing(tiny_model(name))

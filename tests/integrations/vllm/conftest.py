@@ -16,13 +16,13 @@ import torch
 from npu_sparse import Budget, Indexer, SparsePrefill
 from npu_sparse.testing import tiny_model
 
-NOISE = 1e-4  # of a log-probability, in float32: the two programs add in different orders
+NOISE = 1e-4  # of float32 log-probabilities: the two programs add in different orders
 CHANGES = {
     "llama": dict(head_dim=32),
     "qwen2": dict(hidden_size=128),
     "qwen3": dict(head_dim=32),
     "gemma3": dict(head_dim=32),
-    # what the CPU engine's Gated DeltaNet takes
+    # sizes that the CPU engine's Gated DeltaNet takes
     "qwen3_5": dict(head_dim=32, linear_key_head_dim=128, linear_value_head_dim=128, dtype=torch.bfloat16),
 }
 

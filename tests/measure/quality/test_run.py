@@ -236,7 +236,7 @@ def test_batches_and_early_stops_do_not_change_what_is_found(model, tokenizer, m
         plain.append(tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True))
     assert generate_texts(model, tokenizer, examples, ids, batch=2) == plain
 
-    # with answers that the outputs contain, rows stop early, at different times, without losing them
+    # rows whose outputs contain their answers stop early, at different times, and keep them
     asked = [
         replace(example, answers=(text[2 * n : 2 * n + 2],)) for n, (example, text) in enumerate(zip(examples, plain))
     ]

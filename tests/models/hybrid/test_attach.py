@@ -119,7 +119,7 @@ def test_padding_changes_nothing(fast, name, side):
 def test_half_precision_differs_by_no_more_than_transformers_does(fast, dtype):
     exact, ids = tiny_model("qwen3_5"), tokens()
     model = copy.deepcopy(exact).to(dtype)
-    exact = copy.deepcopy(model).float()  # of the same rounded weights
+    exact = copy.deepcopy(model).float()  # with the same rounded weights
     whole = exact(ids).logits
     theirs = (model(ids).logits.float() - whole).square().mean().sqrt()
     with fast(model):
