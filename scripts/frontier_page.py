@@ -127,8 +127,8 @@ def read_matched(page: Page, folder: Path, report: dict) -> None:
         name = timed["variant"]
         if name == timed["best_dense"] or not name.startswith("dense "):
             path = "dense" if name.startswith("dense ") else canonical(name)
-            figures = {"ttft_s": timed["ttft_s"]["median"], "speed_up": timed["speed_up"]["value"], "rounds": timed["ttft_s"]["n"]}
-            page.add(folder, report, timed["length"], path, evidence.get(name, "dense"), "time", figures, "rounds")
+            cell = {"ttft_s": timed["ttft_s"]["median"], "speed_up": timed["speed_up"]["value"], "rounds": timed["ttft_s"]["n"]}
+            page.add(folder, report, timed["length"], path, evidence.get(name, "dense"), "time", cell, "rounds")
 
 
 def read_eval(page: Page, folder: Path, report: dict) -> None:
