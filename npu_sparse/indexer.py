@@ -267,6 +267,12 @@ def shipped() -> list[str]:
     return sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))
 
 
+def recommended_budget(directory) -> Budget | None:
+    """The budget that an adapter recommends; `directory` as in `Indexer.from_pretrained`. Reads no weights."""
+    stored = _read_config(_located(directory))["budget"]
+    return None if stored is None else Budget.of(stored)
+
+
 def _located(directory) -> Path:
     path = Path(directory)
     return SHIPPED / path if not path.exists() and str(directory) in shipped() else path
