@@ -21,6 +21,7 @@ IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has kernels
+_NEEDS: dict[str, str] = {}  # what an operator's Triton version is made of beside Triton: a module that may be missing
 _DIFFERENTIABLE: set[str] = set()  # operators with gradients
 _LOADERS: dict[str, Callable[[], dict[str, Callable]]] = {}  # what gives a device's kernels, by operator
 _HOW = {
@@ -114,13 +115,14 @@ def _has_autocast(device_type: str) -> bool:
 
 def define(
     op: str, signature: str, reference: Callable, fake: Callable, folder: str | None = None,
-    devices: tuple[str, ...] = tuple(KERNEL_KEYS),
+    devices: tuple[str, ...] = tuple(KERNEL_KEYS), needs: str | None = None,
 ) -> None:  # fmt: skip
     """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
 
-    `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one. It is a
-    constant to autograd until `differentiate` says otherwise. Both entries take one more argument than `signature` says, the
-    bytes of a slice (`workspace=`); 0, the default, means those of this thread.
+    `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one. `needs`: a
+    module that its kernel calls, without which there is none. It is a constant to autograd until `differentiate` says
+    otherwise. Both entries take one more argument than `signature` says, the bytes of a slice (`workspace=`); 0, the default,
+    means those of this thread.
     """
     arguments, result = signature.split(") ->")
     for name in (op, f"{op}_reference"):
@@ -131,6 +133,8 @@ def define(
         torch.library.impl(f"npu_sparse::{op}", key, _in_slices(_kernel_or_error(op, device_type)))
     OPERATORS[op] = folder or op
     _DEVICES[op] = devices
+    if needs is not None:
+        _NEEDS[op] = needs
 
 
 def differentiate(op: str, remember: Callable, backward: Callable) -> None:
@@ -175,14 +179,16 @@ def register_triton(device_type: str) -> None:
     for op, folder in OPERATORS.items():
         if not has_kernels_for(op, "cuda"):
             continue
+        if op in _NEEDS and (device_type != "cuda" or importlib.util.find_spec(_NEEDS[op]) is None):
+            continue
         register_kernel(op, device_type, getattr(importlib.import_module(f"npu_sparse.ops.{folder}.triton"), op))
 
 
 def require_kernels(device_type: str) -> None:
-    """Raises KernelUnavailableError unless every operator has a kernel on this device, but for those that others stand in for or
-    that are an option of the budget (`require_kernel`)."""
+    """Raises KernelUnavailableError unless every operator has a kernel on this device, but for those that others stand in for,
+    that need another package, or that are an option of the budget (`require_kernel`)."""
     for op in OPERATORS:
-        elsewhere = device_type in KERNEL_KEYS and not has_kernels_for(op, device_type)
+        elsewhere = op in _NEEDS or (device_type in KERNEL_KEYS and not has_kernels_for(op, device_type))
         if not elsewhere and _kernel(op, device_type) is None:
             raise _unavailable(op, device_type)
 
@@ -264,4 +270,6 @@ def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
     how = _HOW.get(device_type, _HOW_ELSEWHERE)
     if device_type in KERNEL_KEYS and not has_kernels_for(op, device_type):
         how = f"it has kernels for {', '.join(_DEVICES[op])} only: pass impl='reference'"
+    elif op in _NEEDS and device_type in KERNEL_KEYS:
+        how = f"its kernel needs triton and {_NEEDS[op]}: install them, or pass impl='reference'"
     return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {how}")
