@@ -24,6 +24,7 @@ from .errors import ActionableError
 TARGETS = {"emulated": "cpu", "npu": "npu"}  # target -> the device type that its library serves
 OPERATORS = ("index_scores", "index_partition", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
 OF_ANOTHER_KERNEL = ("dense_rows",)  # operators without a kernel of their own: that of sparse_attention serves them
+SERVED = (*OPERATORS, *OF_ANOTHER_KERNEL)
 SOURCES = Path(__file__).resolve().parent / "ascendc_sources"
 _SOURCE_SUFFIXES = (".h", ".cpp")
 # torch's headers want C++20; a kernel is C++17, like everything that CANN's compiler reads
@@ -99,7 +100,7 @@ def load(target: str) -> dict[str, Callable]:
     namespace = getattr(torch.ops, f"npu_sparse_{target}")
     if refusal := cann.unserved(namespace.soc_name()):
         raise BuildError(refusal)
-    return {name: getattr(namespace, name).default for name in (*OPERATORS, *OF_ANOTHER_KERNEL, "selection_refusal")}
+    return {name: getattr(namespace, name).default for name in (*SERVED, "selection_refusal")}
 
 
 def load_if_built(device_type: str) -> dict[str, Callable]:

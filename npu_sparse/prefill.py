@@ -16,11 +16,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from . import calibration
 from .budget import Budget
 from .checks import check_kernels, check_layers, selecting_layers
 from .indexer import Indexer, IndexHead
 from .layer import attend_sparsely
-from .models import calibration, crossover
+from .models import crossover
 from .models.architectures import attention_modules, attention_selection, decoder, describe, text_config, unwrapped
 from .models.attention import LAYER, PREFIX, register_sparse
 from .models.forward import (
@@ -267,7 +268,8 @@ def _decided(model, selector: Selector, budget: Budget, impl: str, workspace_mib
     """What `dense_below="auto"` stands for: measured on this device, on a CPU looked up."""
     if not calibration.measures(model.device):
         return crossover.dense_below(model, budget)
-    return calibration.dense_below(model, selector, budget, impl=impl, workspace_mib=workspace_mib)
+    attach = SparsePrefill.attach
+    return calibration.dense_below(model, selector, budget, attach=attach, impl=impl, workspace_mib=workspace_mib)
 
 
 @dataclass(frozen=True, eq=False)

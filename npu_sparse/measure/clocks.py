@@ -8,21 +8,16 @@ from pathlib import Path
 
 import torch
 
+from ..ops.dispatch import synchronize
+
 BUSY_CYCLES = 20_000_000  # that the device has something to do while a layer is issued: 10 ms at 2 GHz
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for everything queued on an accelerator; does nothing on the CPU."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
 
 
 class StageTimer:
     """Seconds spent in named stages, as `SparsePrefill.attach(stage=...)` takes it: `with timer("scoring"): ...`.
 
     Both ends of a stage wait for the device. That stops work from overlapping, so a run with a StageTimer is slower
-    than the
-    run it explains: time to first token is measured without one.
+    than the run it explains: time to first token is measured without one.
     """
 
     def __init__(self, device: torch.device):

@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import ops
 from ..budget import Budget
 from ..ops import workspace
+from ..ops.dispatch import synchronize
 from ..prefill import SparsePrefill
 from ..runs.machine import machine, machine_line
 from ..runs.page import markdown_table, say
@@ -31,7 +32,6 @@ from ..selectors import ByIndexer, LayerInputs
 from ..support import Support
 from ..tasks import documents, encode, generate
 from ..tasks.catalogue import task_named
-from .clocks import synchronize
 from .variants import adapter_fingerprint, check_context, load_subject, settle, with_tokenizer
 
 OBJECTIVES = ("square", "mean")

@@ -167,6 +167,12 @@ def runs_kernel(op: str, impl: str, device_type: str) -> bool:
     return uses_kernel(impl, device_type) and _kernel(op, device_type) is not None
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits for everything queued on an accelerator; does nothing on the CPU."""
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize(device)
+
+
 def register_kernel(op: str, device_type: str, kernel: Callable) -> None:
     """Makes `kernel` the implementation of `op` on "cuda", "npu" or "cpu" (the emulation)."""
     _KERNELS[op, device_type] = kernel

@@ -41,8 +41,11 @@ PUBLISHED = {  # Bondhugula et al., PLDI 2008, and the hyperplanes Pluto prints
 def test_pluto_finds_the_published_hyperplanes(name):
     plan = scheduler.schedule(kernel(name), "pluto")
     assert loops(plan) == PUBLISHED[name]
-    (names, band), *rest = plan.bands()
-    assert not rest and band.permutable and band.wavefront and all(loop.tile == 32 for loop in band.loops)
+    (names, band), *points = plan.bands()
+    assert band.permutable and band.wavefront and all(loop.tile == 32 for loop in band.loops)
+    # in a tile, one statement's points and then the other's
+    assert [group for group, _ in points] == ([("S0",), ("S1",)] if names == ("S0", "S1") else [])
+    assert not any(loop.tile for _, point in points for loop in point.loops)
 
 
 REVERSAL = "for (int i = 0; i < n; i++) b[i] = 2 * a[i];\nfor (int i = 0; i < n; i++) c[i] = 3 * b[n - 1 - i];"

@@ -17,15 +17,15 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from ..boundary import read_json
-from ..budget import Budget
-from ..checkpoints import cache_dir
-from ..checks import selecting_layers
-from ..measure.clocks import synchronize
-from ..ops import workspace
-from ..runs.store import RunError, write_json
-from .architectures import decoder, describe, text_config
-from .crossover import NEVER, device_name
+from .boundary import read_json
+from .budget import Budget
+from .checkpoints import cache_dir
+from .checks import selecting_layers
+from .models.architectures import decoder, describe, text_config
+from .models.crossover import NEVER, device_name
+from .ops import workspace
+from .ops.dispatch import synchronize
+from .runs.store import RunError, write_json
 
 SHORTEST, LONGEST = 1024, 131072  # tokens
 FULL_LAYERS = 4  # full-attention layers that run, or more where they share supports
@@ -39,17 +39,19 @@ def measures(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def dense_below(model, selector, budget: Budget, *, impl: str = "auto", workspace_mib: int = workspace.DEFAULT_MIB) -> int:
+def dense_below(
+    model, selector, budget: Budget, *, attach: Callable, impl: str = "auto", workspace_mib: int = workspace.DEFAULT_MIB
+) -> int:
     """The length in tokens from which sparse prefill with `budget` is measured to be no slower than the model's own attention;
     crossover.NEVER where it is slower at every length that the model serves. Measured once per device, model geometry, dtype, own
-    attention, selector, budget and version; `SparsePrefill.attach` asks for it. Errors as in attach."""
+    attention, selector, budget and version. `attach` is `SparsePrefill.attach`, which asks for it. Errors as in attach."""
     made_of = identity(model, selector, budget, impl, workspace_mib)
     path = cache_dir() / "crossover" / f"{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]}.json"
     with suppress(ValueError, OSError):
         kept = read_json(path)
         if kept.get("made_of") == made_of and isinstance(kept.get("dense_below"), int) and kept["dense_below"] >= 1:
             return kept["dense_below"]
-    measured = calibrate(model, selector, budget, impl=impl, workspace_mib=workspace_mib)
+    measured = calibrate(model, selector, budget, attach=attach, impl=impl, workspace_mib=workspace_mib)
     seconds = {str(length): [dense, sparse] for length, (dense, sparse) in measured.items()}
     found = first_faster(measured)
     with suppress(RunError, OSError):  # where nothing can be written, it is measured again
@@ -60,7 +62,7 @@ def dense_below(model, selector, budget: Budget, *, impl: str = "auto", workspac
 
 def identity(model, selector, budget: Budget, impl: str, workspace_mib: int) -> dict:
     """Everything that the measurement depends on, as JSON."""
-    from .. import __version__
+    from . import __version__
 
     indexer = getattr(selector, "indexer", None)
     config = None if indexer is None else asdict(indexer.config)
@@ -75,15 +77,13 @@ def identity(model, selector, budget: Budget, impl: str, workspace_mib: int) -> 
 
 
 def calibrate(
-    model, selector, budget: Budget, *, impl: str = "auto", workspace_mib: int = workspace.DEFAULT_MIB
+    model, selector, budget: Budget, *, attach: Callable, impl: str = "auto", workspace_mib: int = workspace.DEFAULT_MIB
 ) -> dict[int, tuple[float, float]]:
     """`{length: (dense, sparse) seconds}` of the first layers of the model, medians, at the lengths that were tried."""
-    from ..prefill import SparsePrefill
-
     architecture, text = describe(model.config), decoder(model)
     layers = first_layers(architecture.layers, budget)
     vocabulary, generator = text_config(model).vocab_size, torch.Generator().manual_seed(0)
-    attached = SparsePrefill.attach(model, selector, budget.replace(dense_below=0), impl=impl, workspace_mib=workspace_mib)
+    attached = attach(model, selector, budget.replace(dense_below=0), impl=impl, workspace_mib=workspace_mib)
     attached.detach()  # what it has checked and copied stays
 
     def sparsely(ids) -> float:
