@@ -13,7 +13,8 @@ Under stress, prompt and answer go through one forward of the variant, so that t
 deployment does that, and the figures have a column of their own.
 """
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from inspect import signature
@@ -173,6 +174,39 @@ def score_forced(
         samples.append(sample)
         states.append(own.cpu())
     return samples, states
+
+
+def write_questions(path: Path, questions: Sequence[Forced], identity: Mapping[str, object]) -> None:
+    """Prompts and answers as safetensors of token ids, with what they were made of."""
+    from safetensors.torch import save
+
+    from ..runs.store import write_bytes
+
+    ids = {}
+    for n, asked in enumerate(questions):
+        counts = asked.counts or (True,) * len(asked.answer)
+        ids |= {f"{n}.{name}": torch.tensor(value, dtype=torch.int32) for name, value in (
+            ("prompt", asked.prompt), ("answer", asked.answer), ("counts", counts)
+        )}  # fmt: skip
+    write_bytes(path, save(ids, metadata={"identity": json.dumps(identity)}))
+
+
+def read_questions(path: Path, identity: Mapping[str, object]) -> list[Forced]:
+    """What `write_questions` wrote. ValueError where it was made of something else or is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as file:
+            made = json.loads((file.metadata() or {}).get("identity", "null"))
+            if made != json.loads(json.dumps(identity)):
+                raise ValueError(f"{path} must hold prompts of {dict(identity)}, got {made}: delete it to make them again")
+            found = {name: file.get_tensor(name).tolist() for name in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): delete it to make it again") from error
+    numbers = range(len(found) // 3)
+    return [
+        Forced(tuple(found[f"{n}.prompt"]), tuple(found[f"{n}.answer"]), tuple(map(bool, found[f"{n}.counts"]))) for n in numbers
+    ]
 
 
 def write_states(path: Path, states: Sequence[Tensor]) -> None:

@@ -5,9 +5,9 @@ from random import Random
 from npu_sparse.tasks.draft import Draft, Request
 
 TASK = (
-    "Below is a directed graph, one edge a line. Memorize it; I will ask you about it afterwards.\n{edges}\n"
-    "Question: {question} List their ids, separated by commas, and nothing else."
+    "Below is a directed graph, one edge a line. Memorize it; I will ask you about it afterwards.\n{edges}\n{question}"
 )
+QUESTION = "Question: {question} List their ids, separated by commas, and nothing else."
 DEPTH = (
     "Which nodes are reached from node {root} in exactly {depth} steps along the edges, and in no fewer? Example: with the edges "
     "x -> y and y -> z, the node z is reached from x in exactly 2 steps."
@@ -46,6 +46,7 @@ def _draft(request, question, planted, answers, ids, starts_not_at=frozenset(), 
     rng = request.random("edges")
     nodes = list(dict.fromkeys(node for edge in planted for node in edge))
     edges, seen = [], set(planted)
+    question = QUESTION.format(question=question)
 
     def first(n: int) -> list[tuple[str, str]]:
         while len(edges) < n:
@@ -64,7 +65,7 @@ def _draft(request, question, planted, answers, ids, starts_not_at=frozenset(), 
         request.random(f"order {n}").shuffle(shown)
         return TASK.format(edges="\n".join(f"{a} -> {b}" for a, b in shown), question=question)
 
-    return Draft(body, PREFIX, answers=tuple(answers), least=1)
+    return Draft(body, PREFIX, answers=tuple(answers), least=1, question=question)
 
 
 class _Ids:

@@ -33,8 +33,7 @@ def run(tmp_path):
     words = ["tiny", "--tasks", "easy,hard", "--variants", VARIANT, "--count", "4", "--timed", "300", "--dense", "sdpa,fa2",
              "--device", "cpu", "--output", str(tmp_path / "run")]  # fmt: skip
     args = matched.arguments(words)
-    config = {name: value for name, value in vars(args).items() if name not in ("output", "seconds")}
-    matched.open_run(args.output, {"stage": "matched", **config})
+    matched.open_run(args.output, matched.config_of(args))
     scores = {("easy", "dense"): [1, 1, 1, 0], ("easy", VARIANT): [1, 0, 1, 0], ("hard", "dense"): [0, 0, 1, 0],
               ("hard", VARIANT): [1, 1, 1, 1]}  # fmt: skip
     for task in ("easy", "hard"):
@@ -74,7 +73,7 @@ def test_cells_of_two_adapters_are_no_report(run):
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("best:k=3", "must begin with one of oracle, indexer, local, random, got 'best:k=3'"),
+    ("best:k=3", "must begin with one of oracle, indexer, local, random, pooled, antidiagonal, vertical-slash, got 'best:k=3'"),
     ("indexer:k=three", "k"),
 ])  # fmt: skip
 def test_a_variant_that_cannot_be_read_is_refused_before_anything_is_loaded(spec, message, tmp_path):
@@ -82,7 +81,9 @@ def test_a_variant_that_cannot_be_read_is_refused_before_anything_is_loaded(spec
         matched.main(["tiny", "--variants", spec, "--output", str(tmp_path / "run")])
 
 
-def test_cells_are_measured_by_the_same_means_as_a_run_of_eval_and_ttft(tmp_path, monkeypatch):
+@pytest.fixture
+def subject(monkeypatch):
+    """A tiny model in place of what would be loaded."""
     lines = ["What are all the special magic numbers for one key mentioned in the provided text? The grass is green."]
     tokenizer = tiny_tokenizer(lines, special=("<eos>",), begins=False, eos_token="<eos>")
     torch.manual_seed(0)
@@ -93,6 +94,10 @@ def test_cells_are_measured_by_the_same_means_as_a_run_of_eval_and_ttft(tmp_path
     model = LlamaForCausalLM(config).eval()
     subject = Subject(model, tokenizer, Indexer.for_model(model, dim=64))
     monkeypatch.setattr(matched, "load_subject", lambda args, names: subject)
+    return subject
+
+
+def test_cells_are_measured_by_the_same_means_as_a_run_of_eval_and_ttft(subject, tmp_path):
     words = ["tiny", "--adapter", "a", "--tasks", "niah_single_1", "--variants", "indexer:k=32,block=16;local:k=32", "--scored",
              "oracle:k=32,block=1", "--length", "700", "--count", "2", "--timed", "300", "--rounds", "2", "--dense", "sdpa,eager",
              "--solved", "-1", "--device", "cpu", "--dtype", "float32", "--output", str(tmp_path)]  # fmt: skip
@@ -103,4 +108,52 @@ def test_cells_are_measured_by_the_same_means_as_a_run_of_eval_and_ttft(tmp_path
     assert {row["variant"] for row in found["timings"]} == {"dense sdpa", "dense eager", "indexer:k=32,block=16", "local:k=32"}
     assert all(row["ttft_s"]["n"] == 2 and row["ttft_s"]["median"] > 0 for row in found["timings"])
     assert all(row["kl"]["value"] > 0 for row in found["rows"][1:])
-    assert model.config._attn_implementation == "sdpa"
+    assert subject.model.config._attn_implementation == "sdpa"
+
+
+SCORED = ["tiny", "--adapter", "a", "--tasks", "niah_single_1", "--variants", "", "--length", "700", "--solved", "-1",
+          "--device", "cpu", "--dtype", "float32"]  # fmt: skip
+
+
+def test_training_free_peers_are_scored_beside_the_indexer(subject, tmp_path):
+    peers = "pooled:k=64,block=64;antidiagonal:k=64,block=64,exact_last=16;vertical-slash:k=64,block=16;random:k=64,block=16"
+    assert matched.main([*SCORED, "--scored", peers, "--count", "2", "--output", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["evidence"] for row in rows] == ["dense", *["training-free"] * 3, "control"]
+    assert all(row["kl"]["value"] > 0 for row in rows[1:])
+
+
+def test_kept_prompts_are_those_that_would_be_made_and_serve_smaller_counts(subject, tmp_path, monkeypatch):
+    def kl(output, count, *more):
+        assert matched.main([*SCORED, "--scored", "local:k=32", "--count", count, *more, "--output", str(tmp_path / output)]) == 0
+        path = tmp_path / output / "quality" / "niah_single_1-1.json"
+        return [sample["kl"] for sample in json.loads(path.read_text())["samples"]]
+
+    kept = ["--prompts", str(tmp_path / "prompts")]
+    made = kl("made", "2")
+    monkeypatch.setattr("npu_sparse.checkpoints.load_tokenizer", lambda model: subject.tokenizer)
+    assert matched.main([*SCORED, "--count", "3", *kept, "--prepare", "--output", str(tmp_path / "none")]) == 0
+    assert not (tmp_path / "none").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(matched.tasks, "generate", None)
+        assert kl("kept", "2", *kept) == made
+    front = kl("front", "2", *kept, "--question", "front")
+    assert front != made and "the question at the front" in (tmp_path / "front" / "report.md").read_text()
+    (found,) = (tmp_path / "prompts").glob("niah_single_1-700-end-*")
+    found.write_bytes((next((tmp_path / "prompts").glob("*-front-*"))).read_bytes())
+    with pytest.raises(ValueError, match="must hold prompts of .*'question': 'end'.*got .*'question': 'front'"):
+        kl("other", "2", *kept)
+
+
+def test_a_run_without_its_dense_rows_or_of_before_there_were_questions_goes_on(subject, tmp_path):
+    words = [*SCORED, "--scored", "local:k=32", "--count", "2", "--output", str(tmp_path)]
+    assert matched.main(words) == 0
+    cell = tmp_path / "quality" / "niah_single_1-1.json"
+    before = json.loads(cell.read_text())["samples"]
+    cell.unlink()
+    (tmp_path / "dense" / "niah_single_1.safetensors").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["question"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert matched.main(words) == 0
+    assert json.loads(cell.read_text())["samples"] == before

@@ -144,6 +144,9 @@ def markdown(result: dict) -> str:
     )  # fmt: skip
     columns = {"label": "prefill", "evidence": "evidence", "k": "k", "block": "b_sel", **{t: heading[t] for t in shown}}
     how = "greedy" if "generated" in config.get("instruments", ("generated",)) else "teacher-forced"
+    place = config.get("question", "end")  # runs of before had no other
+    if place != "end":
+        how += f", the question {'in' if place == 'middle' else 'at'} the {place} of the prompt"
     text = (
         f"# How much quality does sparse prefill lose?\n\n{config['model']}, {config['length']} tokens, "
         f"{config['count']} prompts per task, {how}, {config['dtype']}; scores of 100 with 95% bootstrap intervals "

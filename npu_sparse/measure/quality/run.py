@@ -264,7 +264,7 @@ def _prompts(config: EvalConfig, directory: Path, task: str, tokenizer) -> Promp
         examples = generate(
             task, tokenizer, length=config.length, count=config.count, seed=config.seed, chat=config.chat,
             haystack=texts.documents(config.texts) if known.needs == "haystack" else None,
-            qa_file=config.qa_files.get(task), max_new_tokens=config.max_new_tokens,
+            qa_file=config.qa_files.get(task), max_new_tokens=config.max_new_tokens, question=config.question,
         )  # fmt: skip
         path.parent.mkdir(exist_ok=True)
         write_json(path, [asdict(example) for example in examples])

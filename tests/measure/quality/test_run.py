@@ -124,6 +124,28 @@ def test_prompts_prepared_beforehand_are_the_prompts_of_the_run(evaluate, finish
     assert evaluate(CONFIG, tmp_path) == single
 
 
+def test_questions_at_the_front_are_another_run_and_its_report_says_so(evaluate, finished, tmp_path):
+    directory, _ = finished
+    config = replace(CONFIG, tasks=("niah_single_1",), variants=("dense", "local"), question="front")
+    evaluate(config, tmp_path)
+    prompts = json.loads((tmp_path / "prompts" / "niah_single_1.json").read_text())
+    assert all(example["prompt"].startswith("What is the special") for example in prompts)
+    words = "the question at the front of the prompt"
+    assert words in (tmp_path / "report.md").read_text() and words not in (directory / "report.md").read_text()
+    with pytest.raises(ValueError, match="question must be at the end for vt, got 'middle'"):
+        evaluate(replace(CONFIG, question="middle"), tmp_path / "refused")
+
+
+def test_a_run_of_before_questions_could_be_moved_is_resumed(evaluate, tmp_path, counted):
+    config = replace(CONFIG, tasks=("niah_single_1",), variants=("dense", "local"))
+    evaluate(config, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "question"}))
+    counted.clear()
+    evaluate(config, tmp_path)
+    assert counted == []
+
+
 def test_only_solved_skips_sparse_variants_of_unsolved_tasks(evaluate, tmp_path, counted):
     config = replace(CONFIG, variants=("dense", "local"), min_dense_score=1.0, only_solved=True)
     result = evaluate(config, tmp_path)
