@@ -22,6 +22,11 @@ import sys
 import time
 from contextlib import nullcontext
 
+from npu_sparse import cann
+
+with cann.required():
+    import torch
+
 from npu_sparse import Budget, Indexer, SparsePrefill
 from npu_sparse.runs import stats
 from npu_sparse.runs.machine import machine, machine_line
@@ -115,7 +120,6 @@ def first_tokens(llm, prompts: list[list[int]]) -> list[float]:
 
 def checked(options, both: list, vocabulary: int) -> dict:
     """What each engine and transformers make of one prompt."""
-    import torch
     from transformers import AutoModelForCausalLM, DynamicCache
     from vllm import SamplingParams
 
