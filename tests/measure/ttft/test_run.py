@@ -36,12 +36,12 @@ def record(directory, length):
 
 
 def test_every_round_runs_every_variant_once_in_changing_order(finished):
-    found = record(finished[0], 96)
+    cell = record(finished[0], 96)
     names = {*CONFIG.variants, "attached"}
-    assert len(found["orders"]) == 3
-    assert all(set(order) == names and len(order) == len(names) for order in found["orders"])
-    assert len({tuple(order) for order in found["orders"]}) > 1
-    assert all(len(times) == 3 and min(times) > 0 for times in found["seconds"].values())
+    assert len(cell["orders"]) == 3
+    assert all(set(order) == names and len(order) == len(names) for order in cell["orders"])
+    assert len({tuple(order) for order in cell["orders"]}) > 1
+    assert all(len(times) == 3 and min(times) > 0 for times in cell["seconds"].values())
 
 
 def test_a_variant_with_options_is_timed_beside_the_others(model, indexer, tmp_path):
@@ -146,8 +146,8 @@ def test_rows_name_evidence_budget_and_speed_up(finished):
 
 
 def test_attached_but_dense_gives_the_dense_token_and_keeps_index_keys_up_to_date(finished):
-    found = record(finished[0], 200)
-    assert found["first_tokens"]["attached"] == found["first_tokens"]["dense"]
+    cell = record(finished[0], 200)
+    assert cell["first_tokens"]["attached"] == cell["first_tokens"]["dense"]
 
 
 def test_setting_of_the_measurement_is_reported(finished):
@@ -204,9 +204,9 @@ def test_text_prompts_have_the_length_and_follow_the_seed(model, tokenizer, tmp_
         (tmp_path / f"{n}.txt").write_text(f"Text {n}. " + "The sky is blue. " * 20)
     config = replace(CONFIG, prompt="text", texts=(str(tmp_path),))
     subject = Subject(model, tokenizer, None)
-    found = [prompt_ids(replace(config, seed=seed), subject, 150) for seed in (0, 0, 1)]
-    assert all(ids.shape == (1, 150) for ids in found)
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    prompts = [prompt_ids(replace(config, seed=seed), subject, 150) for seed in (0, 0, 1)]
+    assert all(ids.shape == (1, 150) for ids in prompts)
+    assert torch.equal(prompts[0], prompts[1]) and not torch.equal(prompts[0], prompts[2])
     with pytest.raises(ValueError, match="texts must hold 4000 tokens"):
         prompt_ids(config, subject, 4000)
 
