@@ -29,6 +29,7 @@ from .validate import validate
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+PROJECTED = 1e8  # tokens: what an adapter's distillation is said to cost for
 RECOMMENDED = Budget(k=512, block=64, dense_below=1024)
 WITH_HEADS = dict(k=1024, reduce="softmax_max", exact_last=128)  # hard retrieval with shared supports wants this
 BACKENDS = {"cuda": "nccl", "npu": "hccl"}
@@ -311,7 +312,11 @@ def _partition_words(result: dict) -> str:
 
 def _speed_words(result: dict) -> str:
     rate = result["tokens_per_s"]
-    return "" if rate is None else f"Median {rate:,.0f} tokens of context a second in training.\n\n"
+    if rate is None:
+        return ""
+    hours = PROJECTED / rate / 3600
+    said = f"{PROJECTED / 1e6:.0f}M tokens project to {hours:.2g} hours"
+    return f"Median {rate:,.0f} tokens of context a second in training; {said}.\n\n"
 
 
 def _kinds(validation: dict) -> list[tuple[str, dict]]:
