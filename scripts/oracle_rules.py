@@ -14,7 +14,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
+
 from torch import Tensor
 
 from npu_sparse import checkpoints, tasks
@@ -172,8 +176,8 @@ class Lab:
         if after.shape[1] > 1:
             logits = torch.cat([logits, self.model(after[:, :-1], **{name: cache}).logits], 1)
         logits = logits[0].float()
-        found = torch.log_softmax(logits, -1).gather(-1, after[0][:, None]).sum()
-        return float(found), bool((logits.argmax(-1) == after[0]).all())
+        likelihood = torch.log_softmax(logits, -1).gather(-1, after[0][:, None]).sum()
+        return float(likelihood), bool((logits.argmax(-1) == after[0]).all())
 
 
 def dense_answer(model, tokenizer, example) -> Tensor | None:
@@ -189,13 +193,13 @@ def dense_answer(model, tokenizer, example) -> Tensor | None:
 def cells(model, k: int) -> dict[str, dict]:
     """What is measured: every rule everywhere, and the paper's in one layer or part of the queries only."""
     paper = by_mean(k)
-    found = {"dense": {}} | {name: {"rule": rule} for name, rule in rules(k).items()}
+    wanted = {"dense": {}} | {name: {"rule": rule} for name, rule in rules(k).items()}
     layers = sorted(attention_modules(model))
     for layer in layers if len(layers) <= 6 else ():
-        found[f"mean over heads, {k}, in layer {layer} only"] = {"rule": paper, "layers": {layer}}
-    found[f"mean over heads, {k}, for the last 64 queries only"] = {"rule": paper, "rows": lambda t, T: t >= T - 64}
-    found[f"mean over heads, {k}, for all but the last 64 queries"] = {"rule": paper, "rows": lambda t, T: t < T - 64}
-    return found
+        wanted[f"mean over heads, {k}, in layer {layer} only"] = {"rule": paper, "layers": {layer}}
+    wanted[f"mean over heads, {k}, for the last 64 queries only"] = {"rule": paper, "rows": lambda t, T: t >= T - 64}
+    wanted[f"mean over heads, {k}, for all but the last 64 queries"] = {"rule": paper, "rows": lambda t, T: t < T - 64}
+    return wanted
 
 
 def main(arguments=None) -> int:
@@ -224,17 +228,18 @@ def main(arguments=None) -> int:
     done = records(directory, list(prompts), list(wanted))
 
     def measure(name: str) -> dict:
-        example, found = prompts[name], {}
+        example = prompts[name]
         after = dense_answer(model, tokenizer, example)
+        results = {}
         if after is not None:
             ids = torch.tensor([tasks.encode(tokenizer, example)], device=model.device)
             lab = Lab(model)
             try:
-                found = {rule: lab.follow(ids, after, **options) for rule, options in wanted.items()}
+                results = {rule: lab.follow(ids, after, **options) for rule, options in wanted.items()}
             finally:
                 model.set_attn_implementation(attention_selection(model, "sdpa"))
-        say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in found.values())}")
-        return {"rules": found}
+        say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in results.values())}")
+        return {"rules": results}
 
     done.compute(measure)
     return summarise(directory, config, [record["rules"] for record in done.records().values()], list(wanted))
@@ -252,10 +257,10 @@ def records(directory: Path, prompts: list[str], rules: list[str]) -> Cells:
     return Cells(directory / "cells", {name: {"prompt": name} for name in prompts}, upgrade=upgrade)
 
 
-def summarise(directory: Path, config: dict, found: list[dict], names: list[str]) -> int:
-    solved = [cell for cell in found if cell]
+def summarise(directory: Path, config: dict, records: list[dict], names: list[str]) -> int:
+    solved = [cell for cell in records if cell]
     if not solved:
-        raise ValueError(f"dense attention must solve at least one of {len(found)} prompts, got none")
+        raise ValueError(f"dense attention must solve at least one of {len(records)} prompts, got none")
     rows = []
     for name in names:
         shortfall = stats.macro_mean([[cell["dense"][0] - cell[name][0] for cell in solved]])
@@ -275,7 +280,7 @@ def summarise(directory: Path, config: dict, found: list[dict], names: list[str]
     ]
     text = (
         f"# What should an oracle keep, and what becomes of the rest?\n\n{config['model']}, {config['task']}, {config['length']} "
-        f"tokens, {config['dtype']}: the {len(solved)} of {len(found)} prompts that dense attention solves. Evidence: oracle. "
+        f"tokens, {config['dtype']}: the {len(solved)} of {len(records)} prompts that dense attention solves. Evidence: oracle. "
         "Prefill by each rule in all full-attention layers (or where it says), then dense attention's own answer, densely. 95% "
         f"bootstrap intervals over prompts.\n\n{markdown_table(table)}\nMeasured on {machine_line(machine)}.\n"
     )

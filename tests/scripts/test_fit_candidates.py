@@ -47,4 +47,4 @@ def test_a_report_without_times_is_refused_by_name(fit, monkeypatch, tmp_path):
 
 def fitted(fit, kernels):
     speedups = {record["kernel"]: fit._speedups(record) for record in kernels}
-    return {name: fit._describe(name, list(found))[0] for name, found in speedups.items()}, speedups
+    return {name: fit._describe(name, list(ratios))[0] for name, ratios in speedups.items()}, speedups
