@@ -7,7 +7,9 @@ at its first launch with a number for an answer.
 import os
 import re
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,6 +109,18 @@ def explained(error: BaseException) -> str | None:
         f"torch_npu must find CANN, got none in this shell ({why} is missing): run `source {set_env()}`, or "
         "`export TORCH_DEVICE_BACKEND_AUTOLOAD=0` to work without an NPU"
     )
+
+
+@contextmanager
+def required() -> Iterator[None]:
+    """Around a program's first `import torch`: what `explained` explains ends it in that sentence, with exit status 1."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        said = explained(error)
+        if said is None:
+            raise
+        sys.exit(f"error: {said}")
 
 
 def check_cards(smi: Callable[[], str | None] | None = None) -> None:

@@ -33,7 +33,10 @@ import warnings
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints
 from npu_sparse.measure.clocks import HostTimer, layers_issued, synchronize

@@ -20,7 +20,10 @@ import random
 import sys
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Support, ops
 from npu_sparse.indexer import IndexerConfig, IndexHead

@@ -29,6 +29,11 @@ import time
 from functools import cached_property
 from pathlib import Path
 
+from npu_sparse import cann
+
+with cann.required():
+    import torch  # noqa: F401
+
 from npu_sparse import Budget, SparsePrefill, tasks
 from npu_sparse.measure import variants
 from npu_sparse.measure.clocks import release_memory

@@ -15,7 +15,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
+
 from torch import Tensor
 
 from npu_sparse import checkpoints, tasks

@@ -22,7 +22,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import FastHybrid
 from npu_sparse.measure.clocks import stage_timer

@@ -29,6 +29,7 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from npu_sparse import cann
 from npu_sparse.runs.store import open_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -455,7 +456,8 @@ def main(arguments=None) -> int:
         print("missing: " + ", ".join(missing) if missing else "nothing is missing")
         return 0
     output.mkdir(parents=True, exist_ok=True)
-    import torch
+    with cann.required():
+        import torch
 
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = stated.split(",") if stated else [str(n) for n in range(torch.cuda.device_count())]

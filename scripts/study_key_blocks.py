@@ -20,7 +20,10 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, ops
 from npu_sparse.measure.prompts import text_prompts

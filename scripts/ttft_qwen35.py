@@ -24,10 +24,8 @@ from pathlib import Path
 
 from npu_sparse import cann
 
-try:
-    import torch  # noqa: F401  - here, because it imports torch_npu, which wants CANN's libraries
-except RuntimeError as error:
-    sys.exit(f"error: {cann.explained(error) or error}")
+with cann.required():
+    import torch  # noqa: F401
 
 from npu_sparse.errors import FAILURE, UNFINISHED
 from npu_sparse.measure.ttft import TtftConfig, baselines, run_ttft

@@ -34,6 +34,8 @@ class Contexts:
         config = self.config
         rng = random.Random(f"{config.seed}/{step}")
         length = rng.choice(config.lengths)
+        if config.steps <= step < config.all_steps:  # of the language-model loss
+            length = min(config.lengths)
         from_tasks = rng.random() < config.task_fraction
         task = rng.choice(config.tasks) if from_tasks else None
         sequences = range(rank, config.tokens // length, world)
@@ -108,7 +110,7 @@ class _Steps(Dataset):
 
 def batches(contexts: Contexts, start: int, rank: int, world: int, workers: int) -> DataLoader:
     """The batches of steps start, start + 1, ...; `workers` processes prepare them ahead."""
-    steps = range(start, contexts.config.steps)
+    steps = range(start, contexts.config.all_steps)
     return DataLoader(_Steps(contexts, rank, world), batch_size=None, sampler=steps, num_workers=workers)
 
 

@@ -63,7 +63,7 @@ def fit_partition(model, indexer: Indexer, contexts: Contexts) -> None:
     config: DistillConfig = contexts.config
     served = indexer.copy_for(model)
     fits = {layer: LeastSquares() for layer in indexer.config.layers}
-    for step in range(config.steps, config.steps + config.partition_steps):
+    for step in range(config.all_steps, config.all_steps + config.partition_steps):
         batch = contexts.batch(step)
         segments = row_segments(config, batch.shape[1], step)
 

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import statistics
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..runs.page import markdown_table
 from ..runs.store import RunError, check, open_stage, write_bytes, write_json, write_text
 from .config import DistillConfig
 from .data import Contexts, batches, row_segments
+from .language import language_loss
 from .loss import DistillLoss
 from .partition import fit_partition, partition_residuals
 from .teacher import tap
@@ -76,13 +78,14 @@ def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progres
         write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
     if world > 1:
         loss_module = torch.nn.parallel.DistributedDataParallel(loss_module)
-    with _progress(config.steps, state["step"], progress) as advance:
+    with _progress(config.all_steps, state["step"], progress) as advance:
         ahead = batches(contexts, state["step"], rank, world, workers)
         for step, batch in enumerate(ahead, start=state["step"]):
             began = time.perf_counter()
             loss, per_layer = _step(model, loss_module, optimizer, batch.to(model.device), config, step, world)
-            last = step + 1 == config.steps
+            last = step + 1 == config.all_steps
             record = {"step": step, "loss": loss, "lr": config.lr_at(step), "by_layer": per_layer}
+            record["tokens"] = batch.numel() * world
             record["seconds"] = time.perf_counter() - began
             if rank == 0 and (last or (step + 1) % config.validate_every == 0):
                 record["validation"] = validate(model, indexer, contexts.held_out(), config.budgets)
@@ -108,11 +111,17 @@ def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -
         group["lr"] = config.lr_at(step)
     optimizer.zero_grad(set_to_none=True)
     total, layers = 0.0, 0.0
-    parts = batch.split(config.micro_batch)
+    language = step >= config.steps
+    parts = batch.split(1 if language else config.micro_batch)  # its forward keeps every layer's activations
     for n, part in enumerate(parts):
+        share = part.shape[0] / batch.shape[0]
+        if language:
+            loss = language_loss(model, loss_module.indexer, part, config.sparse_k)
+            (loss * share).backward()
+            total = total + loss.detach() * share
+            continue
         taps = []
         tap(model, part, taps.append)
-        share = part.shape[0] / batch.shape[0]
         waiting = world > 1 and n + 1 < len(parts)
         with loss_module.no_sync() if waiting else nullcontext():
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
@@ -127,6 +136,8 @@ def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -
             f"gradients must be finite, got a norm of {float(norm)} at step {step}: try a smaller lr"
         )
     optimizer.step()
+    if language:
+        return float(total), []
     if world > 1:
         distributed.all_reduce(total)
         distributed.all_reduce(layers)
@@ -209,8 +220,9 @@ def _check_metrics(state, config: DistillConfig) -> None:
     check(state.get("inputs", {}), {str: str})
     validations = [record["validation"] for record in state["metrics"] if "validation" in record]
     check(validations, [{**part, "by_kind": {str: part}, "by_layer": [{"layer": int, **part}]}])
-    ended = state["step"] == config.steps
-    if not 0 <= state["step"] == len(state["metrics"]) <= config.steps or (ended and "validation" not in state["metrics"][-1]):
+    ended = state["step"] == config.all_steps
+    whole = 0 <= state["step"] == len(state["metrics"]) <= config.all_steps
+    if not whole or (ended and "validation" not in state["metrics"][-1]):
         raise ValueError(f"its curve must have a record for each of {state['step']} steps, got {len(state['metrics'])}")
 
 
@@ -228,16 +240,20 @@ def _finish(
     output: Path, config: DistillConfig, indexer: Indexer, state: dict, residuals: dict | None, device: str
 ) -> dict:
     last = state["metrics"][-1]["validation"]
+    divergences, language = state["metrics"][: config.steps], state["metrics"][config.steps :]
+    timed = [m["tokens"] / m["seconds"] for m in divergences[1:] if "tokens" in m]  # the first compiles; 0.1 did not count
     result = {
         "stage": "distill",
         "evidence": "distilled",
         "config": config.to_dict(),
         "machine": machine(device),
         "parameters": sum(p.numel() for p in indexer.parameters()),
-        "final_loss": state["metrics"][-1]["loss"],
+        "final_loss": divergences[-1]["loss"],
+        "tokens_per_s": statistics.median(timed) if timed else None,
         "validation": last,
         "partition": residuals,
-        "curve": [{"step": m["step"], "loss": m["loss"]} for m in state["metrics"]],
+        "curve": [{"step": m["step"], "loss": m["loss"]} for m in divergences],
+        "language_curve": [{"step": m["step"], "loss": m["loss"]} for m in language],
         "validations": [{"step": m["step"], **m["validation"]} for m in state["metrics"] if "validation" in m],
     }
     indexer.evidence = "distilled"
@@ -262,12 +278,23 @@ def _markdown(result: dict) -> str:
         f"# npu-sparse indexer for {config['model']} (evidence: distilled)\n\n"
         f"{config['heads']} index head(s) x {config['dim']}, {result['parameters']:,} parameters, distilled from the "
         f"model's own dense attention with a frozen backbone: {config['steps']} steps of {config['tokens']} tokens, "
-        f"lengths {', '.join(map(str, config['lengths']))}, loss {config['loss']}, seed {config['seed']}. Texts: "
+        f"lengths {', '.join(map(str, config['lengths']))}, loss {config['loss']}{_language_words(result)}, "
+        f"seed {config['seed']}. Texts: "
         f"{', '.join(config['texts'])}; tasks mixed in ({config['task_fraction']:.0%} of steps): "
         f"{', '.join(config['tasks']) or 'none'} (other seeds and documents than evaluation).\n\n"
         f"Validation at {config['validation_length']} tokens on held-out documents, measured: KL {last['kl']:.4f} "
         "nats; recall of the oracle's top k, per query, as attention mass and as share of its keys:\n\n"
-        f"{markdown_table(rows)}{_partition_words(result)}\nMachine: {machine_line(result['machine'])}.\n"
+        f"{markdown_table(rows)}{_partition_words(result)}\n{_speed_words(result)}Machine: {machine_line(result['machine'])}.\n"
+    )
+
+
+def _language_words(result: dict) -> str:
+    curve = result["language_curve"]
+    if not curve:
+        return ""
+    return (
+        f", then {len(curve)} steps of language-model loss through a soft selection ({curve[0]['loss']:.3f} to "
+        f"{curve[-1]['loss']:.3f} nats a token)"
     )
 
 
@@ -280,6 +307,11 @@ def _partition_words(result: dict) -> str:
         f"held-out documents they miss the exact log-partition by {found['residual']:.3f} nats (root mean square; "
         f"{found['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {found['spread']:.3f}.\n"
     )
+
+
+def _speed_words(result: dict) -> str:
+    rate = result["tokens_per_s"]
+    return "" if rate is None else f"Median {rate:,.0f} tokens of context a second in training.\n\n"
 
 
 def _kinds(validation: dict) -> list[tuple[str, dict]]:
@@ -308,6 +340,8 @@ def _processes(config: DistillConfig):
     if world == 1:
         yield 0, 1, config.device
         return
+    if config.lm_steps:
+        raise ValueError(f"lm_steps must be 0 under torchrun, got {config.lm_steps}: run that stage in one process")
     uneven = [length for length in config.lengths if config.tokens // length % world]
     if uneven:
         raise ValueError(

@@ -31,7 +31,7 @@ def sparse_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             layers = self.vllm_config.compilation_config.static_forward_context
             for name in self.layer_names:
                 layers[name].npu_sparse.isa = isa
-            self._dense_below = layers[self.layer_names[0]].npu_sparse.attached.budget.dense_below
+            self._attached = layers[self.layer_names[0]].npu_sparse.attached
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
@@ -42,7 +42,9 @@ def sparse_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
             metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
             build_dense = functools.partial(base_builder.build, self, 0)
-            metadata.npu_sparse = make_plan(common_attn_metadata, self._dense_below, build_dense)
+            metadata.npu_sparse = make_plan(
+                common_attn_metadata, self._attached.budget.dense_below, build_dense, self._attached.prompts.of_batch
+            )
             return metadata
 
     class Impl(base_impl):
