@@ -82,8 +82,8 @@ def parse(arguments) -> argparse.Namespace:
 
 def variants(args) -> dict[str, dict]:
     """Every way to run the prefill, by name; sparse ones keep the first dense implementation for what is dense in them."""
-    found = {f"dense {name}": {"native": name, "budget": None} for name in args.dense}
-    return found | {f"sparse {text}": {"native": args.dense[0], "budget": Budget.parse(text)} for text in args.sparse}
+    named = {f"dense {name}": {"native": name, "budget": None} for name in args.dense}
+    return named | {f"sparse {text}": {"native": args.dense[0], "budget": Budget.parse(text)} for text in args.sparse}
 
 
 def build(args):
@@ -110,10 +110,10 @@ def attached(model, indexer, variant: dict, stage=None):
 
 def interleaved(args, ways: dict) -> list[tuple[bool, str]]:
     """`(counted, variant)` of every forward: each round in a new order, the first rounds to warm up."""
-    shuffled, found = random.Random(args.seed), []
+    shuffled, order = random.Random(args.seed), []
     for round_ in range(-args.warmup, args.runs):
-        found += [(round_ >= 0, name) for name in shuffled.sample(list(ways), len(ways))]
-    return found
+        order += [(round_ >= 0, name) for name in shuffled.sample(list(ways), len(ways))]
+    return order
 
 
 def prompt(args, model, length: int):
@@ -134,15 +134,15 @@ def measure_host(args, model, indexer) -> dict:
         if counted:
             layers[name].append(issued)
             parts[name].append({stage: took / len(full) for stage, took in timer.seconds.items()})
-    found = {name: {"layers_s": layers[name], "stages_s": parts[name]} for name in ways}
+    results = {name: {"layers_s": layers[name], "stages_s": parts[name]} for name in ways}
     for name in ways:
-        found[name] |= count(args, model, indexer, ways[name], ids, len(full))
-    return {"length": args.length, "layers": len(full), "variants": found, "machine": machine(args.device)}
+        results[name] |= count(args, model, indexer, ways[name], ids, len(full))
+    return {"length": args.length, "layers": len(full), "variants": results, "machine": machine(args.device)}
 
 
 def count(args, model, indexer, variant: dict, ids, layers: int) -> dict:
     """What one forward of the decoder makes PyTorch and the device do."""
-    found: dict = {"waits": waits(model, indexer, variant, ids) if model.device.type == "cuda" else None}
+    counts: dict = {"waits": waits(model, indexer, variant, ids) if model.device.type == "cuda" else None}
     activities = [torch.profiler.ProfilerActivity.CPU]
     if model.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -150,17 +150,17 @@ def count(args, model, indexer, variant: dict, ids, layers: int) -> dict:
         with torch.profiler.profile(activities=activities) as profile:
             time_to_first_token(model, ids)
         events = profile.events()
-        found["operators"] = sum(event.name.startswith(("aten::", "npu_sparse::")) for event in events) / layers
+        counts["operators"] = sum(event.name.startswith(("aten::", "npu_sparse::")) for event in events) / layers
         on_device = torch.autograd.DeviceType.CUDA
         names: dict[str, int] = {}
         for event in events:
             if event.device_type == on_device:
                 names[event.name[:80]] = names.get(event.name[:80], 0) + 1
-        found["kernels"] = sum(names.values()) / layers if names else None
-        found["kernels_by_name"] = dict(sorted(names.items(), key=lambda item: -item[1])[:40])
+        counts["kernels"] = sum(names.values()) / layers if names else None
+        counts["kernels_by_name"] = dict(sorted(names.items(), key=lambda item: -item[1])[:40])
         if args.functions:
-            found["functions"] = functions(args, model, ids, layers)
-    return found
+            counts["functions"] = functions(args, model, ids, layers)
+    return counts
 
 
 def functions(args, model, ids, layers: int) -> list[dict]:
@@ -184,14 +184,14 @@ def waits(model, indexer, variant: dict, ids) -> list[str]:
     """The lines of a forward on CUDA, without the copies of the prompt and of the answer, that wait for the device."""
     ids = ids.to(model.device)
     mode = torch.cuda.get_sync_debug_mode()
-    with attached(model, indexer, variant), warnings.catch_warnings(record=True) as found, torch.inference_mode():
+    with attached(model, indexer, variant), warnings.catch_warnings(record=True) as caught, torch.inference_mode():
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             model(ids, use_cache=True, logits_to_keep=1)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    lines = [f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}" for one in found if "synchroniz" in str(one.message)]
+    lines = [f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
     return [line for line in lines if not line.startswith("cuda/__init__.py")]  # the warning that this mode is a beta feature
 
 
@@ -292,8 +292,8 @@ def main(arguments=None) -> int:
         model, indexer = build(args)
         for part in todo:
             started = time.monotonic()
-            found = measure_host(args, model, indexer) if part == "host" else measure_ttft(args, model, indexer, part)
-            write_json(paths[part], found)
+            measured = measure_host(args, model, indexer) if part == "host" else measure_ttft(args, model, indexer, part)
+            write_json(paths[part], measured)
             say(f"{part}: {time.monotonic() - started:.1f} s")
     host, *ttft = (json.loads(path.read_text()) for path in paths.values())
     result = {"config": config, "machine": host["machine"], **tabulate(args, host, ttft)}

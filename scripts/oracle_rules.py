@@ -177,8 +177,8 @@ class Lab:
         if after.shape[1] > 1:
             logits = torch.cat([logits, self.model(after[:, :-1], **{name: cache}).logits], 1)
         logits = logits[0].float()
-        found = torch.log_softmax(logits, -1).gather(-1, after[0][:, None]).sum()
-        return float(found), bool((logits.argmax(-1) == after[0]).all())
+        likelihood = torch.log_softmax(logits, -1).gather(-1, after[0][:, None]).sum()
+        return float(likelihood), bool((logits.argmax(-1) == after[0]).all())
 
 
 def dense_answer(model, tokenizer, example) -> Tensor | None:
@@ -194,13 +194,13 @@ def dense_answer(model, tokenizer, example) -> Tensor | None:
 def cells(model, k: int) -> dict[str, dict]:
     """What is measured: every rule everywhere, and the paper's in one layer or part of the queries only."""
     paper = by_mean(k)
-    found = {"dense": {}} | {name: {"rule": rule} for name, rule in rules(k).items()}
+    wanted = {"dense": {}} | {name: {"rule": rule} for name, rule in rules(k).items()}
     layers = sorted(attention_modules(model))
     for layer in layers if len(layers) <= 6 else ():
-        found[f"mean over heads, {k}, in layer {layer} only"] = {"rule": paper, "layers": {layer}}
-    found[f"mean over heads, {k}, for the last 64 queries only"] = {"rule": paper, "rows": lambda t, T: t >= T - 64}
-    found[f"mean over heads, {k}, for all but the last 64 queries"] = {"rule": paper, "rows": lambda t, T: t < T - 64}
-    return found
+        wanted[f"mean over heads, {k}, in layer {layer} only"] = {"rule": paper, "layers": {layer}}
+    wanted[f"mean over heads, {k}, for the last 64 queries only"] = {"rule": paper, "rows": lambda t, T: t >= T - 64}
+    wanted[f"mean over heads, {k}, for all but the last 64 queries"] = {"rule": paper, "rows": lambda t, T: t < T - 64}
+    return wanted
 
 
 def main(arguments=None) -> int:
@@ -231,24 +231,24 @@ def main(arguments=None) -> int:
         if path.exists():
             continue
         after = dense_answer(model, tokenizer, example)
-        found = {}
+        results = {}
         if after is not None:
             ids = torch.tensor([tasks.encode(tokenizer, example)], device=model.device)
             lab = Lab(model)
             try:
-                found = {name: lab.follow(ids, after, **options) for name, options in wanted.items()}
+                results = {name: lab.follow(ids, after, **options) for name, options in wanted.items()}
             finally:
                 model.set_attn_implementation(attention_selection(model, "sdpa"))
-        write_json(path, found)
-        say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in found.values())}")
+        write_json(path, results)
+        say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in results.values())}")
     return summarise(directory, config, list(wanted))
 
 
 def summarise(directory: Path, config: dict, names: list[str]) -> int:
-    found = [json.loads(path.read_text()) for path in sorted((directory / "cells").glob("*.json"))]
-    solved = [cell for cell in found if cell]
+    records = [json.loads(path.read_text()) for path in sorted((directory / "cells").glob("*.json"))]
+    solved = [cell for cell in records if cell]
     if not solved:
-        raise ValueError(f"dense attention must solve at least one of {len(found)} prompts, got none")
+        raise ValueError(f"dense attention must solve at least one of {len(records)} prompts, got none")
     rows = []
     for name in names:
         shortfall = stats.macro_mean([[cell["dense"][0] - cell[name][0] for cell in solved]])
@@ -268,7 +268,7 @@ def summarise(directory: Path, config: dict, names: list[str]) -> int:
     ]
     text = (
         f"# What should an oracle keep, and what becomes of the rest?\n\n{config['model']}, {config['task']}, {config['length']} "
-        f"tokens, {config['dtype']}: the {len(solved)} of {len(found)} prompts that dense attention solves. Evidence: oracle. "
+        f"tokens, {config['dtype']}: the {len(solved)} of {len(records)} prompts that dense attention solves. Evidence: oracle. "
         "Prefill by each rule in all full-attention layers (or where it says), then dense attention's own answer, densely. 95% "
         f"bootstrap intervals over prompts.\n\n{markdown_table(table)}\nMeasured on {machine_line(machine)}.\n"
     )

@@ -310,9 +310,6 @@ def publish(output: Path) -> None:
             archive.add(path, name)
 
 
-# Carrying
-
-
 def pack(directory: Path, count: int, models: tuple[str, ...]) -> list[Path]:
     """Writes numbered pieces of at most PIECE_BYTES, of which each can be unpacked alone; returns them."""
     from npu_sparse.checkpoints import DEMOS
@@ -412,9 +409,9 @@ def unpack(directory: Path, store: Path, output: Path, models: tuple[str, ...]) 
             missing.append(name)
     site = Path(next(path for path in sys.path if path.endswith("site-packages")))
     for package in PACKAGES:
-        found = sorted((store / "wheels").glob(f"{package}-*.whl"))
-        if found:
-            with zipfile.ZipFile(found[0]) as wheel:
+        packed = sorted((store / "wheels").glob(f"{package}-*.whl"))
+        if packed:
+            with zipfile.ZipFile(packed[0]) as wheel:
                 wheel.extractall(site)
         else:
             missing.append(package)
@@ -439,8 +436,8 @@ def main(arguments=None) -> int:
     args = parser.parse_intermixed_args(arguments)
     models = tuple(filter(None, args.models.split(",")))
     candidates = tuple(filter(None, args.candidates.split(",")))
-    for name, found, known in (("models", models, MODELS), ("candidates", candidates, CANDIDATES)):
-        if unknown := set(found) - set(known):
+    for name, named, known in (("models", models, MODELS), ("candidates", candidates, CANDIDATES)):
+        if unknown := set(named) - set(known):
             raise ValueError(f"{name} must be among {', '.join(known)}, got {sorted(unknown)[0]!r}")
     output = args.output.resolve()
     if args.what == "job":

@@ -1,4 +1,4 @@
-"""Weight files that are whole, and hold what the model wants, in finite numbers, and nothing else."""
+"""Weight files that are complete, and hold what the model wants, in finite numbers, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .gguf_header import LFS_POINTER
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAMED = 4  # so many names are a sentence, the rest is a number
+_NAMED = 4  # the most names that a message lists; above that it counts them
 
 
 def check_names(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a distillation run is made of."""
+"""The config of a distillation run."""
 
 import math
 from collections.abc import Mapping

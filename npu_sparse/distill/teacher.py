@@ -14,7 +14,7 @@ from ..models.attention import register_around
 
 @dataclass(frozen=True)
 class Tap:
-    """What one full-attention layer showed.
+    """The inputs of one full-attention layer in one forward.
 
     hidden `[B, T, H]`, cos and sin `[B or 1, T, R]`, q `[B, Hq, T, D]`, k `[B, Hkv, T, D]`.
     """

@@ -29,8 +29,9 @@ from .validate import validate
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+PROJECTED = 1e8  # tokens: what an adapter's distillation is said to cost for
 RECOMMENDED = Budget(k=512, block=64, dense_below=1024)
-WITH_HEADS = dict(k=1024, reduce="softmax_max", exact_last=128)  # what hard retrieval asks of shared supports
+WITH_HEADS = dict(k=1024, reduce="softmax_max", exact_last=128)  # hard retrieval with shared supports wants this
 BACKENDS = {"cuda": "nccl", "npu": "hccl"}
 
 
@@ -146,7 +147,7 @@ def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -
 
 
 def _save(output: Path, indexer: Indexer, optimizer, state: dict) -> None:
-    """One file that is replaced atomically: weights, optimizer moments and the loss curve always belong together."""
+    """Replaces one file atomically, so that weights, optimizer moments and the loss curve always belong together."""
     from safetensors.torch import save
 
     tensors = {f"indexer.{name}": tensor.detach().cpu().contiguous() for name, tensor in indexer.state_dict().items()}
@@ -166,7 +167,7 @@ def _digest(tensors: dict, curve: str = "") -> str:
 
 
 def _append(path: Path, record: dict) -> None:
-    """One more line for whoever watches; a line that a kill cuts short is rewritten from the checkpoint."""
+    """Appends a line for people who watch the run. If a kill cuts it short, it is rewritten from the checkpoint."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with open(descriptor, "a") as file:
@@ -176,7 +177,7 @@ def _append(path: Path, record: dict) -> None:
 
 
 def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
-    """Where the run goes on: `{"step", "metrics"}` and, where something was trained, what it was trained on as "inputs"."""
+    """Where the run resumes: `{"step", "metrics"}` and, once something was trained, its "inputs"."""
     from safetensors import SafetensorError, safe_open
 
     path = output / CHECKPOINT
@@ -299,19 +300,23 @@ def _language_words(result: dict) -> str:
 
 
 def _partition_words(result: dict) -> str:
-    found = result["partition"]
-    if found is None:
+    partition = result["partition"]
+    if partition is None:
         return "\nIt has no partition heads.\n"
     return (
         f"\nPartition heads, by least squares over {result['config']['partition_steps']} more steps' batches: on the same "
-        f"held-out documents they miss the exact log-partition by {found['residual']:.3f} nats (root mean square; "
-        f"{found['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {found['spread']:.3f}.\n"
+        f"held-out documents they miss the exact log-partition by {partition['residual']:.3f} nats (root mean square; "
+        f"{partition['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {partition['spread']:.3f}.\n"
     )
 
 
 def _speed_words(result: dict) -> str:
     rate = result["tokens_per_s"]
-    return "" if rate is None else f"Median {rate:,.0f} tokens of context a second in training.\n\n"
+    if rate is None:
+        return ""
+    hours = PROJECTED / rate / 3600
+    said = f"{PROJECTED / 1e6:.0f}M tokens project to {hours:.2g} hours"
+    return f"Median {rate:,.0f} tokens of context a second in training; {said}.\n\n"
 
 
 def _kinds(validation: dict) -> list[tuple[str, dict]]:
@@ -358,7 +363,7 @@ def _processes(config: DistillConfig):
     if joined:
         distributed.init_process_group(BACKENDS.get(config.device, "gloo"))
     yield distributed.get_rank(), world, device
-    if joined:  # after an error the others may be waiting: the end of this process ends them
+    if joined:  # not reached after an error, when the others may be waiting: the end of this process ends them
         distributed.barrier()  # a process that ends while its last collective is being freed is aborted by the interpreter
         distributed.destroy_process_group()
 

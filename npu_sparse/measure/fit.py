@@ -1,4 +1,4 @@
-"""Budgets fitted, not guessed: `npu-sparse fit`. Where do a layer's keys keep attention that another layer's would not?
+"""Budgets fitted, not guessed: `npu-sparse fit`. In which layers are keys worth most?
 
 Every full-attention layer is measured on the dense trajectory: the *lost mass* of a query at k is the attention mass outside
 the keys that the adapter selects for its block at that k, as deployed (sharing, reduction, partition), mean over heads. Fitting
@@ -7,7 +7,7 @@ square (queries that lose much weigh more: hard retrieval fails there first), at
 With several lengths the fit is over lengths instead: the smallest k that loses no more than `budget.k` loses at the first one.
 
 A run directory holds config.json, records/<length>-<prompt>.json, report.json, report.md and adapter/, the adapter that
-recommends the fitted budget. Running again resumes. What is fitted is mass and not answers: judge it with `npu-sparse eval`.
+recommends the fitted budget. Running again resumes. The fit is by attention mass, not answers: judge it with `npu-sparse eval`.
 """
 
 import json

@@ -63,8 +63,8 @@ def test_kl_of_a_distribution_with_itself_is_zero():
 
 
 def test_kl_of_one_certain_key_under_a_uniform_guess_is_log_n():
-    found = kl(probabilities([1, 0, 0, 0]), probabilities([2, 2, 2, 2]))
-    torch.testing.assert_close(found, torch.tensor([math.log(4)], dtype=torch.float64))
+    actual = kl(probabilities([1, 0, 0, 0]), probabilities([2, 2, 2, 2]))
+    torch.testing.assert_close(actual, torch.tensor([math.log(4)], dtype=torch.float64))
 
 
 def test_kl_ignores_keys_that_neither_sees():
@@ -168,9 +168,9 @@ def test_teacher_mass_is_the_mean_of_the_heads_softmaxes(segment):
         naive_attention_mass(tap.q, tap.k, scale=tap.scale, dtype=dtype)[:, 0, start:stop, :stop]
         for dtype in (torch.float64, torch.float32)
     )
-    found = teacher_mass(tap, segment)
-    assert_accurate(found, exact, naive)
-    torch.testing.assert_close(found.sum(-1), torch.ones(2, stop - start))
+    actual = teacher_mass(tap, segment)
+    assert_accurate(actual, exact, naive)
+    torch.testing.assert_close(actual.sum(-1), torch.ones(2, stop - start))
 
 
 @torch.no_grad()

@@ -278,9 +278,6 @@ def test_inductor_gives_the_same(backend):
     torch.testing.assert_close(compiled(*inputs), layer(*inputs))
 
 
-# Policy
-
-
 @pytest.mark.parametrize(
     "impl, device, kernel",
     [
@@ -391,15 +388,15 @@ def test_where_something_listens_a_kernel_is_dispatched(reason, no_kernels, monk
     around = {
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "mode": FakeTensorMode, "profiler": torch.profiler.profile,
     }.get(reason, nullcontext)  # fmt: skip
-    found = []
+    plain = []
     with torch.no_grad() if reason != "gradients" else nullcontext():
         assert dispatch._is_plain("cpu", tuple(ARGUMENTS["select_tokens"](CPU))) == (reason != "gradients")
         with around():
             if reason == "transform":
-                torch.func.vmap(lambda x: found.append(dispatch._is_plain("cpu", (x,))) or x)(torch.zeros(2, 3))
+                torch.func.vmap(lambda x: plain.append(dispatch._is_plain("cpu", (x,))) or x)(torch.zeros(2, 3))
             else:
-                found.append(dispatch._is_plain("cpu", tuple(arguments)))
-    assert found == [False]
+                plain.append(dispatch._is_plain("cpu", tuple(arguments)))
+    assert plain == [False]
 
 
 @everywhere

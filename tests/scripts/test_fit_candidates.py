@@ -39,4 +39,4 @@ def test_weights_follow_what_was_fast(fit, monkeypatch, tmp_path, capsys):
 
 def fitted(fit, kernels):
     speedups = {record["kernel"]: fit._speedups(record) for record in kernels}
-    return {name: fit._describe(name, list(found))[0] for name, found in speedups.items()}, speedups
+    return {name: fit._describe(name, list(ratios))[0] for name, ratios in speedups.items()}, speedups

@@ -62,9 +62,9 @@ def test_logits_and_states_are_those_of_transformers(fast, name, changes):
     model, ids = tiny_model(name, **changes), tokens()
     expected, cache = fed(model, ids, ())
     with fast(model):
-        found, fast_cache = fed(model, ids, ())
+        actual, fast_cache = fed(model, ids, ())
         close(model(ids).logits, expected)
-    close(found, expected)
+    close(actual, expected)
     for mine, theirs in zip(states(fast_cache), states(cache)):
         for a, b in zip(mine, theirs):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -111,15 +111,15 @@ def test_padding_changes_nothing(fast, name, side):
     mask[(0, slice(None, 20)) if side == "left" else (1, slice(-9, None))] = 0
     expected = model(ids, attention_mask=mask).logits
     with fast(model):
-        found = model(ids, attention_mask=mask).logits
-    close(found[mask.bool()], expected[mask.bool()])
+        actual = model(ids, attention_mask=mask).logits
+    close(actual[mask.bool()], expected[mask.bool()])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_differs_by_no_more_than_transformers_does(fast, dtype):
     exact, ids = tiny_model("qwen3_5"), tokens()
     model = copy.deepcopy(exact).to(dtype)
-    exact = copy.deepcopy(model).float()  # of the same rounded weights
+    exact = copy.deepcopy(model).float()  # with the same rounded weights
     whole = exact(ids).logits
     theirs = (model(ids).logits.float() - whole).square().mean().sqrt()
     with fast(model):
@@ -135,8 +135,8 @@ def test_interpreted_kernels_give_the_logits_and_states_of_transformers(interpre
     whole, cache = fed(model, ids, ())
     padded = model(ids, attention_mask=mask).logits
     with interpreted(model):
-        found, fast_cache = fed(model, ids, (2, 34))
-        close(found, whole)
+        actual, fast_cache = fed(model, ids, (2, 34))
+        close(actual, whole)
         close(model(ids, attention_mask=mask).logits[mask.bool()], padded[mask.bool()])
     for mine, theirs in zip(states(fast_cache), states(cache)):
         close(mine[0], theirs[0])
@@ -254,13 +254,13 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, missing):
 def test_an_old_flash_linear_attention_is_refused(monkeypatch, version, served):
     import importlib.metadata
 
-    def found(package):
+    def version_of(package):
         if version is None:
             raise importlib.metadata.PackageNotFoundError(package)
         return version
 
     monkeypatch.setattr(attach, "_missing", lambda module: False)
-    monkeypatch.setattr(attach.importlib.metadata, "version", found)
+    monkeypatch.setattr(attach.importlib.metadata, "version", version_of)
     monkeypatch.setattr(attach.importlib, "import_module", lambda name: name)
     if served:
         assert attach._functions("kernel", "cuda") == "npu_sparse.models.hybrid.triton"

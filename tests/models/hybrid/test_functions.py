@@ -105,10 +105,10 @@ def test_convolution_is_as_accurate_as_rounding_once(functions, case):
     state = normal(case.B, C, case.W, dtype=case.dtype, device=functions.device, seed=2) if case.state else None
     if state is not None:
         state[..., 0] = float("nan")  # W taps read W - 1 earlier tokens
-    found = functions.short_convolution(mixed, weight, state, columns, case.net)
+    actual = functions.short_convolution(mixed, weight, state, columns, case.net)
     exact = naive_convolution(case, mixed, weight, state, order, torch.float64, rounded=False)
     naive = naive_convolution(case, mixed, weight, state, order, torch.float32, rounded=True)
-    for part, whole, yardstick in zip(found, exact, naive):
+    for part, whole, yardstick in zip(actual, exact, naive):
         assert part.is_contiguous() and part.dtype == case.dtype
         assert_accurate(part, whole, yardstick)
 
@@ -156,14 +156,14 @@ def test_gated_norm_is_as_accurate_as_transformers(functions, B, T, Hv, V, kind,
     theirs = Qwen3_5RMSNormGated(V, eps=1e-5).to(functions.device, dtype)
     theirs.weight.data = normal(V, dtype=dtype, device=functions.device, seed=2)
     _, columns, _, _ = case.tables(functions.device)
-    found = functions.gated_norm(x, gate, columns, theirs.weight.data, 1e-5)
+    actual = functions.gated_norm(x, gate, columns, theirs.weight.data, 1e-5)
     wide = x.double()
     exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * theirs.weight.data.double() * silu(z.double())
     with torch.no_grad():
         expected = theirs(x, z).flatten(-2)
-    assert_accurate(found, exact.flatten(-2), expected, factor=AS_ACCURATE[dtype])
+    assert_accurate(actual, exact.flatten(-2), expected, factor=AS_ACCURATE[dtype])
     if dtype != torch.float32:  # it rounds where theirs rounds, and only the order of a sum may differ
-        assert (found == expected).float().mean() > 0.97
+        assert (actual == expected).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,9 +185,9 @@ def test_norm_of_a_view_is_that_of_its_copy(functions):
     halves = normal(2, 9, 3, 64, device=functions.device)
     weight = normal(32, device=functions.device, seed=1)
     for view in (halves[..., :32], halves[..., 32:], halves[:, :, 1:, :32], halves.transpose(1, 2)[..., ::2]):
-        found = functions.rms_norm(view, weight, 1e-6)
-        assert found.is_contiguous()
-        torch.testing.assert_close(found, functions.rms_norm(view.contiguous(), weight, 1e-6), rtol=0, atol=0)
+        actual = functions.rms_norm(view, weight, 1e-6)
+        assert actual.is_contiguous()
+        torch.testing.assert_close(actual, functions.rms_norm(view.contiguous(), weight, 1e-6), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -239,6 +239,6 @@ def test_the_cuda_delta_rule_is_within_the_rounding_of_its_intermediates(case):
     beta = normal(case.B, case.T, case.Hv, dtype=dtype, device="cuda", seed=4).sigmoid()
     state = normal(case.B, case.Hv, case.K, case.V, device="cuda", seed=5) if case.state else None
     exact, last = reference.delta_rule(q.float(), k.float(), v.float(), g, beta.float(), state, True)
-    out, found = kernels.delta_rule(q, k, v, g, beta, state, True)
-    for mine, theirs in ((out, exact), (found, last)):  # it keeps what passes between its kernels in bf16, 2 ** -8 each
+    out, final = kernels.delta_rule(q, k, v, g, beta, state, True)
+    for mine, theirs in ((out, exact), (final, last)):  # it keeps what passes between its kernels in bf16, 2 ** -8 each
         assert rms_error(mine, theirs) <= 1e-2 * float(theirs.double().square().mean().sqrt())
