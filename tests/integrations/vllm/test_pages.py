@@ -85,7 +85,7 @@ def test_slots_may_be_fewer_than_padded_tokens():
         ("amx", 128, 96),
     ],
 )  # fmt: skip
-def test_pages_are_read_as_vllm_writes_them(isa, head_dim, tokens):
+def test_pages_are_read_as_vllm_writes_them(vllm, isa, head_dim, tokens):
     from vllm import _custom_ops
 
     if isa == "amx" and not torch.cpu._is_amx_tile_supported():
