@@ -282,7 +282,7 @@ void AttentionTuned(uint64_t seed)
             CheckAttention(MakeAttentionCase(Attention(64, 400, 64, 320, dim, dim, 8, 2, 1, 2, type), seed));
         }
     }
-    // keys too far apart for one strided copy
+    // keys near and far apart, each with a support of its own
     CheckAttention(MakeAttentionCase(Attention(16, 3000, 1, 8, 256, 256, 4, 1), seed, false));
 }
 
@@ -360,6 +360,39 @@ void RequireSameForSeeds(Launch launch, uint64_t seeds)
     const auto first = launch(Run{1, 3});
     for (uint64_t seed = 2; seed <= seeds; ++seed) {
         Require(launch(Run{seed, 3}) == first, "seed " + std::to_string(seed) + " must give the bits of seed 1");
+    }
+}
+
+// One copy may bring two runs. However long and far apart they are, what is gathered is the same keys side by side, to the bit.
+void AttentionGather(uint64_t seed)
+{
+    for (uint32_t dim : {256u, 48u}) {
+        Random random(seed + dim);
+        const uint32_t farthest = 65535 / (dim / 2);  // of the beginnings of two runs that a copy brings
+        std::vector<int32_t> chosen;
+        for (uint32_t key = 0; chosen.size() < 300;) {
+            for (uint32_t run = random.OneOf({1u, 1u, 2u, 2u, 3u, 4u, 5u, 9u, 30u}); run > 0; --run) {
+                chosen.push_back(static_cast<int32_t>(key++));
+            }
+            key += random.OneOf({1u, 2u, 5u, farthest - 2, farthest - 1, farthest, farthest + 1});
+        }
+        const uint32_t width = chosen.size(), far = chosen.back() + 1;
+        AttentionCase near{Attention(4, width + 4, 4, width, dim, dim, 4, 1, 1, 1, BFLOAT16), {}, {}, {}, {}, {int32_t(width)}};
+        near.q = random.Normal(size_t(16) * dim, BFLOAT16);
+        near.k = random.Normal(size_t(width + 4) * dim, BFLOAT16);
+        near.v = random.Normal(size_t(width + 4) * dim, BFLOAT16);
+        AttentionCase apart = near;
+        apart.p.keys = far + 4;
+        apart.k.assign(size_t(far + 4) * dim, Rounded(NOT_A_NUMBER, BFLOAT16));
+        apart.v = apart.k;
+        apart.indices = chosen;
+        for (uint32_t i = 0; i < width; ++i) {
+            near.indices.push_back(i);
+            std::copy_n(near.k.begin() + i * dim, dim, apart.k.begin() + size_t(chosen[i]) * dim);
+            std::copy_n(near.v.begin() + i * dim, dim, apart.v.begin() + size_t(chosen[i]) * dim);
+        }
+        CheckAttention(near);
+        Require(LaunchAttention(apart) == LaunchAttention(near), apart.Text() + ": must give the bits of the keys side by side");
     }
 }
 
@@ -583,7 +616,7 @@ int main(int argc, char** argv)
     const std::map<std::string, std::function<void(uint64_t)>> checks = {
         {"attention_shapes", AttentionShapes}, {"attention_tuned", AttentionTuned},   {"attention_lengths", AttentionLengths},
         {"attention_causal", AttentionCausal}, {"attention_empty", AttentionEmpty},   {"attention_future", AttentionFuture},
-        {"attention_seeds", AttentionSeeds},
+        {"attention_seeds", AttentionSeeds},   {"attention_gather", AttentionGather},
         {"mass_shapes", MassShapes},           {"mass_tuned", MassTuned},             {"mass_lengths", MassLengths},
         {"mass_padding", MassPadding},         {"mass_seeds", MassSeeds},             {"limits", Limits},
     };
