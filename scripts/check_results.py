@@ -3,10 +3,11 @@
 
     python scripts/check_results.py [PAGE ...]
 
-A section of README.md or docs/results.md (from one heading to the next) may state what stands in the report.json and config.json
-of the reports that it links to, at the precision it is written with: as it is, or in the unit that stands behind it (per cent,
-ms, us, K, M, MB, GB). Code, links, names and versions are no numbers. A paragraph that has its numbers from elsewhere says so in
-front of it: `<!-- not in a report: reason -->`. Exit status 1, and a line for every number that is not found.
+A section of README.md, docs/results.md or docs/results/frontier.md (from one heading to the next) may state what stands in the
+report.json and config.json of the reports that it links to, at the precision it is written with: as it is, or in the unit that
+stands behind it (per cent, ms, us, K, M, MB, GB). Code, links, names and versions are no numbers. A paragraph that has its
+numbers from elsewhere says so in front of it: `<!-- not in a report: reason -->`. Exit status 1, and a line for every number
+that is not found.
 """
 
 import json
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/results/frontier.md")
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 REPORT = re.compile(r"\]\(([^()\s]*results/[^()\s]*)/report\.md\)")
 ESCAPED = re.compile(r"<!-- not in a report: \S.*? -->\n(?:.+\n?)*")
@@ -45,16 +46,16 @@ def numbers(value) -> set[float]:
         return set()
     if isinstance(value, (int, float)):
         return {abs(float(value))}
-    return {float(found) for found in re.findall(r"\d+(?:\.\d+)?", str(value))}
+    return {float(digits) for digits in re.findall(r"\d+(?:\.\d+)?", str(value))}
 
 
 def known(folder: Path) -> set[float]:
     """The numbers of a run's report and config."""
-    found = set()
+    values = set()
     for name in ("report.json", "config.json"):
         if (folder / name).exists():
-            found |= numbers(json.loads((folder / name).read_text()))
-    return found
+            values |= numbers(json.loads((folder / name).read_text()))
+    return values
 
 
 def states(text: str, value: float) -> bool:
@@ -86,10 +87,10 @@ def unfound(page: Path) -> list[str]:
         header = ""
         for line in NO_NUMBER.sub(" ", ESCAPED.sub("", body)).splitlines():
             header = "" if not line.startswith("|") else header or line
-            for found in NUMBER.finditer(line):
-                scales = SCALES[(found[2] or "").strip().replace("points", "score") or unit_of(line, found.start(), header)]
-                if not any(states(found[1].replace(",", ""), value * scale) for value in values for scale in scales):
-                    missing.append(f"{page.name}, {heading.strip('# ') or 'top'}: {found[0]} in {line.strip()[:100]!r}")
+            for match in NUMBER.finditer(line):
+                scales = SCALES[(match[2] or "").strip().replace("points", "score") or unit_of(line, match.start(), header)]
+                if not any(states(match[1].replace(",", ""), value * scale) for value in values for scale in scales):
+                    missing.append(f"{page.name}, {heading.strip('# ') or 'top'}: {match[0]} in {line.strip()[:100]!r}")
     return missing
 
 

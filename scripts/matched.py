@@ -4,8 +4,8 @@
     python scripts/matched.py qwen2.5-coder-0.5b --adapter runs/adapter --texts bible-kjv-text --output runs/matched
 
 Variants are `SELECTOR:BUDGET`, such as `indexer:k=2048,block=16,reduce=softmax_max,exact_last=128`, spelled as `Budget.parse`
-reads it; SELECTOR is oracle, indexer, local (4 sinks + recent) or random. `--variants` are scored and timed, `--scored` are
-scored alone (an oracle has no runtime).
+reads it; SELECTOR is oracle, indexer, local (4 sinks + recent), random, or a training-free peer: pooled, antidiagonal,
+vertical-slash. `--variants` are scored and timed, `--scored` are scored alone (an oracle has no runtime).
 
 Quality is teacher-forced (`measure.teacher_forced`): a prompt counts where every token of its answer is the most likely one after
 a sparse prefill and a dense continuation; KL(dense || variant) stands beside it, and the paired difference to dense. A task is
@@ -14,10 +14,14 @@ variants and dense implementations interleaved in one process.
 
 A cell is one task of one variant, or all timings of one length; a finished cell is not done again. `--seconds` starts no cell
 after that time: the same command goes on. The report is written whenever the command ends, of the cells that are there.
+
+`--prompts FOLDER` keeps the prompts as token ids, which other runs on the same tokenizer, texts, length and seed read: fitting
+prompts to a length takes a processor longer than a GPU takes to answer them. `--prepare` makes them and ends, without a model.
 """
 
 import argparse
 import gc
+import hashlib
 import json
 import random
 import sys
@@ -25,11 +29,25 @@ import time
 from functools import cached_property
 from pathlib import Path
 
+from npu_sparse import cann
+
+with cann.required():
+    import torch  # noqa: F401
+
 from npu_sparse import Budget, SparsePrefill, tasks
 from npu_sparse.measure import variants
 from npu_sparse.measure.clocks import release_memory
 from npu_sparse.measure.prompts import text_prompts
-from npu_sparse.measure.teacher_forced import forced, read_states, score_forced, write_states
+from npu_sparse.measure.quality import GAPS
+from npu_sparse.measure.teacher_forced import (
+    Forced,
+    forced,
+    read_questions,
+    read_states,
+    score_forced,
+    write_questions,
+    write_states,
+)
 from npu_sparse.measure.ttft import time_to_first_token
 from npu_sparse.measure.ttft.baselines import running
 from npu_sparse.measure.variants import evidence_of, load_subject, needs_indexer, selector_of, spelled
@@ -39,9 +57,11 @@ from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table, say
 from npu_sparse.runs.store import Cells, open_run, read_json, write_json, write_text
 from npu_sparse.tasks.catalogue import task_named
+from npu_sparse.tasks.generate import QUESTIONS
 
 STARTED = time.monotonic()
-SELECTORS = ("oracle", "indexer", "local", "random")
+SAMPLE = "The quick brown fox, 12345 times:\n\tdef jump(over): return 'the lazy dog'."
+SELECTORS = tuple(name for name, known in variants.VARIANTS.items() if known.chooser == name != "dense")
 
 
 def arguments(words=None) -> argparse.Namespace:
@@ -55,7 +75,11 @@ def arguments(words=None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=16384, help="of the scored prompts, in tokens")
     parser.add_argument("--count", type=int, default=30, help="prompts a task")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--question", default="end", choices=QUESTIONS, help="where in a prompt the question stands")
+    parser.add_argument("--prompts", type=Path, help="folder of prompts that runs share")
+    parser.add_argument("--prepare", action="store_true", help="make the prompts and end")
     parser.add_argument("--solved", type=float, default=0.5, help="share that dense must solve for a task to count in the means")
+    parser.add_argument("--unsolved", default="score", choices=("score", "skip"), help="tasks that dense does not solve")
     parser.add_argument("--timed", default="", help="lengths of the timings, in tokens; none = no timing")
     parser.add_argument("--dense", default="sdpa", help="dense implementations to time: sdpa, fa2, cudnn, fa3")
     parser.add_argument("--rounds", type=int, default=10)
@@ -71,6 +95,8 @@ def arguments(words=None) -> argparse.Namespace:
     args.timed = [int(length) for length in split(args.timed)]
     for spec in (*args.variants, *args.scored):
         variants.variant_named(variant(spec))
+    if args.prepare and args.prompts is None:
+        raise ValueError("prompts must name a folder to prepare, got none")
     return args
 
 
@@ -104,15 +130,37 @@ class Subject:
         budget, selector = parsed(spec)[1], selector_of(variant(spec), self.loaded.indexer, self.args.seed)
         return SparsePrefill.attach(self.loaded.model, selector, budget, impl=self.args.impl)
 
-    def questions(self, task: str) -> list:
+    def questions(self, task: str) -> list[Forced]:
         if task not in self.asked:
-            args, tokenizer = self.args, self.loaded.tokenizer
-            haystack = {}
-            if task_named(task).needs == "haystack":
-                haystack["haystack"] = tasks.documents(tuple(args.texts))
-            found = tasks.generate(task, tokenizer, length=args.length, count=args.count, seed=args.seed, **haystack)
-            self.asked = {task: [forced(tokenizer, example) for example in found]}
+            self.asked = {task: prompts_of(self.args, task, self.loaded.tokenizer)}
         return self.asked[task]
+
+
+def prompts_of(args, task: str, tokenizer) -> list[Forced]:
+    """The prompts of a task with their answers: those in `args.prompts`, where they are kept, or made, and kept there."""
+    haystack = {"haystack": tasks.documents(tuple(args.texts))} if task_named(task).needs == "haystack" else {}
+    read = hashlib.sha256(json.dumps([len(tokenizer), tokenizer(SAMPLE)["input_ids"]]).encode())
+    for document in haystack.get("haystack", ()):
+        read.update(document.text.encode("utf-8", "surrogatepass"))
+    identity = {"task": task, "length": args.length, "seed": args.seed, "question": args.question, "made of": read.hexdigest()}
+    path = args.prompts and args.prompts / f"{task}-{args.length}-{args.question}-{args.seed}-{read.hexdigest()[:8]}.safetensors"
+    kept = read_questions(path, identity) if path and path.exists() else []
+    if len(kept) < args.count:
+        options = dict(length=args.length, count=args.count, seed=args.seed, question=args.question)
+        kept = [forced(tokenizer, example) for example in tasks.generate(task, tokenizer, **options, **haystack)]
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_questions(path, kept, identity)
+    return kept[: args.count]
+
+
+def prepare(args) -> int:
+    from npu_sparse.checkpoints import load_tokenizer
+
+    tokenizer = load_tokenizer(args.model)
+    for task in args.tasks:
+        say(f"{task}, {args.length} tokens: {len(prompts_of(args, task, tokenizer))} prompts")
+    return 0
 
 
 def score(subject: Subject, directory: Path, task: str, spec: str) -> dict:
@@ -120,15 +168,16 @@ def score(subject: Subject, directory: Path, task: str, spec: str) -> dict:
     rows, asked = directory / "dense" / f"{task}.safetensors", subject.questions(task)
     rows.parent.mkdir(exist_ok=True)
     began = time.perf_counter()
-    if spec == "dense":
+    if spec == "dense" or not rows.exists():  # rows do not travel with a run: they are made again in less time
         samples, states = score_forced(subject.loaded.model, asked)
         write_states(rows, states)
-    else:
+    if spec != "dense":
         samples, _ = score_forced(subject.loaded.model, asked, lambda: subject.attach(spec), read_states(rows))
     mean = {name: sum(sample[name] for sample in samples) / len(samples) for name in ("right", "kl")}
     say(f"{task} {spec}: {100 * mean['right']:.1f} right, KL {mean['kl']:.4f}, {time.perf_counter() - began:.0f} s")
     evidence = evidence_of("dense" if spec == "dense" else variant(spec), subject.loaded.indexer)
-    return {"samples": samples, **subject.loaded.inputs(), "evidence": evidence, "machine": machine(subject.args.device)}
+    return {"samples": samples, **subject.loaded.inputs(), "evidence": evidence, "machine": machine(subject.args.device),
+            "seconds": time.perf_counter() - began}  # fmt: skip
 
 
 def timing(subject: Subject, length: int) -> dict:
@@ -152,6 +201,22 @@ def timing(subject: Subject, length: int) -> dict:
     return {"seconds": seconds, **subject.loaded.inputs(), "machine": machine(args.device)}
 
 
+def gaps_of(spec: str, scored: list[str]) -> dict[str, tuple[str, str]]:
+    """Between which variants the gaps of a shared indexer lie: dense, the oracle and the indexer per query, and itself.
+
+    The two per query are the first that were scored with the same exact end; their k is in their names.
+    """
+    if spec == "dense" or parsed(spec)[0] != "indexer" or parsed(spec)[1].block == 1:
+        return {}
+    alone = {}
+    for other in scored:
+        name, budget = parsed(other)
+        if budget.block == 1 and budget.exact_last == parsed(spec)[1].exact_last:
+            alone.setdefault(name, other)
+    ends = {"dense": "dense", "indexer-shared": spec, **alone}
+    return {gap: (ends[a], ends[b]) for gap, (a, b) in GAPS.items() if a in ends and b in ends}
+
+
 def report(args, quality: Cells, timings: Cells) -> dict:
     """report.json of the cells that are there: a row a variant, means over the tasks that dense solves."""
     cells, timed = quality.records(), timings.records()
@@ -173,6 +238,11 @@ def report(args, quality: Cells, timings: Cells) -> dict:
             row["over_dense"] = stats.macro_difference(pick("dense", "right"), pick(spec, "right")).to_dict()
             worst = min(solved, key=lambda task: row["tasks"][task]["right"]["value"] - right[task])
             row["worst"] = {"task": worst, "difference": row["tasks"][worst]["right"]["value"] - right[worst]}
+            whole = [which for which in [*args.scored, *args.variants] if all((task, which) in by for task in solved)]
+            row["gaps"] = {
+                gap: stats.macro_difference(pick(before, "right"), pick(after, "right")).to_dict()
+                for gap, (before, after) in gaps_of(spec, whole).items()
+            }
         rows.append(row)
     clock = []
     for cell in timed.values():
@@ -232,9 +302,11 @@ def markdown(found: dict) -> str:
         {"length": row["length"], "dense": row["variant"], "TTFT (ms)": f"{1e3 * row['ttft_s']['median']:.1f}"}
         for row in found["timings"] if row["variant"].startswith("dense ")
     ]  # fmt: skip
+    place = config.get("question", "end")  # runs of before had no other
+    where = "" if place == "end" else f", the question {'in' if place == 'middle' else 'at'} the {place}"
     text = (
         f"# Quality and TTFT of the same path\n\n{config['model']}, {config['dtype']}. Quality: teacher-forced, "
-        f"{config['length']} tokens, {config['count']} prompts a task, means over "
+        f"{config['length']} tokens, {config['count']} prompts a task{where}, means over "
         f"{', '.join(found['solved']) or 'no task that dense solves'}; 95% "
         f"bootstrap intervals, differences paired. TTFT: batch 1, {config['rounds']} interleaved rounds, medians; dense is the "
         f"fastest of {', '.join(config['dense'])}.\n\n{markdown_table(lines)}\n## Single tasks (right of 100, KL in nats)\n\n"
@@ -283,31 +355,56 @@ def figure(found: dict):
     return shown
 
 
-def main(words=None) -> int:
-    args = arguments(words)
-    config = {name: value for name, value in vars(args).items() if name not in ("output", "seconds")}
-    directory = open_run(args.output, {"stage": "matched", **config})
+def config_of(args) -> dict:
+    """What decides a run's figures: its config.json."""
+    changes_none = ("output", "seconds", "prompts", "prepare")
+    return {"stage": "matched", **{name: value for name, value in vars(args).items() if name not in changes_none}}
+
+
+def cells_of(args) -> tuple[Cells, Cells]:
+    """The cells of quality and of timing that a run consists of, in the order in which they are done."""
     specs = ["dense", *args.scored, *args.variants]
-    quality = Cells(directory / "quality", {
+    quality = Cells(args.output / "quality", {
         f"{task}-{number}": {"task": task, "variant": spec} for task in args.tasks for number, spec in enumerate(specs)
     })  # fmt: skip
-    timings = Cells(directory / "timings", {str(length): {"length": length} for length in args.timed})
+    return quality, Cells(args.output / "timings", {str(length): {"length": length} for length in args.timed})
+
+
+def left(args) -> list[tuple[str, str]]:
+    """The cells that are to be done, `("timings" or "quality", name)`: `--unsolved skip` leaves out what dense does not solve."""
+    quality, timings = cells_of(args)
+    unsolved = set()
+    for name, cell in quality.identities.items():
+        if args.unsolved == "skip" and cell["variant"] == "dense" and quality.done(name):
+            samples = quality.read(name)["samples"]
+            if sum(sample["right"] for sample in samples) <= args.solved * len(samples):
+                unsolved.add(cell["task"])
+    scored = [name for name in quality.missing() if quality.identities[name]["task"] not in unsolved]
+    return [("timings", name) for name in timings.missing()] + [("quality", name) for name in scored]
+
+
+def main(words=None, *, started: float = STARTED) -> int:
+    """Exit status of a run, 3 where cells are left."""
+    args = arguments(words)
+    if args.prepare:
+        return prepare(args)
+    upgrade = lambda found: {"question": "end", "unsolved": "score", **found}  # noqa: E731  # runs of before had no other
+    directory = open_run(args.output, config_of(args), upgrade=upgrade)
+    quality, timings = cells_of(args)
     subject = Subject(args)
-    work = [(timings, name, lambda name=name: timing(subject, int(name))) for name in timings.missing()]
-    work += [
-        (quality, name, lambda name=name: score(subject, directory, *quality.identities[name].values()))
-        for name in quality.missing()
-    ]  # fmt: skip
-    for cells, name, compute in work:
-        if time.monotonic() - STARTED < args.seconds:
-            cells.write(name, compute())
+    while time.monotonic() - started < args.seconds and (todo := left(args)):
+        kind, name = todo[0]
+        if kind == "timings":
+            timings.write(name, timing(subject, int(name)))
+        else:
+            quality.write(name, score(subject, directory, *quality.identities[name].values()))
     found = report(args, quality, timings)
     write_json(directory / "report.json", found)
     write_text(directory / "report.md", markdown(found))
     write_figure(directory / "report.png", figure(found))
-    left = len(quality.missing()) + len(timings.missing())
-    print((directory / "report.md").read_text() + (f"{left} cells are left: run the same command again\n" if left else ""))
-    return 3 if left else 0
+    waiting = len(left(args))
+    print((directory / "report.md").read_text() + (f"{waiting} cells are left: run the same command again\n" if waiting else ""))
+    return 3 if waiting else 0
 
 
 if __name__ == "__main__":

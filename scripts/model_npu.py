@@ -72,7 +72,7 @@ def attention_traces(programs, dim: int, k: int, block: int, run: float) -> list
 def attention_cycles(traces: list[dict], scale: float, l2_hit: float) -> dict:
     """Cycles per query and KV head of `attention_traces`, and its cube's utilisation, tiles back to back."""
     rates = cost.Rates().scaled(scale)
-    few, many = (cost.simulate(found, rates, l2_hit=l2_hit) for found in traces)
+    few, many = (cost.simulate(traced, rates, l2_hit=l2_hit) for traced in traces)
     cycles = many.cycles - few.cycles
     busy = {pipe: (many.busy[pipe] - few.busy[pipe]) / cycles for pipe in many.busy}
     tensors = [timing.gm_read - timing.workspace_read for timing in (few, many)]
@@ -88,17 +88,17 @@ def selection_line(programs, dim: int, k: int, block: int, partition: bool, scal
         sizes = [(tiles * queries, n) for n in lengths for tiles in (1, 2)]
         _TRACES[key] = [trace(programs["select_by_index"], dim, *size, k, block, 1, int(partition), 0) for size in sizes]
     rates = cost.Rates().scaled(scale)
-    found = [cost.simulate(each, rates, l2_hit=1.0) for each in _TRACES[key]]  # all index keys fit into L2
+    timings = [cost.simulate(each, rates, l2_hit=1.0) for each in _TRACES[key]]  # all index keys fit into L2
     # a core begins with the tile that has the most keys, so the second one ends where the first began
-    more = [two.cycles - one.cycles for one, two in zip(found[::2], found[1::2])]
+    more = [two.cycles - one.cycles for one, two in zip(timings[::2], timings[1::2])]
     keys = lengths[2] - lengths[0]
     slope = (more[2] - more[0]) / keys
     intercept = more[0] - slope * (lengths[0] - queries)
-    last = found[4]
+    last = timings[4]
     return {
-        "queries": queries, "intercept": intercept, "slope": slope, "once": found[0].cycles - (intercept + slope * lengths[0]),
+        "queries": queries, "intercept": intercept, "slope": slope, "once": timings[0].cycles - (intercept + slope * lengths[0]),
         "off_the_line": more[1] / (intercept + slope * (lengths[1] - queries)) - 1,
-        "busy": {pipe: (last.busy[pipe] - found[0].busy[pipe]) / (last.cycles - found[0].cycles) for pipe in last.busy},
+        "busy": {pipe: (last.busy[pipe] - timings[0].busy[pipe]) / (last.cycles - timings[0].cycles) for pipe in last.busy},
     }  # fmt: skip
 
 
@@ -159,8 +159,8 @@ def scored_as_published(programs, chip: cost.Chip) -> list[dict]:
     rows = []
     for shape in LIGHTNING_INDEXER:
         sizes = (shape.queries, shape.keys, min(shape.k, shape.keys), 1, shape.heads)
-        found = trace(programs["select_by_index"], 128, *sizes, 0, 0)
-        timing = cost.simulate(found)
+        traced = trace(programs["select_by_index"], 128, *sizes, 0, 0)
+        timing = cost.simulate(traced)
         turns = -(-shape.batch // chip.cores)
         rows.append({
             "name": shape.name, "lightning_indexer_us": shape.microseconds,
@@ -214,8 +214,8 @@ def main(arguments=None) -> int:
 def check_against_published(programs) -> dict:
     """4096 more contiguous keys for 128 rows of D = 128, modelled, beside what another kernel was measured to take."""
     chip = cost.CHIPS["910B2"]
-    found = [trace(programs["sparse_attention"], 4, 128, 32, 16384, k, 32, k, 0) for k in (4096, 8192)]
-    cycles = [cost.simulate(each, l2_hit=1.0).cycles for each in found]
+    traces = [trace(programs["sparse_attention"], 4, 128, 32, 16384, k, 32, k, 0) for k in (4096, 8192)]
+    cycles = [cost.simulate(each, l2_hit=1.0).cycles for each in traces]
     modelled = (cycles[1] - cycles[0]) / chip.ghz / 1e3
     return {"modelled_us": modelled, "published_us": PUBLISHED_FA_US, "error": modelled / PUBLISHED_FA_US - 1}
 
@@ -309,10 +309,10 @@ Modelled on {machine_line(result["machine"])}.
 
 
 def _layers(rows: list[dict]) -> list[dict]:
-    found = []
+    layers = []
     for row in rows:
         spread = row["speed_up_if_overheads"]
-        found.append({
+        layers.append({
             "tokens": row["length"], "dense (ms)": 1e3 * row["dense_s"], "projection (ms)": 1e3 * row["projection_s"],
             "scoring + top-k (ms)": 1e3 * row["selection_s"], "gather attention (ms)": 1e3 * row["attention_s"],
             **({"exact end (ms)": 1e3 * row["exact_s"]} if row["exact_s"] else {}),
@@ -320,7 +320,7 @@ def _layers(rows: list[dict]) -> list[dict]:
             "at the model's error": " - ".join(f"{each:.1f}" for each in row["speed_up_at_error"]),
             "with overheads x 0.5 / x 2": f"{spread['0.5']:.2f} / {spread['2.0']:.2f}", "L2 hits": f"{row['l2_hit']:.2f}",
         })  # fmt: skip
-    return found
+    return layers
 
 
 def _figure(result: dict):

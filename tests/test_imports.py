@@ -17,7 +17,7 @@ FILES = {
 # From below to above: what is loaded with a module stands before it. Imports within functions are left to the test for circles.
 ORDER = """
 __init__ errors boundary budget support runs tasks cann checkpoints compiled ascendc ops indexer models selectors
-exact_end layer checks prefill peers testing measure oracle distill demo integrations schedule doctor bench native cli
+exact_end layer checks calibration prefill peers testing measure oracle distill demo integrations schedule doctor bench native cli
 __main__
 """.split()
 MOST_LINES = 500

@@ -18,7 +18,7 @@ from ..boundary import is_the_files_fault, reason
 from .cache import MARKER, MARKER_FORMAT, CheckpointError, progress_bar
 from .gguf_header import Header, Tensor, read_header, write_without_vocabulary
 from .sources import Checkpoint
-from .weights import check_loaded, check_names
+from .weights import check_finite, check_loaded, check_names
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,8 @@ def write_bf16(gguf: Path, target: Path) -> dict[str, str]:
     """Writes the checkpoint of a GGUF file into `target`; returns the versions it was made with.
 
     Weights that the model wants and the file has not, and the other way round, are refused by name: transformers would
-    fill the first with random numbers. Raises CheckpointError with one sentence for whatever is wrong with the file.
+    fill the first with random numbers. So are weights that are not finite in bf16. Raises CheckpointError with one
+    sentence for whatever is wrong with the file.
     """
     import torch
     import transformers
@@ -84,7 +85,7 @@ def write_bf16(gguf: Path, target: Path) -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-_DIRECT = ("llama", "qwen2", "qwen3", "gemma3")  # whose weights are transformers' own under another name, see `_weight`
+_DIRECT = ("llama", "qwen2", "qwen3", "gemma3")  # transformers has their weights under other names, see `_weight`
 
 
 def _unpacked(header: Header, target: Path):
@@ -124,6 +125,7 @@ def _unpacked(header: Header, target: Path):
                     f"{header.path}: tensor {tensor.name} must have shape {tuple(expected.shape)}, got {tensor.shape}"
                 )
             weights[parameter] = _weight(header.architecture, config, tensor, stored)
+    check_finite(header.path, ((wanted[parameter], weight) for parameter, weight in weights.items()))
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model, tokenizer
@@ -169,6 +171,7 @@ def _by_transformers(gguf: Path):
         source, dtype=torch.bfloat16, output_loading_info=True, **options
     )
     check_loaded(gguf, info)
+    check_finite(gguf, model.named_parameters())
     return model, tokenizer
 
 

@@ -15,7 +15,7 @@ from .demos import DEMOS, obtain
 from .gguf import convert, transformers_bars
 from .identity import backbone_fingerprint, first_full_attention_layer, stored_fingerprints, weights_fingerprint
 from .sources import WHAT_LOADS, Checkpoint, resolve
-from .weights import check_files, check_loaded
+from .weights import check_files, check_finite, check_loaded
 
 if TYPE_CHECKING:
     import torch
@@ -81,8 +81,8 @@ def load(
 
     `name_or_path`: a hub id, which goes to transformers unchanged; a local directory; a GGUF file; or a demo name, see
     `DEMOS`. `dtype`: a torch dtype or its name ("auto" keeps the stored one). Weights that the model wants and the
-    checkpoint has not, or the other way round, are refused by name: no weight is ever random. Raises CheckpointError,
-    see `prepare`.
+    checkpoint has not, or the other way round, are refused by name: no weight is ever random. So are weights that hold
+    NaN or Inf, as stored or in `dtype`. Raises CheckpointError, see `prepare`.
     """
     checkpoint = prepare(name_or_path, progress=progress)
     if checkpoint.path is not None:
@@ -93,7 +93,9 @@ def load(
         model, info = _from_pretrained(
             AutoModelForCausalLM, checkpoint, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
-    check_loaded(checkpoint.path or checkpoint.name, info)
+    source = checkpoint.path or checkpoint.name
+    check_loaded(source, info)
+    check_finite(source, model.named_parameters())
     return model.to(device).eval(), _tokenizer(checkpoint)
 
 

@@ -1,18 +1,21 @@
-"""Weight files that are whole, and hold what the model wants and nothing else: a model of random numbers is not served."""
+"""Weight files that are complete, and hold what the model wants, in finite numbers, and nothing else."""
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..boundary import read_json, reading
 from .cache import CheckpointError
 from .gguf_header import LFS_POINTER
 
-_NAMED = 4  # so many names are a sentence, the rest is a number
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAMED = 4  # the most names that a message lists; above that it counts them
 
 
 def check_names(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
@@ -33,6 +36,27 @@ def check_loaded(source: Any, info: dict[str, Any]) -> None:
     check_names(source, info.get("missing_keys", ()), info.get("unexpected_keys", ()))
     for message in info.get("error_msgs") or ():
         raise CheckpointError(f"{source} cannot be loaded: {str(message).splitlines()[0]}")
+
+
+def check_finite(source: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises CheckpointError naming the weights that hold NaN or Inf, which a model would turn into answers of no meaning.
+
+    One pass over the memory of each tensor: its smallest and its largest element are NaN where any is. Integers
+    and floats of 8 bits are not read.
+    """
+    import torch
+
+    read = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    found = [
+        (name, weight.dtype)
+        for name, weight in weights
+        if weight.dtype in read and weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all()
+    ]
+    if found:
+        dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in found}))
+        raise CheckpointError(
+            f"{source} must have finite weights in {dtypes}, got NaN or Inf in {_listed([name for name, _ in found])}"
+        )
 
 
 def check_files(directory: Path) -> None:

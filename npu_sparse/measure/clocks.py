@@ -8,21 +8,16 @@ from pathlib import Path
 
 import torch
 
+from ..ops.dispatch import synchronize
+
 BUSY_CYCLES = 20_000_000  # that the device has something to do while a layer is issued: 10 ms at 2 GHz
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits for everything queued on an accelerator; does nothing on the CPU."""
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize(device)
 
 
 class StageTimer:
     """Seconds spent in named stages, as `SparsePrefill.attach(stage=...)` takes it: `with timer("scoring"): ...`.
 
     Both ends of a stage wait for the device. That stops work from overlapping, so a run with a StageTimer is slower
-    than the
-    run it explains: time to first token is measured without one.
+    than the run it explains: time to first token is measured without one.
     """
 
     def __init__(self, device: torch.device):
@@ -41,7 +36,7 @@ class StageTimer:
 
 
 class EventTimer:
-    """`StageTimer` by events on an accelerator: nothing waits before `seconds` is read, so that short stages overlap as ever."""
+    """`StageTimer` by events on an accelerator: nothing waits before `seconds` is read, so that short stages overlap as usual."""
 
     def __init__(self, device: torch.device):
         self.device, self._marks = device, []
@@ -57,10 +52,10 @@ class EventTimer:
     @property
     def seconds(self) -> dict[str, float]:
         synchronize(self.device)
-        found: dict[str, float] = defaultdict(float)
+        totals: dict[str, float] = defaultdict(float)
         for name, started, ended in self._marks:
-            found[name] += started.elapsed_time(ended) / 1e3
-        return found
+            totals[name] += started.elapsed_time(ended) / 1e3
+        return totals
 
     def _mark(self):
         event = getattr(torch, self.device.type).Event(enable_timing=True)
@@ -203,7 +198,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def release_memory(device: torch.device) -> None:
-    """Gives back what nobody holds any more: Python's circles, and the blocks that the allocator keeps."""
+    """Frees unused memory: Python's reference cycles, and the blocks that the allocator keeps."""
     gc.collect()
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
@@ -211,7 +206,7 @@ def release_memory(device: torch.device) -> None:
 
 @contextmanager
 def collected_often():
-    """Makes `gc.collect` cheap within: it looks at what came since, and not at all the modules that are loaded."""
+    """Makes `gc.collect` cheap within this block: it looks only at newer objects, and not at all the loaded modules."""
     gc.collect()
     gc.freeze()
     try:

@@ -1,4 +1,4 @@
-"""Budgets fitted, not guessed: `npu-sparse fit`. Where do a layer's keys keep attention that another layer's would not?
+"""Budgets fitted, not guessed: `npu-sparse fit`. In which layers are keys worth most?
 
 Every full-attention layer is measured on the dense trajectory: the *lost mass* of a query at k is the attention mass outside
 the keys that the adapter selects for its block at that k, as deployed (sharing, reduction, partition), mean over heads. Fitting
@@ -7,7 +7,7 @@ square (queries that lose much weigh more: hard retrieval fails there first), at
 With several lengths the fit is over lengths instead: the smallest k that loses no more than `budget.k` loses at the first one.
 
 A run directory holds config.json, records/<length>-<prompt>.json, report.json, report.md and adapter/, the adapter that
-recommends the fitted budget. Running again resumes. What is fitted is mass and not answers: judge it with `npu-sparse eval`.
+recommends the fitted budget. Running again resumes. The fit is by attention mass, not answers: judge it with `npu-sparse eval`.
 """
 
 import json
@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import ops
 from ..budget import Budget
 from ..ops import workspace
+from ..ops.dispatch import synchronize
 from ..prefill import SparsePrefill
 from ..runs.machine import machine, machine_line
 from ..runs.page import markdown_table, say
@@ -31,7 +32,6 @@ from ..selectors import ByIndexer, LayerInputs
 from ..support import Support
 from ..tasks import documents, encode, generate
 from ..tasks.catalogue import task_named
-from .clocks import synchronize
 from .variants import adapter_fingerprint, check_context, load_subject, settle, with_tokenizer
 
 OBJECTIVES = ("square", "mean")

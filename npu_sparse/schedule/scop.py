@@ -120,6 +120,8 @@ class Scop:
         types: the C type of each parameter.
         tail: statements that leave behind the last values of iterators that are read after the loops.
         aliases: C's names of parameters, arrays and arguments that have other names here, as isl does not read C's.
+        fields: what in C leads to parameters and arrays that are fields of structs: "s.a", "p->a", or "p[].a" where the
+            first subscripts are inside of it.
     """
 
     name: str
@@ -135,6 +137,7 @@ class Scop:
     types: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     tail: tuple[str, ...] = ()
+    fields: dict[str, str] = field(default_factory=dict)
 
     def domain(self) -> isl.UnionSet:
         """All statement instances."""

@@ -1,19 +1,28 @@
 """Oracles for the tests of the scheduler: a SCoP's C text executed step by step, and its dependences by enumeration.
 
-Nothing here uses isl's algorithms: loops run as C runs them, conflicts are found by looking at every pair.
+Neither uses isl's algorithms: loops run as C runs them, conflicts are found by looking at every pair. And programs, compiled and
+run before and after scheduling.
 """
 
 import random
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import islpy as isl
 from pycparser import c_ast
 
+from . import config, legality
+from .c.print import generate_file
+from .frontend.c import parse_c
 from .frontend.preprocess import constant, is_integer
 from .frontend.regions import parse_function
+from .scheduler import schedule
 from .scop import Scop
 
+HEADERS = "#include <stdio.h>\n#include <stdlib.h>\n#include <stdint.h>\n#include <math.h>\n"
+FLAGS = ("-O1", "-fopenmp", "-ffp-contract=off", "-std=gnu11", "-w", "-Werror=implicit-function-declaration")
 Element = tuple[str, tuple[int, ...]]  # an array and indices
 
 
@@ -224,3 +233,36 @@ def _elements(relation: isl.Map, depth: int, sizes: dict[str, int]) -> dict[tupl
     for point in points(relation.wrap(), sizes):
         found.setdefault(point[:depth], set()).add((array, point[depth:]))
     return found
+
+
+def function(body: str, head: str, before: str = "", after: str = "", file: str = "") -> str:
+    """A file with a function around a region: what stands before and after it there, and what the file declares."""
+    return f"{HEADERS}{file}\n{head} {{\n{before}\n#pragma scop\n{body}\n#pragma endscop\n{after}\n}}\n"
+
+
+def output(text: str, directory: Path, flags: tuple[str, ...] = FLAGS) -> str:
+    """What a C program prints; an AssertionError where it does not compile, or does not end well."""
+    (directory / "p.c").write_text(text)
+    done = subprocess.run(["gcc", *flags, "p.c", "-lm", "-o", "p"], cwd=directory, capture_output=True, text=True)
+    assert not done.returncode, done.stderr + text
+    done = subprocess.run([directory / "p"], capture_output=True, text=True, timeout=20)
+    assert not done.returncode, text
+    return done.stdout
+
+
+def generated(text: str, strategy: str, **options) -> str:
+    """A C file after scheduling, by a plan that is legal."""
+    scop = parse_c(text, **options)
+    plan = schedule(scop, config.load(strategy))
+    assert legality.check(scop, plan.union_map()) == []
+    return generate_file(scop, text, plan.tree())
+
+
+def agree(text: str, directory: Path, main: str, strategies: tuple[str, ...], **options) -> None:
+    """Asserts that a file and `main` behind it print the same before and after scheduling."""
+    expected = output(text + main, directory)
+    assert expected
+    for strategy in strategies:
+        new = generated(text, strategy, **options)
+        assert "#pragma scop" not in new
+        assert output(new + main, directory) == expected, new

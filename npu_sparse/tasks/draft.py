@@ -1,5 +1,6 @@
 """Draft: a prompt whose haystack can grow one unit at a time until it fills the length asked for."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
@@ -10,7 +11,8 @@ class Draft:
     """A task's text before its haystack is sized.
 
     `body(n)` is the user's text with n haystack units, `least <= n <= most`; `prefix` begins the answer. `answers` may depend on
-    n. The same n always gives the same text.
+    n. The same n always gives the same text. `question` is the part of every body that asks, word for word, where it can stand
+    elsewhere; "" where it cannot.
     """
 
     body: Callable[[int], str]
@@ -18,6 +20,7 @@ class Draft:
     answers: tuple[str, ...] | Callable[[int], tuple[str, ...]]
     least: int
     most: int | None = None
+    question: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,18 @@ class Request:
     def random(self, purpose: str = "") -> Random:
         """A generator that depends on task, seed and index only; its seeding is stable across processes."""
         return Random(f"{self.task}/{self.seed}/{self.index}/{purpose}")
+
+
+def placed(text: str, question: str, where: str) -> str:
+    """`text` with its last `question` on a line of its own at the "front", or in the "middle", after a line or a sentence."""
+    before, _, after = text.rpartition(question)
+    rest = f"{before.rstrip()}{after}"
+    if where == "front":
+        return f"{question}\n{rest}"
+    half = len(rest) // 2
+    found = re.compile(r"\n|[.!?]['\")]*\s").search(rest, half)
+    place = found.end() if found else half
+    return f"{rest[:place].rstrip()}\n{question}\n{rest[place:]}"
 
 
 def insert_at(units: list[str], inserts: list[str], depths: list[float]) -> list[str]:

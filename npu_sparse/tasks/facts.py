@@ -11,8 +11,9 @@ THINGS = ("lantern", "basket", "whistle")
 EVENTS = 12
 TASK = (
     "Some facts about persons and things are hidden in the following text, in the order in which they happened. Memorize them; I "
-    "will ask you about them afterwards.\n{context}\nQuestion: {question} Answer with one word."
+    "will ask you about them afterwards.\n{context}\n{question}"
 )
+QUESTION = "Question: {question} Answer with one word."
 PREFIX = " Answer: The"
 
 
@@ -25,7 +26,8 @@ def tracked(facts: int, request: Request, texts: list[str]) -> Draft:
     told = None
     while told is None:  # until a story has such a question
         told = _story(rng, facts)
-    events, question, answer = told
+    events, asked, answer = told
+    question = QUESTION.format(question=asked)
     depths = sorted(rng.random() for _ in events)
     passage = Passage(texts, request.random("passage"))
 
@@ -33,7 +35,7 @@ def tracked(facts: int, request: Request, texts: list[str]) -> Draft:
         context = " ".join(insert_at(sentences(passage.first(n)), events, depths))
         return TASK.format(context=context, question=question)
 
-    return Draft(body, PREFIX, answers=(answer, *(place for place in PLACES if place != answer)), least=1)
+    return Draft(body, PREFIX, answers=(answer, *(place for place in PLACES if place != answer)), least=1, question=question)
 
 
 def _story(rng: Random, facts: int) -> tuple[list[str], str, str] | None:

@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from npu_sparse.tasks.answering import question_drafts, read_questions
 from npu_sparse.tasks.catalogue import task_named
-from npu_sparse.tasks.draft import Draft, Request
+from npu_sparse.tasks.draft import Draft, Request, placed
 
 from ..errors import USER_ERROR, ActionableError
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from npu_sparse.tasks.texts import Document
 
 USER_TEXT = "the text of the user"
+QUESTIONS = ("end", "front", "middle")
+PLAIN_PREFIX = "\nAnswer:"
 PROBE_UNITS = 16
 SECANT_STEPS = 8
 
@@ -57,6 +59,7 @@ def generate(
     qa_file: str | Path | None = None,
     chat: bool | None = None,
     max_new_tokens: int | None = None,
+    question: str = "end",
 ) -> list[Example]:
     """`count` examples whose prompts take at most `length - max_new_tokens` tokens, within one haystack unit of that.
 
@@ -64,10 +67,13 @@ def generate(
     not depend on length, so that lengths can be compared pairwise.
     `chat=True` puts the question in a user turn and begins the assistant's turn with the answer prefix; otherwise the
     prompt is raw text, as base models get it. `max_new_tokens` defaults to RULER's for the task.
-    Raises ValueError for an unknown task, a length that is too short (the message says how long it must be), or a
-    missing haystack or question file.
+    `question` is where the question stands, one of QUESTIONS: away from the end nothing after the text repeats it, and the answer
+    begins with "Answer:" alone; key, values and depths are the same.
+    Raises ValueError for an unknown task, a length that is too short (the message says how long it must be), a missing
+    haystack or question file, or a task whose question cannot stand elsewhere.
     """
     known = task_named(task)
+    check_question(question)
     for name, value, floor in (("length", length, 1), ("count", count, 0)):
         if value < floor:
             raise ValueError(f"{name} must be >= {floor}, got {value}")
@@ -84,6 +90,7 @@ def generate(
     room = length - new_tokens
 
     def fitted(draft: Draft, index: int) -> Example:
+        draft = _asked_at(question, task, draft)
         try:
             prompt, tokens, units = _fill(draft, wrap, lambda text: len(_token_ids(tokenizer, text, bool(chat))), room)
         except PromptTooLongError as error:
@@ -107,6 +114,20 @@ def generate(
         return _questions_that_fit(task, seed, count, length, Path(qa_file), fitted)
     texts = _texts(haystack) if known.needs == "haystack" else None
     return [fitted(known.draft(Request(task, index, seed, length, room), texts), index) for index in range(count)]
+
+
+def check_question(where: str) -> None:
+    """Raises ValueError unless a question can stand there."""
+    if where not in QUESTIONS:
+        raise ValueError(f"question must be one of {', '.join(QUESTIONS)}, got {where!r}")
+
+
+def _asked_at(where: str, task: str, draft: Draft) -> Draft:
+    if where == "end":
+        return draft
+    if not draft.question:
+        raise ValueError(f"question must be at the end for {task}, got {where!r}")
+    return replace(draft, body=lambda n: placed(draft.body(n), draft.question, where), prefix=PLAIN_PREFIX)
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", example: Example) -> list[int]:

@@ -5,16 +5,16 @@ from random import Random
 from npu_sparse.tasks.draft import Draft, Request
 
 TASK = (
-    "Below is a directed graph, one edge a line. Memorize it; I will ask you about it afterwards.\n{edges}\n"
-    "Question: {question} List their ids, separated by commas, and nothing else."
+    "Below is a directed graph, one edge a line. Memorize it; I will ask you about it afterwards.\n{edges}\n{question}"
 )
+QUESTION = "Question: {question} List their ids, separated by commas, and nothing else."
 DEPTH = (
     "Which nodes are reached from node {root} in exactly {depth} steps along the edges, and in no fewer? Example: with the edges "
     "x -> y and y -> z, the node z is reached from x in exactly 2 steps."
 )
 PARENTS = "From which nodes does an edge lead to node {root}? Example: with the edge x -> y, x is the one for y."
 PREFIX = " Answer: The nodes are"
-WIDTHS = (2, 4)  # nodes at depth 1 and 2
+WIDTHS = (2, 4)  # number of nodes at depths 1 and 2
 NUMBER_OF_PARENTS = 4
 
 
@@ -38,14 +38,15 @@ def parents(request: Request, source: None = None) -> Draft:
     rng = request.random("graph")
     ids = _Ids(rng)
     root = ids.new()
-    found = [ids.new() for _ in range(NUMBER_OF_PARENTS)]
-    return _draft(request, PARENTS.format(root=root), [(node, root) for node in found], found, ids, ends_not_at={root})
+    nodes = [ids.new() for _ in range(NUMBER_OF_PARENTS)]
+    return _draft(request, PARENTS.format(root=root), [(node, root) for node in nodes], nodes, ids, ends_not_at={root})
 
 
 def _draft(request, question, planted, answers, ids, starts_not_at=frozenset(), ends_not_at=frozenset()) -> Draft:
     rng = request.random("edges")
     nodes = list(dict.fromkeys(node for edge in planted for node in edge))
     edges, seen = [], set(planted)
+    question = QUESTION.format(question=question)
 
     def first(n: int) -> list[tuple[str, str]]:
         while len(edges) < n:
@@ -64,7 +65,7 @@ def _draft(request, question, planted, answers, ids, starts_not_at=frozenset(), 
         request.random(f"order {n}").shuffle(shown)
         return TASK.format(edges="\n".join(f"{a} -> {b}" for a, b in shown), question=question)
 
-    return Draft(body, PREFIX, answers=tuple(answers), least=1)
+    return Draft(body, PREFIX, answers=tuple(answers), least=1, question=question)
 
 
 class _Ids:

@@ -14,14 +14,14 @@ NEEDLE = "One of the special magic {kind}s for {key} is: {value}."
 ONE = (
     "A special magic {kind} is hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the {kind} afterwards.\n{context}\n"
-    "What is the special magic {kind} for {query} mentioned in the provided text?"
 )
+ONE_QUESTION = "What is the special magic {kind} for {query} mentioned in the provided text?"
 ONE_PREFIX = " The special magic {kind} for {query} mentioned in the provided text is"
 SEVERAL = (
     "Some special magic {kind}s are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the {kind}s afterwards.\n{context}\n"
-    "What are all the special magic {kind}s for {query} mentioned in the provided text?"
 )
+SEVERAL_QUESTION = "What are all the special magic {kind}s for {query} mentioned in the provided text?"
 SEVERAL_PREFIX = " The special magic {kind}s for {query} mentioned in the provided text are"
 
 SENTENCE_END = (".", "!", "?", '."', '!"', '?"', ".'", ".)")
@@ -85,15 +85,16 @@ def _hide(
     asked = keys[: needles.queries]
     answers = tuple(value for key in asked for value in per_key[key])
     query = asked[0] if len(asked) == 1 else ", ".join(asked[:-1]) + ", and " + asked[-1]
-    template, prefix = (ONE, ONE_PREFIX) if len(answers) == 1 else (SEVERAL, SEVERAL_PREFIX)
-    fill = partial(template.format, kind=needles.value, query=query)
+    parts = (ONE, ONE_QUESTION, ONE_PREFIX) if len(answers) == 1 else (SEVERAL, SEVERAL_QUESTION, SEVERAL_PREFIX)
+    fill, question, prefix = (partial(part.format, kind=needles.value, query=query) for part in parts)
 
     def finish(context: Callable[[int], str]) -> Draft:
         return Draft(
-            body=lambda n: fill(context=context(n)),
-            prefix=prefix.format(kind=needles.value, query=query),
+            body=lambda n: fill(context=context(n)) + question(),
+            prefix=prefix(),
             answers=answers,
             least=1,
+            question=question(),
         )
 
     return hidden, depths, finish

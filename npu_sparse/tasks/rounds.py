@@ -10,7 +10,9 @@ VERBS = ("follows", "forgets", "carries", "answers", "mends", "paints", "guards"
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 ROUND = "User: Write a {form} about the {topic}.\nAssistant: {text}"
 TASK = (
-    "Below is a conversation. Memorize it; I will ask you to repeat a part of it afterwards.\n{rounds}\n"
+    "Below is a conversation. Memorize it; I will ask you to repeat a part of it afterwards.\n{rounds}\n{question}"
+)
+QUESTION = (
     "Question: Repeat the {ordinal} {form} about the {topic}, word for word. Begin with the code {code} and write nothing else."
 )
 PREFIX = " Answer:"
@@ -26,6 +28,7 @@ def repeated(needles: int, request: Request, source: None = None) -> Draft:
     hidden = [ROUND.format(form=asked[0], topic=asked[1], text=text) for text in texts]
     depths = sorted(rng.random() for _ in hidden)
     which, code = rng.randrange(needles), "".join(rng.choices("bcdfghjkmnpqrstvwxz", k=5))
+    question = QUESTION.format(ordinal=ORDINALS[which], form=asked[0], topic=asked[1], code=code)
     others, noise = request.random("noise"), []
 
     def body(n: int) -> str:
@@ -34,9 +37,9 @@ def repeated(needles: int, request: Request, source: None = None) -> Draft:
             if (form, topic) != asked:
                 noise.append(ROUND.format(form=form, topic=topic, text=_text(others)))
         shown = "\n".join(insert_at(noise[:n], hidden, depths))
-        return TASK.format(rounds=shown, ordinal=ORDINALS[which], form=asked[0], topic=asked[1], code=code)
+        return TASK.format(rounds=shown, question=question)
 
-    return Draft(body, PREFIX, answers=(f"{code} {list(texts)[which]}",), least=1)
+    return Draft(body, PREFIX, answers=(f"{code} {list(texts)[which]}",), least=1, question=question)
 
 
 def _text(rng: Random) -> str:

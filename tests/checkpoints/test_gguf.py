@@ -119,6 +119,26 @@ def test_a_tensor_of_another_shape_is_refused_by_its_name(refused, make_gguf):
     assert "tensor blk.0.ffn_up.weight must have shape (96, 64), got (95, 64)" in refused(make_gguf(change=cut))
 
 
+@pytest.mark.parametrize("by_transformers", [False, True])
+@pytest.mark.parametrize(("kind", "value"), [("F32", "nan"), ("F32", "-inf"), ("F16", "inf"), ("F32", 3.4e38), ("Q8_0", "nan")])
+def test_weights_that_are_not_finite_are_refused_by_name(refused, make_gguf, monkeypatch, by_transformers, kind, value):
+    if by_transformers:
+        monkeypatch.setattr(gguf, "_DIRECT", ())
+    written = {}
+    file = make_gguf("qwen2", lambda tensors: written.update(tensors), kind)
+    if kind == "Q8_0":  # the scale of a block of 32 weights, 2 bytes before them
+        from gguf import GGMLQuantizationType, quantize
+
+        packed = quantize(written["blk.0.ffn_up.weight"], GGMLQuantizationType.Q8_0).tobytes()
+        data = file.read_bytes()
+        assert data.count(packed) == 1
+        file.write_bytes(data.replace(packed, b"\x00\x7e" + packed[2:]))
+    else:  # 3.4e38 is finite in fp32, and Inf in bf16
+        file = make_gguf("qwen2", lambda tensors: tensors["blk.0.ffn_up.weight"].__setitem__((5, 7), float(value)), kind)
+    name = "model.layers.0.mlp.up_proj.weight" if by_transformers else "blk.0.ffn_up.weight"
+    assert refused(file).endswith(f"must have finite weights in bfloat16, got NaN or Inf in {name}")
+
+
 @pytest.mark.parametrize(
     ("architecture", "kind"),
     [

@@ -102,6 +102,30 @@ def test_many_missing_weights_are_a_sentence_all_the_same(saved):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("shard", ["1GB", "40KB"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite_are_refused_by_name(saved, shard, value):
+    def spoil(weights):
+        if LAYER in weights:
+            weights[LAYER][-1, -1] = float(value)
+
+    with pytest.raises(CheckpointError, match=rf"model must have finite weights in bfloat16, got NaN or Inf in {LAYER}$"):
+        checkpoints.load(saved(shard, spoil), progress=False)
+
+
+def test_weights_that_the_asked_for_dtype_cannot_hold_are_refused_by_name(saved):
+    directory = saved(change=lambda weights: weights[LAYER].view(-1)[0].fill_(1e6))
+    with pytest.raises(CheckpointError, match=rf"must have finite weights in float16, got NaN or Inf in {LAYER}$"):
+        checkpoints.load(directory, dtype="float16", progress=False)
+    checkpoints.load(directory, dtype="float32", progress=False)
+
+
+def test_many_weights_that_are_not_finite_are_a_sentence_all_the_same(saved):
+    directory = saved(change=lambda weights: [weight.fill_(float("nan")) for weight in weights.values()])
+    with pytest.raises(CheckpointError, match=r"NaN or Inf in (\S+, ){3}\S+ and \d+ more$"):
+        checkpoints.load(directory, progress=False)
+
+
 def test_a_hub_checkpoint_with_a_weight_missing_is_refused_too(saved, monkeypatch):
     from transformers import AutoModelForCausalLM
 

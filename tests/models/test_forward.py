@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from npu_sparse import Budget, Indexer, SparsePrefill, selectors
+from npu_sparse import Budget, Indexer, SparsePrefill, peers, selectors
 from npu_sparse.models.forward import ForwardContext, noted, prompt_length_of
 from npu_sparse.testing import tiny_model, tokens
 
@@ -21,6 +21,9 @@ SELECTORS = {
     "local": lambda model: selectors.Local(),
     "random": lambda model: selectors.Random(),
     "dense": lambda model: selectors.Dense(),
+    "pooled": lambda model: peers.PooledBlocks(0.9, key_block=4),
+    "antidiagonal": lambda model: peers.Antidiagonal(0.9, key_block=4, stride=2),
+    "vertical-slash": lambda model: peers.VerticalSlash(last=8),
 }
 
 
@@ -57,9 +60,6 @@ def contexts(model):
         yield seen
     finally:
         handle.remove()
-
-
-# Threads
 
 
 @pytest.mark.parametrize("kind", SELECTORS)

@@ -50,7 +50,7 @@ def test_following_the_advice_leads_to_the_same_result(model, ids, monkeypatch):
     mib, tried = workspace.DEFAULT_MIB, []
     while True:
         try:
-            found = prefill(model, ids, workspace_mib=mib)
+            actual = prefill(model, ids, workspace_mib=mib)
             break
         except torch.OutOfMemoryError as error:
             tried.append(mib)
@@ -61,7 +61,7 @@ def test_following_the_advice_leads_to_the_same_result(model, ids, monkeypatch):
             ), sentence  # fmt: skip
             mib = int(re.search(r"attach with workspace_mib=(\d+)", sentence)[1])
     assert tried == [256, 64, 16]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_compiled_models_have_their_own_workspaces(ids, monkeypatch):
         torch.compiler.reset()
         one, two = compiled(model), compiled(other)
         one(ids[:, :40]), two(ids[:, :40])
-        monkeypatch.setattr(workspace, "sized", lambda size: sizes.append(size >> 20) or sized(size))  # what operators work in
+        monkeypatch.setattr(workspace, "sized", lambda size: sizes.append(size >> 20) or sized(size))  # in MiB
         for run, mib in ((one, 8), (two, 16), (one, 8)):
             sizes.clear()
             run(ids[:, :40])
@@ -194,18 +194,37 @@ def test_what_is_no_size_is_refused(model, mib, error, message):
         EvalConfig("m", workspace_mib=mib)
 
 
-def test_the_command_line_ends_with_the_sentence_and_status_1(model, monkeypatch, tmp_path, capsys):
-    model.save_pretrained(tmp_path / "model")
+@pytest.fixture
+def saved(tmp_path) -> str:
+    """The directory of a checkpoint."""
+    tiny_model("llama", vocab_size=300, max_position_embeddings=2048).save_pretrained(tmp_path / "model")
     tiny_tokenizer(["some words"], size=300).save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_the_command_line_ends_with_the_sentence_and_status_1(saved, monkeypatch, tmp_path, capsys):
     plant(monkeypatch)
     command = [
-        "ttft", str(tmp_path / "model"), "--lengths", str(T), "--k", "24", "--variants", "dense,oracle", "--prompt", "random",
-        "--runs", "1", "--warmup", "0", "--stage-runs", "1", "--dtype", "float32",
+        "eval", saved, "--length", str(T), "--count", "1", "--tasks", "niah_single_1", "--variants", "dense,oracle", "--budget",
+        "k=24", "--dtype", "float32", "--max-new-tokens", "16",
     ]  # fmt: skip
     assert cli.main([*command, "--output", str(tmp_path / "large")]) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: out of memory in the sparse attention of layer 0 at 1500 tokens with workspace_mib=256: ")
-    assert "--workspace-mib 64" in last
+    assert last.startswith("error: out of memory in the sparse attention of layer 0 at ")
+    assert " with workspace_mib=256: " in last and "--workspace-mib 64" in last
     assert not (tmp_path / "large/report.md").exists()
+
+
+def test_the_command_line_times_what_fits_and_says_what_to_choose_for_the_rest(saved, monkeypatch, tmp_path, capsys):
+    plant(monkeypatch)
+    command = [
+        "ttft", saved, "--lengths", str(T), "--k", "24", "--variants", "dense,oracle", "--prompt", "random", "--runs", "1",
+        "--warmup", "0", "--stage-runs", "1", "--dtype", "float32",
+    ]  # fmt: skip
+    assert cli.main([*command, "--output", str(tmp_path / "large")]) == 0
+    sentence = "out of memory in the sparse attention of layer 0 at 1500 tokens with workspace_mib=256: "
+    for text in (capsys.readouterr().err, (tmp_path / "large/report.md").read_text()):
+        assert sentence in text and "--workspace-mib 64" in text
     assert cli.main([*command, "--workspace-mib", "4", "--output", str(tmp_path / "small")]) == 0
-    assert "--workspace-mib" not in capsys.readouterr().err and (tmp_path / "small/report.md").exists()
+    assert "--workspace-mib" not in capsys.readouterr().err
+    assert "out of memory" not in (tmp_path / "small/report.md").read_text()

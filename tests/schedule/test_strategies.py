@@ -41,8 +41,11 @@ PUBLISHED = {  # Bondhugula et al., PLDI 2008, and the hyperplanes Pluto prints
 def test_pluto_finds_the_published_hyperplanes(name):
     plan = scheduler.schedule(kernel(name), "pluto")
     assert loops(plan) == PUBLISHED[name]
-    (names, band), *rest = plan.bands()
-    assert not rest and band.permutable and band.wavefront and all(loop.tile == 32 for loop in band.loops)
+    (names, band), *points = plan.bands()
+    assert band.permutable and band.wavefront and all(loop.tile == 32 for loop in band.loops)
+    # in a tile, one statement's points and then the other's
+    assert [group for group, _ in points] == ([("S0",), ("S1",)] if names == ("S0", "S1") else [])
+    assert not any(loop.tile for _, point in points for loop in point.loops)
 
 
 REVERSAL = "for (int i = 0; i < n; i++) b[i] = 2 * a[i];\nfor (int i = 0; i < n; i++) c[i] = 3 * b[n - 1 - i];"
@@ -95,20 +98,20 @@ def test_feautrier_finds_the_row_of_minimal_latency(body, row):
 
 
 def coincident(plan: Plan) -> dict[str, int]:
-    found = {statement.name: 0 for statement in plan.scop.statements}
+    counts = {statement.name: 0 for statement in plan.scop.statements}
     for names, band in plan.bands():
         for name in names:
-            found[name] += sum(loop.coincident for loop in band.loops)
-    return found
+            counts[name] += sum(loop.coincident for loop in band.loops)
+    return counts
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_isl_strategy_has_as_many_coincident_dimensions_as_isl(path):
     program = parse_c(path)
-    found = dependences(program)
-    problem = prepare(program, config.load("isl"), found)
+    edges = dependences(program)
+    problem = prepare(program, config.load("isl"), edges)
     theirs = from_isl(program, problem.dependences)
-    ours = scheduler.schedule(program, "isl", found)
+    ours = scheduler.schedule(program, "isl", edges)
     assert theirs is not None and not ours.notes
     expected = coincident(theirs)
     assert all(count >= expected[name] for name, count in coincident(ours).items())
@@ -159,8 +162,8 @@ def test_npu_vector_returns_permutations_for_small_solvers(name):
     plan = scheduler.schedule(program, "npu-vector")
     assert not plan.notes
     chunks = {f"floor(({name})/64)" for name in iterators}
-    found = {text for row in loops(plan) for text in row.values()}
-    assert found <= iterators | chunks | {"0"}, "no coefficient above 1, no skewing"
+    coefficients = {text for row in loops(plan) for text in row.values()}
+    assert coefficients <= iterators | chunks | {"0"}, "no coefficient above 1, no skewing"
 
 
 @pytest.mark.parametrize("name", ["softmax", "rms_norm_residual", "rope", "indexer"])

@@ -81,14 +81,14 @@ def notes(example):
 def test_tallies_are_what_counting_the_notes_gives(make):
     for task in TALLIES:
         for example in make(task, count=6):
-            found = notes(example)
-            assert len(found) >= 40
+            listed = notes(example)
+            assert len(listed) >= 40
             if task == "tally_count":
                 label = re.search(r"about (\w+)\?", example.prompt)[1]
-                assert example.answers == (str(sum(subject == label for _, subject in found)),)
+                assert example.answers == (str(sum(subject == label for _, subject in listed)),)
                 continue
             user = re.search(r"of writer (\d) have", example.prompt)
-            counts = Counter(subject for writer, subject in found if user is None or writer == user[1])
+            counts = Counter(subject for writer, subject in listed if user is None or writer == user[1])
             assert set(example.answers) == {label for label, n in counts.items() if n == max(counts.values())}
 
 
@@ -183,3 +183,33 @@ def test_rules_are_the_published_ones(rule, answers, output, expected):
 def test_generating_stops_early_only_where_more_output_cannot_lower_the_score(make):
     assert not any(tasks.never_falls(make(task, count=1)[0]) for task in MORE)
     assert tasks.never_falls(tasks.Example("vt", 0, "", ("A",), 1, 1, 0, True))
+
+
+MOVABLE = ["niah_single_1", "niah_multikey_1", "niah_multikey_2", "niah_multivalue", *GRAPHS, *TALLIES, "facts_2", "rounds_4"]
+
+
+@pytest.mark.parametrize("where", ["front", "middle"])
+@pytest.mark.parametrize("task", MOVABLE)
+def test_a_question_that_is_not_last_stands_once_where_it_was_asked_to(tokenizer, haystack, task, where):
+    options = dict(length=LENGTH, count=3, seed=0, max_new_tokens=300, haystack=haystack)
+    last = tasks.generate(task, tokenizer, **options)
+    for example, usual in zip(tasks.generate(task, tokenizer, question=where, **options), last):
+        asked = re.search(r"\n(Question: .+ (?:else|word|only)\.|What (?:is|are all) the special magic .+\?)", usual.prompt)[1]
+        assert example.prompt.count(asked) == 1 and asked in usual.prompt
+        place = example.prompt.index(asked)
+        assert place == 0 if where == "front" else 0.4 < place / len(example.prompt) < 0.6
+        assert example.prompt.endswith("\nAnswer:") and example.length == len(tasks.encode(tokenizer, example))
+        assert LENGTH - 300 - 400 < example.length <= LENGTH - 300
+        assert tasks.score(example, tasks.reference_answer(example).text) == 1.0
+        if task not in TALLIES:  # how many notes there are follows from the room
+            assert set(example.answers) == set(usual.answers)
+        if task.startswith("niah"):
+            assert all(f" is: {answer}." in example.prompt for answer in example.answers)
+
+
+def test_a_question_stands_nowhere_else(tokenizer):
+    options = dict(length=LENGTH, count=1, seed=0)
+    with pytest.raises(ValueError, match="question must be one of end, front, middle, got 'last'"):
+        tasks.generate("niah_single_1", tokenizer, question="last", **options)
+    with pytest.raises(ValueError, match="question must be at the end for vt, got 'front'"):
+        tasks.generate("vt", tokenizer, question="front", **options)

@@ -1,4 +1,4 @@
-"""What a quality run compares, and on what; its gaps by name."""
+"""The config of a quality run, and its gaps by name."""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
 from ...tasks import task_names
 from ...tasks.catalogue import task_named
+from ...tasks.generate import check_question
 from ..variants import check_budgets, check_names, former_fields_as_budget, settle, spelled
 
 GAPS = {
@@ -39,6 +40,7 @@ class EvalConfig:
         batch: prompts generated together.
         max_new_tokens: for all tasks in place of RULER's, or None.
         chat: whether questions go through the tokenizer's chat template.
+        question: where in a prompt the question stands: "end", "front" or "middle"; not every task has one that can be moved.
         texts: sources of the haystacks, see `tasks.texts.documents`.
         qa_files: `{"qa_1": path, "qa_2": path}`.
         min_dense_score: in [0, 1]; a task that dense attention solves less well is listed, but not in the macro
@@ -64,6 +66,7 @@ class EvalConfig:
     batch: int = 10
     max_new_tokens: int | None = None
     chat: bool = False
+    question: str = "end"
     texts: tuple[str, ...] = ("builtin",)
     qa_files: Mapping[str, str] = field(default_factory=dict)
     min_dense_score: float = 0.5
@@ -92,6 +95,7 @@ class EvalConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a positive integer, got {value!r}")
+        check_question(self.question)
         if self.max_new_tokens is not None and not 1 <= self.max_new_tokens < self.length:
             raise ValueError(f"max_new_tokens must lie in [1, length), got {self.max_new_tokens}")
         if not 0 <= self.min_dense_score <= 1:

@@ -211,9 +211,6 @@ def _text(expr: isl.AstExpr, sizes: dict[str, int]) -> str:
     return text if re.fullmatch(r"\w+\(.*\)", text) else f"({text})"
 
 
-# ---- trees ------------------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class _Hint:
     """What is known of a loop of the tree: see Loop; `shared`: parallel once every core has its own temporaries."""

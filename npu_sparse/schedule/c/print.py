@@ -108,11 +108,9 @@ def _within_budget(operations: int, function):
         context.reset_operations()
 
 
-# ---- C ----------------------------------------------------------------------------------------------------------------------
-
-
 def _names(scop: Scop, reserved: Iterable[str]) -> Names:
     used = set(reserved) | set(scop.parameters) | set(scop.arrays) | set(scop.aliases.values())
+    used |= identifiers(" ".join(scop.fields.values()))
     for s in scop.statements:
         used |= identifiers(s.body) | set(s.iterators)
     for array in scop.arrays.values():
@@ -159,11 +157,14 @@ def _print(scop: Scop, ast, hints, names: Names, note: str, outline: bool) -> tu
             needed += [(f"{names.elements[s.name]}({', '.join(s.iterators)})", parts.element)]
             head = f"{names.updates[s.name]}({', '.join([names.part + '0', *s.iterators])})"
             needed += [(head, f"do {{ {names.part}0 {parts.assign} {' '.join(parts.value.split())}; }} while (0)")]
+    # The functions have them as parameters.
+    fields = [(name, path) for name, path in scop.fields.items() if "[]" not in path]
     first = [note] if note else []
     needed += [(alias, name) for alias, name in scop.aliases.items()]
     first += [f"#define {head} {definition}" for head, definition in needed]
-    last = [f"#undef {head.partition('(')[0]}" for head, _ in needed]
-    return "\n".join([*first, *printer.functions]) + "\n", "\n".join(["{", *body, "}", *last]) + "\n"
+    last = [f"#undef {head.partition('(')[0]}" for head, _ in [*needed, *fields]]
+    before = [f"#define {name} {path}" for name, path in fields]
+    return "\n".join([*first, *printer.functions]) + "\n", "\n".join([*before, "{", *body, "}", *last]) + "\n"
 
 
 class _Printer:
@@ -286,6 +287,8 @@ class _Printer:
         text = "\n".join(lines)
         macros = {s.name: (self.names.macros[s.name], self.names.updates[s.name]) for s in self.scop.statements}
         statements = [s for s in self.scop.statements if re.search(rf"\b({'|'.join(macros[s.name])})\(", text)]
+        if any("[]" in self.scop.fields.get(a.array, "") for s in statements for a in (*s.reads, *s.writes)):
+            return lines  # no parameter has the name that these have
         written = {a.array for s in statements for a in s.writes if not self.scop.arrays[a.array].shape}
         inside = {name for name in private if not self.scop.arrays[name].shape}  # the function's own
         if any(self.scop.arrays[name].live_out for name in written) or self.iterators and not written <= inside:

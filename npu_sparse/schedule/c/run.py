@@ -86,13 +86,18 @@ def run(
     """
     if not scop.function:
         raise RunError(f"{scop.source} must define the SCoP inside of a function to be run")
+    arguments = {argument.name for argument in scop.arguments}
+    structs = [path for path in scop.fields.values() if re.match(r"\w+", path)[0] in arguments]
+    if structs:
+        raise RunError(f"{scop.function} must take numbers and arrays of numbers to be run, got {structs[0]}")
     keys = {name: key for key, name in scop.aliases.items()}
     values = _checked(scop, {keys.get(name, name): value for name, value in {**sizes, **(scalars or {})}.items()})
     passed = {a.name for a in scop.arguments if a.shape}
     results = [a.name for a in scop.arrays.values() if a.live_out]
     hidden = [name for name in results if name not in passed]
     if hidden:
-        raise RunError(f"results must be array arguments of {scop.function} to be compared, got {', '.join(hidden)}")
+        got = ", ".join(scop.fields.get(name, name) for name in hidden)
+        raise RunError(f"results must be array arguments of {scop.function} to be compared, got {got}")
     endless = [f"{a.ctype} *{a.name}" for a in scop.arguments if a.shape and not a.sized]
     if endless:
         raise RunError(f"arrays of {scop.function} must have extents to be made for a run, as x[n] has, got {', '.join(endless)}")

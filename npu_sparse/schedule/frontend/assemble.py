@@ -76,7 +76,8 @@ def assemble(scope: Scope, records: list[Record], region: tuple[int, int], funct
     return Scop(name, parameters, context, arrays, tuple(statements), scope.source, name, tuple(array(key) for key in arguments),
                 region if scope.source != "<python>" else (0, 0), start,
                 {key: scope.known[key].kind.text for key in parameters},
-                {key: name for key, name in others.items() if key != name}, tail)
+                {key: name for key, name in others.items() if key != name and name.isidentifier()}, tail,
+                {key: name for key, name in others.items() if not name.isidentifier()})
 
 
 def _extents(scope: Scope) -> list[str]:

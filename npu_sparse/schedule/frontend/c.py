@@ -1,8 +1,9 @@
 """SCoPs from C: the region between `#pragma scop` and `#pragma endscop` of a function, read with pycparser.
 
 Handled: for loops with affine bounds in both directions and with constant strides, if with affine conditions, assignments
-(also compound and chained, ++ and --), scalars, conditional expressions, calls of pure functions, local declarations and
-constants. Arrays are taken to be in bounds and not to alias. Everything else is refused with file, line and expression.
+(also compound and chained, ++ and --), scalars, fields of structs, conditional expressions, calls of pure functions, local
+declarations and constants. Arrays are taken to be in bounds and not to alias. Everything else is refused with file, line and
+expression.
 """
 
 import re
@@ -19,11 +20,12 @@ from npu_sparse.schedule.frontend.assemble import Record, assemble
 from npu_sparse.schedule.frontend.branches import data_branch
 from npu_sparse.schedule.frontend.declarations import Declarations
 from npu_sparse.schedule.frontend.expressions import Loop, Scope, Symbol, Touch
+from npu_sparse.schedule.frontend.fields import field_named, mixed, related, root
 from npu_sparse.schedule.frontend.forms import NotAffine, add, isl_text
 from npu_sparse.schedule.frontend.preprocess import run_cpp
 from npu_sparse.schedule.frontend.regions import Region, find_region
 from npu_sparse.schedule.frontend.surroundings import Surroundings
-from npu_sparse.schedule.frontend.syntax import assigned, loop_steps, reduction_of, show, step_assignment, subscripted
+from npu_sparse.schedule.frontend.syntax import assigned, loop_steps, reduction_of, rewritten, show, step_assignment, subscripted
 from npu_sparse.schedule.frontend.text import statement_text
 from npu_sparse.schedule.scop import Scop, ScopError
 
@@ -86,7 +88,7 @@ class Walk:
 
     def __init__(self, source: str, region: Region, opaques: dict, context: str, pure: frozenset[str]):
         self.start, self.function, self.opaques = region.start, region.function, opaques
-        subscripted(self.function.body)
+        rewritten(self.function, lambda node: field_named(subscripted(node)))
         self.scope = Scope(source, context, {}, pure | region.pure)
         self.position: list[int | str] = [0]
         self.records: list[dict] = []
@@ -95,7 +97,7 @@ class Walk:
         self.block: set[str] = set()  # names that the open block declares
         self.last: dict[str, str] = {}  # of iterators of the function: their last loop without its body, "" where it is nested
         self.tail: list[str] = []  # loops that leave an iterator's last value behind
-        self.declarations = Declarations(self.scope, self.function)
+        self.declarations = Declarations(self.scope, self.function, region.words)
         for node in region.tree.ext:
             self.declarations.visible(node, outer=True)
         self.arguments: list[Symbol] = []
@@ -116,7 +118,7 @@ class Walk:
 
     def enter(self, node: c_ast.Node) -> bool:
         """Declares what is visible before the pragma, walks the region, and says whether it was below this node."""
-        known = dict(self.scope.symbols)
+        known, tags = dict(self.scope.symbols), dict(self.scope.tags)
         if isinstance(node, c_ast.Compound):
             items = node.block_items or []
             for at, item in enumerate(items):
@@ -137,7 +139,7 @@ class Walk:
                         c_ast.Label))]
             if any(self.enter(body) for body in bodies):
                 return True
-        self.scope.symbols = known
+        self.scope.symbols, self.scope.tags = known, tags
         return False
 
     def walk_region(self, pragma: c_ast.Pragma, rest: list[c_ast.Node]) -> None:
@@ -214,20 +216,27 @@ class Walk:
                     self.scope.refuse(change, f"{extent} not change after its declaration, got {show(change)}")
 
     def check_pointers(self, pragma: c_ast.Pragma) -> None:
-        pointers = {name for name, symbol in self.outside.items() if symbol.pointer}
-        for symbol in self.outside.values():
-            if symbol.pointer and not symbol.argument and symbol.key in self.scope.touched:
-                for name in sorted(self.around.sources(symbol.name, pointers)):
-                    known = self.outside.get(name)
-                    named = known is not None and known.key in self.scope.touched | self.scope.used
-                    if named and (known.shape or name in self.around.escaped):
+        named = [symbol for symbol in self.outside.values() if symbol.key in self.scope.touched | self.scope.used]
+        if both := mixed(named):
+            self.scope.refuse(pragma, f"struct must be used as one or as elements of an array, got {both[0]} and {both[1]}")
+        leads = {name for symbol in self.outside.values() for name in symbol.pointers}
+        leads |= {root(symbol.name) for symbol in self.outside.values() if symbol.field}
+        for symbol, pointer in [(user, pointer) for user in named for pointer in user.pointers]:
+            if (known := self.outside.get(pointer)) is not None and known.argument:
+                continue
+            for name in sorted(self.around.sources(pointer, leads)):
+                for other in named:
+                    if other is not symbol and related(other.name, name) and (
+                            other.shape or other.name != name or name in self.around.escaped):
                         rule = "pointer must not lead into what the scop uses by name"
-                        self.scope.refuse(symbol.node, f"{rule}, got {symbol.name} and {name}")
+                        self.scope.refuse(symbol.node, f"{rule}, got {symbol.name} and {other.name}")
 
     def local(self, node: c_ast.Decl) -> None:
         """A declaration inside the region."""
         if isinstance(node.type, (c_ast.FuncDecl, c_ast.Enum, c_ast.Struct, c_ast.Union)) or node.storage:
             self.scope.refuse(node, f"declaration in the scop must be of a variable of its block, got {show(node)}")
+        if node.name in self.declarations.paths:
+            self.scope.refuse(node, f"struct must be declared before the scop, got {show(node)}")
         if node.name in self.block:
             self.scope.refuse(node, f"{node.name} must be declared once, got a second declaration in the scop")
         self.block.add(node.name)
@@ -310,7 +319,7 @@ class Walk:
         else:
             if known is None:
                 scope.refuse(node, f"loop iterator must be declared, got {name}")
-            if known.shape or not known.integer or known.value is not None or known.volatile:
+            if known.shape or not known.integer or known.value is not None or known.volatile or known.field:
                 scope.refuse(node, f"loop iterator must be an integer variable, got {name}")
             key, kind = known.key, known.kind
             head = "; ".join(statement_text(scope, part) for part in (node.init, node.cond, node.next) if part is not None)
@@ -464,9 +473,11 @@ class Walk:
     def live_out(self, key: str, written: bool) -> bool:
         """Whether a caller, another pointer or the rest of the function can see what the region leaves in an array."""
         symbol = self.scope.known[key]
+        if symbol.field:  # of an object that others may see; there are no private copies of a part
+            return written
         if self.clause is not None:
             return symbol.name in self.clause
-        seen = symbol.shape and symbol.argument or symbol.persistent or symbol.pointer
+        seen = symbol.shape and symbol.argument or symbol.persistent or symbol.pointers
         seen = seen or symbol.name in self.around.after or symbol.name in self.around.escaped
         seen = seen or symbol.shape and symbol.name in self.around.whole
         return written and not symbol.local and bool(seen)

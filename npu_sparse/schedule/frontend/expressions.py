@@ -51,7 +51,8 @@ class Symbol:
         kind: the type of an integer or of integer elements; `floats`: whether it is of a floating type.
         value: of an integer that never changes; form, text, reads: of a local integer that is affine and never changes.
         arithmetic: whether it holds numbers. persistent: whether its value outlives the function.
-        pointer: whether it is declared as one, so that it may point to anything.
+        pointers: what leads to it that is declared as a pointer, so that it may point to anything; itself perhaps.
+        missing: why the field of that name cannot be used.
         names: what the names in its extents meant where it was declared.
     """
 
@@ -68,7 +69,8 @@ class Symbol:
     argument: bool = False
     local: bool = False
     persistent: bool = False
-    pointer: bool = False
+    pointers: tuple[str, ...] = ()
+    missing: str = ""
     volatile: bool = False
     iterator: bool = False
     arithmetic: bool = True
@@ -78,6 +80,11 @@ class Symbol:
     @property
     def integer(self) -> bool:
         return self.kind is not None and not self.shape
+
+    @property
+    def field(self) -> bool:
+        """Whether it is a field of a struct: its name is a path."""
+        return not self.name.isidentifier()
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,7 @@ class Scope:
         self.source, self.context, self.typedefs, self.pure = source, context, typedefs, pure
         self.symbols: dict[str, Symbol] = {}  # by C's names: what is visible
         self.known: dict[str, Symbol] = {}  # by key
+        self.tags: dict[str, c_ast.Struct] = {}  # the definitions of structs that have names
         self.loops: list[Loop] = []
         self.conditions: list[str] = []
         self.facts: list[str] = []  # what declarations say of parameters
@@ -118,6 +126,7 @@ class Scope:
             symbol = self.symbols.get(base.name) if isinstance(base, c_ast.ID) else None
             if symbol is None:
                 self.refuse(node, f"array must be declared, got {show(node)}")
+            self.check_field(node, symbol)
             if None in symbol.shape[1:]:
                 self.refuse(node, f"array must have extents, got pointers to pointers in {show(node)}")
             if len(symbol.shape) != len(subscripts):
@@ -167,6 +176,7 @@ class Scope:
 
     def touch(self, node: c_ast.Node, symbol: Symbol, forms: list[Linear], guards: tuple[str, ...] = ()) -> Touch:
         """The access of an element, which from now on belongs to the SCoP."""
+        self.check_field(node, symbol)
         if symbol.volatile:
             self.refuse(node, f"variable must not be volatile or of one thread, got {symbol.name}")
         if not symbol.arithmetic:
@@ -179,6 +189,10 @@ class Scope:
                 subscripts[-1] = f"_d{at}"
                 conditions.append(self.compare({f"_d{at}": 1}, "=", form))
         return Touch(symbol.key, tuple(subscripts), guards, " and ".join(conditions))
+
+    def check_field(self, node: c_ast.Node, symbol: Symbol) -> None:
+        if symbol.missing:
+            self.refuse(node, f"field must be a number or an array of a struct, got {symbol.name}, {symbol.missing}")
 
     # Affine forms
 

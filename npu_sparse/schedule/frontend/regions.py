@@ -25,6 +25,7 @@ class Region:
         start: the line on which the function's definition begins, 0 where something else stands before it in that line.
         pure: the functions that the file declares with the attribute const.
         bare: whether the function is not in the file: it was put around a region outside of functions.
+        words: the identifiers of the file, those of macros included.
     """
 
     tree: c_ast.FileAST
@@ -32,6 +33,7 @@ class Region:
     start: int
     pure: frozenset[str]
     bare: bool = False
+    words: frozenset[str] = frozenset()
 
 
 def count_regions(text: str, source: str, function: str | None = None) -> int:
@@ -52,7 +54,7 @@ def find_region(text: str, source: str, function: str | None = None, number: int
     first = len(expanded) - len(expanded[begin:].lstrip())
     alone = not expanded[expanded.rfind("\n", 0, first) + 1:first].strip()
     start = expanded.count("\n", 0, first) + 1 if alone and not bare else 0
-    return Region(tree, found, start, frozenset(declared_pure(expanded)), bare)
+    return Region(tree, found, start, frozenset(declared_pure(expanded)), bare, frozenset(re.findall(r"[A-Za-z_]\w*", text)))
 
 
 def _in_function(expanded: str, source: str, function: str | None) -> tuple[str, bool]:

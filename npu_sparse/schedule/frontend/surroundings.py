@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pycparser import c_ast
 
 from npu_sparse.schedule.frontend.calls import is_pure
+from npu_sparse.schedule.frontend.fields import related
 from npu_sparse.schedule.frontend.syntax import assigned, declarations, first_use, nodes
 
 LOOPS = (c_ast.For, c_ast.While, c_ast.DoWhile)
@@ -81,7 +82,7 @@ class Surroundings:
         found, new = set(), {name}
         while new:
             found |= new
-            values = [value for target, value in pairs if target in new & pointers]
+            values = [value for target, value in pairs if any(related(target, other) for other in new & pointers)]
             new = {part.name for value in values for part in nodes(value, c_ast.ID)} - found
         return found - {name}
 

@@ -1,6 +1,8 @@
 """What the front end asks of pycparser's trees: their text, the names in them, what they assign."""
 
+import re
 from collections.abc import Callable, Iterator
+from itertools import zip_longest
 
 from pycparser import c_ast, c_generator
 
@@ -18,6 +20,16 @@ class Printer(c_generator.CGenerator):
     def visit_FuncCall(self, node):  # the function's own name stays
         arguments = ", ".join(self.visit(argument) for argument in node.args.exprs) if node.args else ""
         return f"{node.name.name if isinstance(node.name, c_ast.ID) else self.visit(node.name)}({arguments})"
+
+    def visit_ArrayRef(self, node):
+        base, indices = node, []
+        while isinstance(base, c_ast.ArrayRef):
+            indices.insert(0, f"[{self.visit(base.subscript)}]")
+            base = base.name
+        if not isinstance(base, c_ast.ID) or "[]" not in base.name:
+            return super().visit_ArrayRef(node)
+        parts = base.name.split("[]")  # a field of an element: its subscripts are inside of its path
+        return "".join(part + index for part, index in zip_longest(parts, indices, fillvalue=""))
 
 
 def show(node: c_ast.Node) -> str:
@@ -51,16 +63,21 @@ def assigned(node: c_ast.Node) -> Iterator[tuple[str, c_ast.Node]]:
             yield target.name, item
 
 
-def subscripted(node: c_ast.Node) -> c_ast.Node:
-    """The expression or statement with every *(a + i) written as a[i], which C defines to be the same."""
+def rewritten(node: c_ast.Node, rule: Callable[[c_ast.Node], c_ast.Node]) -> c_ast.Node:
+    """The expression or statement with the rule applied to all of its nodes, the inner ones first."""
     for name, child in node.children():
-        new = subscripted(child)
+        new = rewritten(child, rule)
         if new is not child:
             field, _, index = name.partition("[")
             if index:
                 getattr(node, field)[int(index[:-1])] = new
             else:
                 setattr(node, field, new)
+    return rule(node)
+
+
+def subscripted(node: c_ast.Node) -> c_ast.Node:
+    """*(a + i) written as a[i], which C defines to be the same; other nodes as they are."""
     if isinstance(node, c_ast.UnaryOp) and node.op == "*":
         base, indices = node.expr, []
         while isinstance(base, c_ast.BinaryOp) and base.op == "+":
@@ -85,8 +102,9 @@ def declarations(body: c_ast.Node) -> dict[int, int]:
     def visit(node, known):
         if isinstance(node, (c_ast.Compound, c_ast.For)):
             known = dict(known)
-        if isinstance(node, c_ast.ID) and node.name in known:
-            found[id(node)] = known[node.name]
+        name = re.match(r"\w*", node.name)[0] if isinstance(node, c_ast.ID) else ""  # of a path, the variable
+        if name in known:
+            found[id(node)] = known[name]
         for _, child in node.children():
             visit(child, known)
         if isinstance(node, c_ast.Decl):

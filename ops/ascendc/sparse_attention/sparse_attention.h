@@ -869,7 +869,7 @@ private:
         const uint64_t line = static_cast<uint64_t>(step.batch) * tiling_.queries + token;
         const uint64_t place = (line * tiling_.queryHeads + head) * valueDim;
         const LocalTensor<float> sum = piecesUb_, query = sum[ATTENTION_MAX_DIM], other = query[ATTENTION_MAX_DIM];
-        const LocalTensor<float> few = other[ATTENTION_MAX_DIM];
+        const LocalTensor<float> few = other[ATTENTION_MAX_DIM + REPEAT_FLOATS];  // the last repeat reads that far
         FetchWide(sum, outGm_[place], valueDim);
         bool holds = false;
         for (uint32_t i = 0; i < valueDim; ++i) {

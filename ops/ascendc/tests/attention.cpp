@@ -317,21 +317,23 @@ void AttentionCausal(uint64_t seed)
 // A selected key that only the last tile of its block sees may hold anything: the tiles before it do not read it.
 void AttentionFuture(uint64_t seed)
 {
-    AttentionCase c = MakeAttentionCase(Attention(128, 128, 128, 128, 64, 64, 16, 1), seed);
-    Random random(seed);
-    c.k = random.Normal(c.k.size(), c.p.type);
-    c.v = random.Normal(c.v.size(), c.p.type);
-    c.count[0] = 128;
-    for (int32_t i = 0; i < 128; ++i) {
-        c.indices[i] = i;
+    for (uint32_t dim : {64u, 256u}) {
+        AttentionCase c = MakeAttentionCase(Attention(128, 128, 128, 128, dim, dim, 16, 1), seed);
+        Random random(seed);
+        c.k = random.Normal(c.k.size(), c.p.type);
+        c.v = random.Normal(c.v.size(), c.p.type);
+        c.count[0] = 128;
+        for (int32_t i = 0; i < 128; ++i) {
+            c.indices[i] = i;
+        }
+        const std::vector<uint16_t> clean = LaunchAttention(c);
+        std::fill_n(c.k.end() - dim, dim, Rounded(NOT_A_NUMBER, c.p.type));
+        std::fill_n(c.v.end() - dim, dim, Rounded(NOT_A_NUMBER, c.p.type));
+        const std::vector<uint16_t> poisoned = LaunchAttention(c);
+        const size_t before = size_t(112) * 16 * dim;  // tiles of 16 tokens x 16 heads
+        Require(std::equal(clean.begin(), clean.begin() + before, poisoned.begin()), "a key of the future must not be read");
+        Require(std::isnan(Widened(poisoned.back(), c.p.type)), "the query that sees the key must be NaN");
     }
-    const std::vector<uint16_t> clean = LaunchAttention(c);
-    std::fill_n(c.k.end() - 64, 64, Rounded(NOT_A_NUMBER, c.p.type));
-    std::fill_n(c.v.end() - 64, 64, Rounded(NOT_A_NUMBER, c.p.type));
-    const std::vector<uint16_t> poisoned = LaunchAttention(c);
-    const size_t before = size_t(112) * 16 * 64;  // tiles of 16 tokens x 16 heads
-    Require(std::equal(clean.begin(), clean.begin() + before, poisoned.begin()), "a key of the future must not be read");
-    Require(std::isnan(Widened(poisoned.back(), c.p.type)), "the query that sees the key must be NaN");
 }
 
 void AttentionEmpty(uint64_t seed)

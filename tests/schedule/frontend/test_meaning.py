@@ -1,21 +1,18 @@
 """C programs as people write them: the scheduled program prints what the original prints, or one sentence refuses it."""
 
-import subprocess
 from dataclasses import dataclass
 
 import islpy as isl
 import pytest
 
-from npu_sparse.schedule import config, legality
+from npu_sparse.schedule import testing
 from npu_sparse.schedule.c.print import generate_file
 from npu_sparse.schedule.frontend.c import parse_c
 from npu_sparse.schedule.isl_baseline import mark_parallel
 from npu_sparse.schedule.plan import original
-from npu_sparse.schedule.scheduler import schedule
 from npu_sparse.schedule.scop import ScopError
+from npu_sparse.schedule.testing import generated, output
 
-HEAD = "#include <stdio.h>\n#include <stdlib.h>\n#include <stdint.h>\n#include <math.h>\n"
-FLAGS = ("-O1", "-fopenmp", "-ffp-contract=off", "-std=gnu11", "-w", "-Werror=implicit-function-declaration")
 MAIN = """
 int main(void) {
   static double a[40], b[40]; static int u[40];
@@ -28,32 +25,11 @@ SIGNATURE = "void f(int n, double a[n], double b[n], int u[n])"
 
 
 def function(body: str, head: str = SIGNATURE, before: str = "", after: str = "", file: str = "") -> str:
-    return f"{HEAD}{file}\n{head} {{\n{before}\n#pragma scop\n{body}\n#pragma endscop\n{after}\n}}\n"
-
-
-def output(text: str, directory, flags=FLAGS) -> str:
-    (directory / "p.c").write_text(text)
-    done = subprocess.run(["gcc", *flags, "p.c", "-lm", "-o", "p"], cwd=directory, capture_output=True, text=True)
-    assert not done.returncode, done.stderr + text
-    done = subprocess.run([directory / "p"], capture_output=True, text=True, timeout=20)
-    assert not done.returncode, text
-    return done.stdout
-
-
-def generated(text: str, strategy: str, **options) -> str:
-    scop = parse_c(text, **options)
-    plan = schedule(scop, config.load(strategy))
-    assert legality.check(scop, plan.union_map()) == []
-    return generate_file(scop, text, plan.tree())
+    return testing.function(body, head, before, after, file)
 
 
 def agree(text: str, directory, main: str = MAIN, strategies=("cpu-vector",), **options) -> None:
-    expected = output(text + main, directory)
-    assert expected
-    for strategy in strategies:
-        new = generated(text, strategy, **options)
-        assert "#pragma scop" not in new
-        assert output(new + main, directory) == expected, new
+    testing.agree(text, directory, main, strategies, **options)
 
 
 @dataclass(frozen=True)
@@ -189,7 +165,7 @@ def test_an_extent_that_only_others_change_is_kept(before, tmp_path):
     ("struct s { int x; } v, w;", "v = w;", "variable must hold numbers, got v of type struct s"),
     ("typedef struct { int x; } T; T v[9], w;", "v[2] = w;", "variable must hold numbers, got v of type T"),
     ("union { int x; } v;", "v = v;", "variable must hold numbers, got v of type union"),
-    ("struct s { int x; } v;", "v.x = 1;", "assignment must be to a variable or an element, got v.x"),
+    ("union { int x; } v;", "v.x = 1;", "field must be a number or an array of a struct, got v.x, a union"),
     ("void *v = a;", "v = 0;", "array must have 1 subscripts, got v"),
 ])
 def test_what_holds_no_numbers_is_refused(declaration, body, sentence):

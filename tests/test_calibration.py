@@ -6,12 +6,13 @@ import json
 import pytest
 import torch
 
-from npu_sparse import Budget, Indexer, SparsePrefill, selectors
-from npu_sparse.models import calibration, crossover
+from npu_sparse import Budget, Indexer, SparsePrefill, calibration, selectors
+from npu_sparse.models import crossover
 from npu_sparse.models.architectures import decoder
 from npu_sparse.testing import tiny_model
 
 BUDGET = Budget(k=16, block=8, dense_below="auto")
+attach = SparsePrefill.attach
 
 
 @pytest.fixture
@@ -38,23 +39,23 @@ def modelled(crossing, tried):
 @pytest.mark.parametrize("crossing", [1, 700, 1024, 1025, 1536, 1537, 2048, 3000, 5000, 9000, 40000, 100000])
 def test_the_search_brackets_where_the_two_cross(crossing):
     tried = []
-    found = calibration.search(modelled(crossing, tried), calibration.lengths(1 << 20))
-    assert sorted(tried) == list(found)
-    first = calibration.first_faster(found)
+    timings = calibration.search(modelled(crossing, tried), calibration.lengths(1 << 20))
+    assert sorted(tried) == list(timings)
+    first = calibration.first_faster(timings)
     assert first >= crossing  # nothing below it is slower than dense
     assert first <= max(1024, 1.5 * crossing)
     assert max(tried) <= max(2048, 4 * crossing)  # and no time is spent far beyond
 
 
 def test_a_budget_that_never_pays_is_dense_everywhere():
-    found = calibration.search(lambda length: (1.0, 1.1), calibration.lengths(10_000))
-    assert list(found) == [1024, 2048, 4096, 8192] and calibration.first_faster(found) == crossover.NEVER
+    timings = calibration.search(lambda length: (1.0, 1.1), calibration.lengths(10_000))
+    assert list(timings) == [1024, 2048, 4096, 8192] and calibration.first_faster(timings) == crossover.NEVER
 
 
 def test_a_length_where_sparse_is_slower_again_counts():
     slower = {1024: 0.9, 2048: 1.1}
-    found = calibration.search(lambda length: (1.0, slower.get(length, 0.9)), calibration.lengths(1 << 20))
-    assert calibration.first_faster(found) == 3072
+    timings = calibration.search(lambda length: (1.0, slower.get(length, 0.9)), calibration.lengths(1 << 20))
+    assert calibration.first_faster(timings) == 3072
 
 
 def test_where_memory_runs_out_the_search_ends():
@@ -63,8 +64,8 @@ def test_where_memory_runs_out_the_search_ends():
             raise torch.OutOfMemoryError("out of memory")
         return 1.0, 0.9 if length > 3000 else 2.0
 
-    found = calibration.search(measure, calibration.lengths(1 << 20))
-    assert list(found) == [1024, 2048, 3072, 4096] and calibration.first_faster(found) == 3072
+    timings = calibration.search(measure, calibration.lengths(1 << 20))
+    assert list(timings) == [1024, 2048, 3072, 4096] and calibration.first_faster(timings) == 3072
     with pytest.raises(torch.OutOfMemoryError):
         calibration.search(lambda length: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")), [1024])
     with pytest.raises(RuntimeError, match="lost"):
@@ -74,8 +75,8 @@ def test_where_memory_runs_out_the_search_ends():
 def test_no_length_is_begun_after_its_time(monkeypatch):
     clock = iter(range(0, 1000, 40))
     monkeypatch.setattr(calibration.time, "monotonic", lambda: next(clock))
-    found = calibration.search(lambda length: (1.0, 2.0), calibration.lengths(1 << 20))
-    assert list(found) == [1024]
+    timings = calibration.search(lambda length: (1.0, 2.0), calibration.lengths(1 << 20))
+    assert list(timings) == [1024]
 
 
 @pytest.mark.parametrize(
@@ -117,8 +118,8 @@ def test_a_calibration_runs_both_ways_and_leaves_the_model_as_it_was(monkeypatch
 
     monkeypatch.setattr(calibration, "seconds_of", watched)
     monkeypatch.setattr(calibration, "RUNS", 2)
-    found = calibration.calibrate(model, selector, BUDGET.replace(exact_last=4))
-    assert list(found) == [512] and all(seconds > 0 for seconds in found[512])  # what these models serve at most
+    timings = calibration.calibrate(model, selector, BUDGET.replace(exact_last=4), attach=attach)
+    assert list(timings) == [512] and all(seconds > 0 for seconds in timings[512])  # the longest context of these models
     assert sorted(sparse for _, _, sparse in ran) == [False] * 4 + [True] * 4
     assert {(length, count) for length, count, _ in ran} == {(512, 3 if name == "qwen2" else 4)}
     assert decoder(model).layers is layers
@@ -132,7 +133,7 @@ def test_a_model_is_itself_again_when_a_calibration_fails(model, monkeypatch):
     layers = decoder(model).layers
     monkeypatch.setattr(calibration, "synchronize", lambda device: (_ for _ in ()).throw(RuntimeError("device lost")))
     with pytest.raises(RuntimeError, match="device lost"):
-        calibration.calibrate(model, selectors.Oracle(), BUDGET)
+        calibration.calibrate(model, selectors.Oracle(), BUDGET, attach=attach)
     assert decoder(model).layers is layers and model.config._attn_implementation == "sdpa"
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
@@ -153,30 +154,30 @@ def counted(monkeypatch):
 
 def test_what_was_measured_is_kept(model, cache, counted):
     for _ in range(2):
-        assert calibration.dense_below(model, selectors.Oracle(), BUDGET) == 3072
+        assert calibration.dense_below(model, selectors.Oracle(), BUDGET, attach=attach) == 3072
     assert len(counted) == 1
     (path,) = cache.glob("*.json")
     kept = json.loads(path.read_text())
     assert kept["dense_and_sparse_s"]["3072"] == [3072**2, 3000**2 - 3000 + 3072]
     path.write_text(path.read_text()[:40])  # damaged
-    assert calibration.dense_below(model, selectors.Oracle(), BUDGET) == 3072 and len(counted) == 2
+    assert calibration.dense_below(model, selectors.Oracle(), BUDGET, attach=attach) == 3072 and len(counted) == 2
     assert json.loads(path.read_text()) == kept
 
 
 def test_anything_that_a_measurement_depends_on_is_measured_anew(model, cache, counted, monkeypatch):
     oracle = selectors.Oracle()
-    calibration.dense_below(model, oracle, BUDGET)
-    calibration.dense_below(model, oracle, BUDGET.replace(dense_below=7))  # this is no part of it
+    calibration.dense_below(model, oracle, BUDGET, attach=attach)
+    calibration.dense_below(model, oracle, BUDGET.replace(dense_below=7), attach=attach)  # this is no part of it
     assert len(counted) == 1
-    calibration.dense_below(model, oracle, BUDGET.replace(k=32))
-    calibration.dense_below(model, selectors.ByIndexer(Indexer.for_model(model, dim=64)), BUDGET)
-    calibration.dense_below(model, selectors.ByIndexer(Indexer.for_model(model, dim=128)), BUDGET)
-    calibration.dense_below(tiny_model("qwen3_5", dtype=torch.bfloat16), oracle, BUDGET)
-    calibration.dense_below(tiny_model("qwen3_5", hidden_size=128), oracle, BUDGET)
-    calibration.dense_below(model, oracle, BUDGET, impl="reference")
-    calibration.dense_below(model, oracle, BUDGET, workspace_mib=3)
+    calibration.dense_below(model, oracle, BUDGET.replace(k=32), attach=attach)
+    calibration.dense_below(model, selectors.ByIndexer(Indexer.for_model(model, dim=64)), BUDGET, attach=attach)
+    calibration.dense_below(model, selectors.ByIndexer(Indexer.for_model(model, dim=128)), BUDGET, attach=attach)
+    calibration.dense_below(tiny_model("qwen3_5", dtype=torch.bfloat16), oracle, BUDGET, attach=attach)
+    calibration.dense_below(tiny_model("qwen3_5", hidden_size=128), oracle, BUDGET, attach=attach)
+    calibration.dense_below(model, oracle, BUDGET, impl="reference", attach=attach)
+    calibration.dense_below(model, oracle, BUDGET, workspace_mib=3, attach=attach)
     monkeypatch.setattr(calibration, "device_name", lambda device: "another card")
-    calibration.dense_below(model, oracle, BUDGET)
+    calibration.dense_below(model, oracle, BUDGET, attach=attach)
     assert len(counted) == 9 == len(list(cache.glob("*.json")))
 
 
@@ -192,5 +193,5 @@ def test_where_nothing_can_be_kept_it_is_measured_every_time(model, tmp_path, co
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NPU_SPARSE_CACHE", str(tmp_path / "file"))
     for _ in range(2):
-        assert calibration.dense_below(model, selectors.Oracle(), BUDGET) == 3072
+        assert calibration.dense_below(model, selectors.Oracle(), BUDGET, attach=attach) == 3072
     assert len(counted) == 2

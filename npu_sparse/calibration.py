@@ -17,20 +17,20 @@ from dataclasses import asdict
 import torch
 from torch import nn
 
-from ..boundary import read_json
-from ..budget import Budget
-from ..checkpoints import cache_dir
-from ..checks import selecting_layers
-from ..measure.clocks import synchronize
-from ..ops import workspace
-from ..runs.store import RunError, write_json
-from .architectures import decoder, describe, text_config
-from .crossover import NEVER, device_name
+from .boundary import read_json
+from .budget import Budget
+from .checkpoints import cache_dir
+from .checks import selecting_layers
+from .models.architectures import decoder, describe, text_config
+from .models.crossover import NEVER, device_name
+from .ops import workspace
+from .ops.dispatch import synchronize
+from .runs.store import RunError, write_json
 
 SHORTEST, LONGEST = 1024, 131072  # tokens
 FULL_LAYERS = 4  # full-attention layers that run, or more where they share supports
 RUNS, WARMUP = 5, 2
-SECONDS = 60.0  # after which no further length is begun
+SECONDS = 60.0  # no further length is begun after this
 FORMAT = 1
 
 
@@ -39,28 +39,30 @@ def measures(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-def dense_below(model, selector, budget: Budget, *, impl: str = "auto", workspace_mib: int = workspace.DEFAULT_MIB) -> int:
+def dense_below(
+    model, selector, budget: Budget, *, attach: Callable, impl: str = "auto", workspace_mib: int = workspace.DEFAULT_MIB
+) -> int:
     """The length in tokens from which sparse prefill with `budget` is measured to be no slower than the model's own attention;
     crossover.NEVER where it is slower at every length that the model serves. Measured once per device, model geometry, dtype, own
-    attention, selector, budget and version; `SparsePrefill.attach` asks for it. Errors as in attach."""
+    attention, selector, budget and version. `attach` is `SparsePrefill.attach`, which asks for it. Errors as in attach."""
     made_of = identity(model, selector, budget, impl, workspace_mib)
     path = cache_dir() / "crossover" / f"{hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:24]}.json"
     with suppress(ValueError, OSError):
         kept = read_json(path)
         if kept.get("made_of") == made_of and isinstance(kept.get("dense_below"), int) and kept["dense_below"] >= 1:
             return kept["dense_below"]
-    measured = calibrate(model, selector, budget, impl=impl, workspace_mib=workspace_mib)
+    measured = calibrate(model, selector, budget, attach=attach, impl=impl, workspace_mib=workspace_mib)
     seconds = {str(length): [dense, sparse] for length, (dense, sparse) in measured.items()}
-    found = first_faster(measured)
+    threshold = first_faster(measured)
     with suppress(RunError, OSError):  # where nothing can be written, it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"made_of": made_of, "dense_below": found, "dense_and_sparse_s": seconds})
-    return found
+        write_json(path, {"made_of": made_of, "dense_below": threshold, "dense_and_sparse_s": seconds})
+    return threshold
 
 
 def identity(model, selector, budget: Budget, impl: str, workspace_mib: int) -> dict:
     """Everything that the measurement depends on, as JSON."""
-    from .. import __version__
+    from . import __version__
 
     indexer = getattr(selector, "indexer", None)
     config = None if indexer is None else asdict(indexer.config)
@@ -75,15 +77,13 @@ def identity(model, selector, budget: Budget, impl: str, workspace_mib: int) -> 
 
 
 def calibrate(
-    model, selector, budget: Budget, *, impl: str = "auto", workspace_mib: int = workspace.DEFAULT_MIB
+    model, selector, budget: Budget, *, attach: Callable, impl: str = "auto", workspace_mib: int = workspace.DEFAULT_MIB
 ) -> dict[int, tuple[float, float]]:
     """`{length: (dense, sparse) seconds}` of the first layers of the model, medians, at the lengths that were tried."""
-    from ..prefill import SparsePrefill
-
     architecture, text = describe(model.config), decoder(model)
     layers = first_layers(architecture.layers, budget)
     vocabulary, generator = text_config(model).vocab_size, torch.Generator().manual_seed(0)
-    attached = SparsePrefill.attach(model, selector, budget.replace(dense_below=0), impl=impl, workspace_mib=workspace_mib)
+    attached = attach(model, selector, budget.replace(dense_below=0), impl=impl, workspace_mib=workspace_mib)
     attached.detach()  # what it has checked and copied stays
 
     def sparsely(ids) -> float:
@@ -105,9 +105,9 @@ def calibrate(
         return statistics.median(seconds["dense"]), statistics.median(seconds["sparse"])
 
     with torch.inference_mode():
-        found = search(measure, lengths(architecture.max_positions))
+        timings = search(measure, lengths(architecture.max_positions))
     gc.collect()  # caches hold each other
-    return found
+    return timings
 
 
 def seconds_of(text, layers: int, ids) -> float:
@@ -147,39 +147,39 @@ def prefix(text, count: int) -> Iterator[None]:
 
 def lengths(most: int) -> list[int]:
     """Doubling lengths up to `most` positions, which is the last where it is less than LONGEST."""
-    found = []
+    doubling = []
     length = SHORTEST
     while length <= min(most, LONGEST):
-        found.append(length)
+        doubling.append(length)
         length *= 2
-    return found or [most]
+    return doubling or [most]
 
 
 def search(measure: Callable[[int], tuple[float, float]], candidates: Sequence[int]) -> dict[int, tuple[float, float]]:
     """What `measure` gives at the candidates from the shortest on, until sparse is faster twice in a row, memory runs out or
     SECONDS are over; then between the last slower and the first faster of them."""
-    found: dict[int, tuple[float, float]] = {}
+    timings: dict[int, tuple[float, float]] = {}
     began = time.monotonic()
     faster = 0
     for length in candidates:
         if time.monotonic() - began > SECONDS:
             break
         try:
-            found[length] = measure(length)
+            timings[length] = measure(length)
         except (RuntimeError, MemoryError) as error:
-            if not workspace.is_exhausted(error) or not found:
+            if not workspace.is_exhausted(error) or not timings:
                 raise
             break
-        dense, sparse = found[length]
+        dense, sparse = timings[length]
         faster = faster + 1 if sparse <= dense else 0
         if faster == 2:
             break
-    first = first_faster(found)
-    slower = [length for length in found if length < first]
+    first = first_faster(timings)
+    slower = [length for length in timings if length < first]
     if first != NEVER and slower:
         between = (slower[-1] + first) // 2
-        found[between] = measure(between)
-    return dict(sorted(found.items()))
+        timings[between] = measure(between)
+    return dict(sorted(timings.items()))
 
 
 def first_faster(measured: dict[int, tuple[float, float]]) -> int:
