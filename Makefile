@@ -60,7 +60,7 @@ endif
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 
-# Every number of README.md and docs/results.md, looked up in the report.json that its section links to
+# Every number of README.md, docs/results.md and docs/results/frontier.md, looked up in the report.json that its section links to
 results-check: $(BIN)/python
 	$(BIN)/python scripts/check_results.py
 

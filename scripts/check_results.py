@@ -3,10 +3,11 @@
 
     python scripts/check_results.py [PAGE ...]
 
-A section of README.md or docs/results.md (from one heading to the next) may state what stands in the report.json and config.json
-of the reports that it links to, at the precision it is written with: as it is, or in the unit that stands behind it (per cent,
-ms, us, K, M, MB, GB). Code, links, names and versions are no numbers. A paragraph that has its numbers from elsewhere says so in
-front of it: `<!-- not in a report: reason -->`. Exit status 1, and a line for every number that is not found.
+A section of README.md, docs/results.md or docs/results/frontier.md (from one heading to the next) may state what stands in the
+report.json and config.json of the reports that it links to, at the precision it is written with: as it is, or in the unit that
+stands behind it (per cent, ms, us, K, M, MB, GB). Code, links, names and versions are no numbers. A paragraph that has its
+numbers from elsewhere says so in front of it: `<!-- not in a report: reason -->`. Exit status 1, and a line for every number
+that is not found.
 """
 
 import json
@@ -15,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/results.md")
+PAGES = ("README.md", "docs/results.md", "docs/results/frontier.md")
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 REPORT = re.compile(r"\]\(([^()\s]*results/[^()\s]*)/report\.md\)")
 ESCAPED = re.compile(r"<!-- not in a report: \S.*? -->\n(?:.+\n?)*")

@@ -33,6 +33,7 @@ from npu_sparse import Budget, SparsePrefill, tasks
 from npu_sparse.measure import variants
 from npu_sparse.measure.clocks import release_memory
 from npu_sparse.measure.prompts import text_prompts
+from npu_sparse.measure.quality import GAPS
 from npu_sparse.measure.teacher_forced import (
     Forced,
     forced,
@@ -73,6 +74,7 @@ def arguments(words=None) -> argparse.Namespace:
     parser.add_argument("--prompts", type=Path, help="folder of prompts that runs share")
     parser.add_argument("--prepare", action="store_true", help="make the prompts and end")
     parser.add_argument("--solved", type=float, default=0.5, help="share that dense must solve for a task to count in the means")
+    parser.add_argument("--unsolved", default="score", choices=("score", "skip"), help="tasks that dense does not solve")
     parser.add_argument("--timed", default="", help="lengths of the timings, in tokens; none = no timing")
     parser.add_argument("--dense", default="sdpa", help="dense implementations to time: sdpa, fa2, cudnn, fa3")
     parser.add_argument("--rounds", type=int, default=10)
@@ -194,6 +196,22 @@ def timing(subject: Subject, length: int) -> dict:
     return {"seconds": seconds, **subject.loaded.inputs(), "machine": machine(args.device)}
 
 
+def gaps_of(spec: str, scored: list[str]) -> dict[str, tuple[str, str]]:
+    """Between which variants the gaps of a shared indexer lie: dense, the oracle and the indexer per query, and itself.
+
+    The two per query are the first that were scored with the same exact end; their k is in their names.
+    """
+    if spec == "dense" or parsed(spec)[0] != "indexer" or parsed(spec)[1].block == 1:
+        return {}
+    alone = {}
+    for other in scored:
+        name, budget = parsed(other)
+        if budget.block == 1 and budget.exact_last == parsed(spec)[1].exact_last:
+            alone.setdefault(name, other)
+    ends = {"dense": "dense", "indexer-shared": spec, **alone}
+    return {gap: (ends[a], ends[b]) for gap, (a, b) in GAPS.items() if a in ends and b in ends}
+
+
 def report(args, quality: Cells, timings: Cells) -> dict:
     """report.json of the cells that are there: a row a variant, means over the tasks that dense solves."""
     cells, timed = quality.records(), timings.records()
@@ -215,6 +233,11 @@ def report(args, quality: Cells, timings: Cells) -> dict:
             row["over_dense"] = stats.macro_difference(pick("dense", "right"), pick(spec, "right")).to_dict()
             worst = min(solved, key=lambda task: row["tasks"][task]["right"]["value"] - right[task])
             row["worst"] = {"task": worst, "difference": row["tasks"][worst]["right"]["value"] - right[worst]}
+            whole = [which for which in [*args.scored, *args.variants] if all((task, which) in by for task in solved)]
+            row["gaps"] = {
+                gap: stats.macro_difference(pick(before, "right"), pick(after, "right")).to_dict()
+                for gap, (before, after) in gaps_of(spec, whole).items()
+            }
         rows.append(row)
     clock = []
     for cell in timed.values():
@@ -342,30 +365,41 @@ def cells_of(args) -> tuple[Cells, Cells]:
     return quality, Cells(args.output / "timings", {str(length): {"length": length} for length in args.timed})
 
 
+def left(args) -> list[tuple[str, str]]:
+    """The cells that are to be done, `("timings" or "quality", name)`: `--unsolved skip` leaves out what dense does not solve."""
+    quality, timings = cells_of(args)
+    unsolved = set()
+    for name, cell in quality.identities.items():
+        if args.unsolved == "skip" and cell["variant"] == "dense" and quality.done(name):
+            samples = quality.read(name)["samples"]
+            if sum(sample["right"] for sample in samples) <= args.solved * len(samples):
+                unsolved.add(cell["task"])
+    scored = [name for name in quality.missing() if quality.identities[name]["task"] not in unsolved]
+    return [("timings", name) for name in timings.missing()] + [("quality", name) for name in scored]
+
+
 def main(words=None, *, started: float = STARTED) -> int:
     """Exit status of a run, 3 where cells are left."""
     args = arguments(words)
     if args.prepare:
         return prepare(args)
-    upgrade = lambda found: {"question": "end", **found}  # noqa: E731  # runs of before had no other
+    upgrade = lambda found: {"question": "end", "unsolved": "score", **found}  # noqa: E731  # runs of before had no other
     directory = open_run(args.output, config_of(args), upgrade=upgrade)
     quality, timings = cells_of(args)
     subject = Subject(args)
-    work = [(timings, name, lambda name=name: timing(subject, int(name))) for name in timings.missing()]
-    work += [
-        (quality, name, lambda name=name: score(subject, directory, *quality.identities[name].values()))
-        for name in quality.missing()
-    ]  # fmt: skip
-    for cells, name, compute in work:
-        if time.monotonic() - started < args.seconds:
-            cells.write(name, compute())
+    while time.monotonic() - started < args.seconds and (todo := left(args)):
+        kind, name = todo[0]
+        if kind == "timings":
+            timings.write(name, timing(subject, int(name)))
+        else:
+            quality.write(name, score(subject, directory, *quality.identities[name].values()))
     found = report(args, quality, timings)
     write_json(directory / "report.json", found)
     write_text(directory / "report.md", markdown(found))
     write_figure(directory / "report.png", figure(found))
-    left = len(quality.missing()) + len(timings.missing())
-    print((directory / "report.md").read_text() + (f"{left} cells are left: run the same command again\n" if left else ""))
-    return 3 if left else 0
+    waiting = len(left(args))
+    print((directory / "report.md").read_text() + (f"{waiting} cells are left: run the same command again\n" if waiting else ""))
+    return 3 if waiting else 0
 
 
 if __name__ == "__main__":

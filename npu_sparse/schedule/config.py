@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from npu_sparse.boundary import reading
 from npu_sparse.schedule.strategy import (
     BOOLEAN,
     COST_FUNCTIONS,
@@ -30,6 +31,7 @@ __all__ = [
     "Tiling", "load", "parse", "parse_constraint", "shipped", "with_options",
 ]  # fmt: skip
 STRATEGIES = Path(__file__).parent / "strategies"
+_LONGEST = 600  # characters of a sentence: more is what the file says, quoted
 
 
 def shipped() -> tuple[str, ...]:
@@ -57,15 +59,15 @@ def load(path_or_name: str | Path) -> Config:
 
 def parse(text: str, source: str = "<string>", name: str = "custom") -> Config:
     """The strategy written in a YAML text."""
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = mark.line + 1 if mark else 1
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{source}:{line}: file must be YAML, got: {problem}") from error
-    reader = _Reader(source)
-    return reader.config(root, name) if root is not None else Config(name, source)
+    with reading(source, ConfigError, "the strategy"):
+        try:
+            root = yaml.compose(text, Loader=yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            mark = getattr(error, "problem_mark", None)
+            line = mark.line + 1 if mark else 1
+            problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+            raise ConfigError(f"{source}:{line}: file must be YAML, got: {problem}") from error
+        return _Reader(source).config(root, name) if root is not None else Config(name, source)
 
 
 class _Reader:
@@ -160,7 +162,7 @@ class _Reader:
         return result
 
     def dimension_number(self, node: yaml.Node) -> int:
-        value = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) else None
+        value = _plain(node)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             self.fail(node, f"scheduling_dimension must be default, 0, 1, 2 ..., got {_text(node)}")
         return value
@@ -185,6 +187,8 @@ class _Reader:
             self.fail(node, f"{what} must be a mapping, got {_text(node)}")
         found: dict = {}
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self.fail(key, f"key of {what} must be a text, got {_text(key)}")
             if key.value in found:
                 self.fail(key, f"{what} must have each key once, got {key.value!r} twice")
             found[key.value] = (key, value)
@@ -212,8 +216,8 @@ class _Reader:
         """Reader of a plain value that a rule holds for."""
 
         def result(node: yaml.Node, what: str):
-            value = yaml.safe_load(node.value) if isinstance(node, yaml.ScalarNode) else None
-            if rule.holds(getattr(node, "value", None)):
+            value = _plain(node)
+            if isinstance(node, yaml.ScalarNode) and rule.holds(node.value):
                 return node.value  # a text, also where YAML has another reading of it
             if not rule.holds(value):
                 self.fail(node, f"{what} must {rule.must}, got {_text(node)!r}")
@@ -229,7 +233,18 @@ class _Reader:
         return f"{self.source}:{node.start_mark.line + 1}: "
 
     def fail(self, node: yaml.Node, message: str):
-        raise ConfigError(self.where(node) + message)
+        message = message.replace("\n", " ")  # of a text over several lines
+        raise ConfigError(self.where(node) + (message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."))
+
+
+def _plain(node: yaml.Node):
+    """What YAML reads in a scalar: its text where that is nothing by itself, such as a quoted "[" or a 13th month; else None."""
+    if not isinstance(node, yaml.ScalarNode):
+        return None
+    try:
+        return yaml.safe_load(node.value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return node.value
 
 
 def _text(node: yaml.Node) -> str:

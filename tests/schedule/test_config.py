@@ -1,5 +1,7 @@
 """Strategy files: what is read, and the sentence for each mistake."""
 
+import re
+
 import pytest
 
 from npu_sparse.schedule import config
@@ -238,3 +240,38 @@ def test_a_strategy_refuses_what_it_cannot_be_wherever_it_is_made(make, sentence
 def test_lists_are_as_good_as_tuples():
     assert Tiling([8, 0]) == Tiling((8, 0)) and Fusion(stmts_fusion=[[0], [1]]) == Fusion(stmts_fusion=((0,), (1,)))
     assert Directive("parallel", [0], 1) == Directive("parallel", (0,), 1)
+
+
+DAMAGED = {
+    "key that is a list": (
+        "scheduling_strategy:\n  [directives]: []\n",
+        r":2: key of scheduling_strategy must be a text, got a list$",
+    ),
+    "key that is a mapping": ("? {a: 1}\n: x\n", r":1: key of file must be a text, got a mapping$"),
+    "text over lines": (
+        "scheduling_strategy:\n  directives: |\n    - type: parallel\n    - stmts: [0]\n",
+        r":2: directives must be a list, got - type: parallel - stmts: \[0\] $",
+    ),
+    "long text": ("fusion_heuristic: " + "x" * 5000, r":1: fusion_heuristic must be one of .*xxx\.\.\.$"),
+    "no number": ("parallel_work: '['\n", r":1: parallel_work must be an integer from 0 to 100, got '\['$"),
+    "no date": ("auto_vectorisation: 2020-13-45\n", r":1: auto_vectorisation must be true or false, got '2020-13-45'$"),
+    "long number": ("parallel_work: -" + "9" * 5000, r":1: parallel_work must be an integer from 0 to 100, got '-999"),
+    "dimension that is a list": (
+        "scheduling_strategy: {ILP_construction: [{scheduling_dimension: '*x'}]}\n",
+        r":1: scheduling_dimension must be default, 0, 1, 2 \.\.\., got \*x$",
+    ),
+    "deep": ("tiling: " + "[" * 20_000, r": the strategy cannot be read \(it is nested too deeply\)$"),
+    "endless": (
+        "scheduling_strategy: {ILP_construction: [{scheduling_dimension: 0, otherwise: &a {otherwise: *a}}]}\n",
+        r": the strategy cannot be read \(it is nested too deeply\)$",
+    ),
+}
+
+
+@pytest.mark.parametrize("text, sentence", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_one_sentence(tmp_path, text, sentence):
+    path = tmp_path / "damaged.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(str(path)) + sentence) as caught:
+        config.load(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000

@@ -157,3 +157,29 @@ def test_a_run_without_its_dense_rows_or_of_before_there_were_questions_goes_on(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert matched.main(words) == 0
     assert json.loads(cell.read_text())["samples"] == before
+
+
+def test_tasks_that_dense_does_not_solve_are_scored_unless_they_are_skipped(run):
+    words, output = run
+    for number in (0, 1):
+        (output / "quality" / f"hard-{number}.json").unlink()
+    args = matched.arguments(words)
+    assert matched.left(args) == [("quality", "hard-0"), ("quality", "hard-1")]
+    dense = json.loads((output / "quality" / "easy-0.json").read_text())
+    samples = [sample(float(right), 0.0) for right in (1, 1, 0, 0)]  # half is not solved
+    (output / "quality" / "hard-0.json").write_text(json.dumps({**dense, "task": "hard", "samples": samples}))
+    assert matched.left(args) == [("quality", "hard-1")]
+    args.unsolved = "skip"
+    assert matched.left(args) == []
+    args.solved = 0.4
+    assert matched.left(args) == [("quality", "hard-1")]
+
+
+def test_gaps_lie_between_dense_oracle_indexer_and_shared_indexer_with_the_same_exact_end():
+    shared, raw = "indexer:k=64,block=16,exact_last=8", "indexer:k=64,block=16"
+    oracle, own = "oracle:k=32,block=1,exact_last=8", "indexer:k=32,block=1,exact_last=8"
+    found = matched.gaps_of(shared, ["oracle:k=32,block=1", oracle, own, shared, raw, "oracle:k=32,block=16,exact_last=8"])
+    assert found == {"oracle gap": ("dense", oracle), "indexer gap": (oracle, own), "realization gap": (own, shared)}
+    assert matched.gaps_of(raw, [oracle, own, raw]) == {} and matched.gaps_of(own, [oracle, own]) == {}
+    assert matched.gaps_of("dense", [oracle]) == {}
+    assert matched.gaps_of(shared, [oracle, shared]) == {"oracle gap": ("dense", oracle)}
