@@ -2,14 +2,16 @@
 """How long does a request wait for its first token in vLLM, dense and with sparse prefill, and are its tokens transformers' own?
 
     python scripts/bench_vllm_ttft.py --model path/to/checkpoint --adapter qwen2.5-coder-0.5b --budget k=2048,block=64 \\
-        --lengths 8192,16384,32768 --requests 1,4 --batched 32768 --dtype bfloat16 --output runs/vllm-ttft
+        --lengths 8192,16384,32768 --requests 1,4 --batched 32768,8192 --dtype bfloat16 --budget-s 400 --output runs/vllm-ttft
 
 Two engines of one process, vLLM's own and one with the plugin, serve the same prompts round by round, each first every other
 time; prompts are random and new in every round. The time is that from handing over a round's requests to the first token of
-each, chunked by `--batched` tokens a step. `--check` tokens of one prompt go through transformers as well: largest difference of
-the log-probabilities of greedy tokens, sparse beside dense, so that the first can be judged by the second.
+each. A step of the engines takes as many tokens as the largest of `--batched`; for the others their schedulers hold every step
+to fewer. `--check` tokens of one prompt go through transformers as well: largest difference of the log-probabilities of greedy
+tokens, sparse beside dense, so that the first can be judged by the second.
 
-Prints a table, then one JSON line; writes report.json and report.md to --output.
+Every measurement is a record in --output of its own, finished ones are not made again, and none is begun that would end after
+`--budget-s` seconds: the same command goes on. Prints a table, then one JSON line; writes report.json and report.md.
 """
 
 import argparse
@@ -24,10 +26,12 @@ from npu_sparse import Budget, Indexer, SparsePrefill
 from npu_sparse.runs import stats
 from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table
-from npu_sparse.runs.store import open_run, write_json, write_text
+from npu_sparse.runs.store import Cells, open_run, write_json, write_text
 
 ENGINES = ("dense", "sparse")
 WRITTEN = 8  # greedy tokens that are compared
+SAMPLES = {"mean_s": [float], "last_s": [float]}
+CHECKED = {"tokens": [int], "transformers": [int], "same": int, "logprob_difference": float}
 
 
 def numbers(text: str) -> list[int]:
@@ -42,19 +46,22 @@ def parse(arguments) -> argparse.Namespace:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--lengths", default=[8192, 16384, 32768], type=numbers, help="tokens of a prompt")
     parser.add_argument("--requests", default=[1], type=numbers, help="requests of a round, all at once")
-    parser.add_argument("--batched", default=32768, type=int, help="tokens that a step of the engine may hold")
+    parser.add_argument("--batched", default=[32768], type=numbers, help="tokens that a step of the engines may hold")
     parser.add_argument("--check", default=2048, type=int, help="tokens of the prompt that transformers reads, too; 0 = none")
     parser.add_argument("--rounds", default=10, type=int)
     parser.add_argument("--eager", action="store_true", help="without torch.compile and graphs")
     parser.add_argument("--memory", default=0.4, type=float, help="share of the device's memory for each engine")
+    parser.add_argument("--budget-s", type=float, help="seconds after which no measurement ends; None = all are made")
     parser.add_argument("--output", required=True)
     options = parser.parse_args(arguments)
     for name in ("lengths", "requests", "batched", "rounds"):
         least = min(getattr(options, name)) if isinstance(getattr(options, name), list) else getattr(options, name)
         if least < 1:
             parser.error(f"{name} must be >= 1, got {least}")
-    if options.check > options.batched:
-        parser.error(f"check must not exceed batched, so that it is one chunk, got {options.check} and {options.batched}")
+    if options.check > max(options.batched):
+        parser.error(f"check must not exceed batched, so that it is one chunk, got {options.check} and {max(options.batched)}")
+    if not 0 < options.memory < 0.5:
+        parser.error(f"memory must be > 0 and < 0.5, a share for each of two engines, got {options.memory}")
     return options
 
 
@@ -68,14 +75,26 @@ def engines(options) -> list:
     register()
     common = dict(
         dtype=options.dtype, max_model_len=max(*options.lengths, options.check) + WRITTEN, seed=0,
-        max_num_batched_tokens=options.batched, max_num_seqs=max(options.requests), enable_prefix_caching=False,
+        max_num_batched_tokens=max(options.batched), max_num_seqs=max(options.requests), enable_prefix_caching=False,
         enforce_eager=options.eager, skip_tokenizer_init=True, disable_log_stats=True, gpu_memory_utilization=options.memory,
     )  # fmt: skip
     extra = {"adapter": options.adapter, "budget": options.budget}
-    # each takes a share of all memory, the first one's among it
-    first = vllm.LLM(options.model, **common)
-    common["gpu_memory_utilization"] = min(0.95, 2 * options.memory)
-    return [first, vllm.LLM(options.model, **common, load_format="npu_sparse", model_loader_extra_config=extra)]
+    sparse = dict(load_format="npu_sparse", model_loader_extra_config=extra)
+    return [vllm.LLM(options.model, **common), vllm.LLM(options.model, **common, **sparse)]
+
+
+def core(llm):
+    """The engine's own core, which is in this process."""
+    return llm.llm_engine.engine_core.engine_core
+
+
+def described(llm) -> dict:
+    """Which attention and which model runner an engine has."""
+    config = core(llm).vllm_config
+    layer = next(one for one in config.compilation_config.static_forward_context.values() if hasattr(one, "impl"))
+    version = getattr(layer.impl, "vllm_flash_attn_version", None)
+    name = layer.attn_backend.get_name() + ("" if version is None else f" {version}")
+    return {"attention": name, "runner": 2 if getattr(config, "use_v2_model_runner", False) else 1}
 
 
 def first_tokens(llm, prompts: list[list[int]]) -> list[float]:
@@ -127,64 +146,102 @@ def checked(options, both: list, vocabulary: int) -> dict:
     return found
 
 
-def measure(options, both: list, vocabulary: int) -> list[dict]:
-    """The seconds of every round, by length and number of requests."""
-    rng, cells = random.Random(0), []
-    for length in options.lengths:
+def measured(options, both: list, vocabulary: int, length: int, requests: int, batched: int) -> dict:
+    """The seconds of every round of one measurement."""
+    for llm in both:
+        core(llm).scheduler.max_num_scheduled_tokens = batched
+    rng = random.Random(f"{length} {requests} {batched}")
+    samples = {name: {"mean_s": [], "last_s": []} for name in ENGINES}
+    for number in range(-2, options.rounds):  # the first two warm up
+        prompts = [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(requests)]
+        for name, llm in list(zip(ENGINES, both))[:: 1 if number % 2 else -1]:
+            waited = first_tokens(llm, prompts)
+            if number >= 0:
+                samples[name]["mean_s"].append(sum(waited) / len(waited))
+                samples[name]["last_s"].append(max(waited))
+    dense, sparse = (samples[name]["mean_s"] for name in ENGINES)
+    return {"samples": samples, "speedup": stats.ratio_of_medians(dense, sparse).to_dict()}
+
+
+def cells(options, directory) -> Cells:
+    """The equality with transformers first, then the measurements, of the longest prompts first."""
+    identities = {"check": {"check": options.check}} if options.check else {}
+    for batched in sorted(options.batched, reverse=True):
         for requests in options.requests:
-            samples = {name: {"mean_s": [], "last_s": []} for name in ENGINES}
-            for number in range(-2, options.rounds):  # the first two warm up
-                prompts = [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(requests)]
-                for name, llm in list(zip(ENGINES, both))[:: 1 if number % 2 else -1]:
-                    waited = first_tokens(llm, prompts)
-                    if number >= 0:
-                        samples[name]["mean_s"].append(sum(waited) / len(waited))
-                        samples[name]["last_s"].append(max(waited))
-            dense, sparse = (samples[name]["mean_s"] for name in ENGINES)
-            speedup = stats.ratio_of_medians(dense, sparse).to_dict()
-            cells.append({"length": length, "requests": requests, "samples": samples, "speedup": speedup})
-    return cells
+            for length in sorted(options.lengths, reverse=True):
+                name = f"{length}x{requests}-{batched}"
+                identities[name] = {"length": length, "requests": requests, "batched": batched}
+    timed = {"samples": dict.fromkeys(ENGINES, SAMPLES), "speedup": {"value": float, "low": float, "high": float}}
+    return Cells(
+        directory / "cells", identities,
+        lambda name: {"found": dict.fromkeys(ENGINES, CHECKED), "engines": dict} if name == "check" else timed,
+    )  # fmt: skip
+
+
+def fill(options, kept: Cells, both: list, vocabulary: int) -> None:
+    """Makes what is missing, as far as it ends in time, by the seconds a token of those before, whose prompts are as long."""
+    begun, slowest = time.monotonic(), 0.0
+    for name in kept.missing():
+        started, what = time.monotonic(), kept.identities[name]
+        tokens = what.get("length", 0) * what.get("requests", 0)
+        if options.budget_s is not None and started - begun + slowest * tokens > options.budget_s:
+            return
+        if name == "check":
+            engines = {which: described(llm) for which, llm in zip(ENGINES, both)}
+            kept.write(name, {"found": checked(options, both, vocabulary), "engines": engines})
+        else:
+            kept.write(name, measured(options, both, vocabulary, **what))
+            slowest = max(slowest, (time.monotonic() - started) / tokens)
 
 
 def page(report: dict) -> str:
     """The report in markdown."""
     config, rows = report["config"], []
-    for cell in report["cells"]:
+    for cell in report["cells"].values():
         medians = {name: stats.summary(cell["samples"][name]["mean_s"]) for name in ENGINES}
         times = {f"{name}, s": f"{one['median']:.4f} (IQR {one['iqr']:.4f})" for name, one in medians.items()}
         ratio = cell["speedup"]
         interval = f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-        rows.append({"tokens": cell["length"], "requests": cell["requests"], **times, "dense / sparse": interval})
+        what = {"tokens": cell["length"], "requests": cell["requests"], "tokens a step": cell["batched"]}
+        rows.append({**what, **times, "dense / sparse": interval})
     lines = [
         "# Time to first token in vLLM\n",
         f"Mean over a round's requests, median of {config['rounds']} interleaved rounds; budget {config['budget']}, "
-        f"{config['batched']} tokens a step, {config['dtype']}, {'eager' if config['eager'] else 'compiled'}, vLLM "
-        f"{report['vllm']}. {machine_line(report['machine'])}\n",
-        markdown_table(rows),
+        f"{config['dtype']}, {'eager' if config['eager'] else 'compiled'}, vLLM {report['vllm']}. "
+        f"{machine_line(report['machine'])}\n",
+        markdown_table(rows) if rows else "Nothing was measured yet.",
     ]
-    for name, one in (report["check"] or {}).items():
+    check = report["check"] or {"found": {}}
+    for name, one in check["found"].items():
+        engine = check["engines"][name]
         lines.append(
-            f"\n{name}: {one['same']} of {len(one['tokens'])} greedy tokens are transformers' after {config['check']} tokens; "
-            f"log-probabilities differ by up to {one['logprob_difference']:.2e}."
+            f"\n{name}, {engine['attention']}, model runner {engine['runner']}: {one['same']} of {len(one['tokens'])} greedy "
+            f"tokens are transformers' after {config['check']} tokens; log-probabilities differ by up to "
+            f"{one['logprob_difference']:.2e}."
         )
+    if report["missing"]:
+        lines.append(f"\nNot measured yet: {', '.join(report['missing'])}.")
     return "\n".join(lines) + "\n"
 
 
 def main(arguments=None) -> int:
     options = parse(arguments)
-    config = {name: value for name, value in vars(options).items() if name != "output"}
+    config = {name: value for name, value in vars(options).items() if name not in ("output", "budget_s")}
     directory = open_run(options.output, {"stage": "vllm-ttft", **config})
-    both = engines(options)
+    kept = cells(options, directory)
+    if kept.missing():
+        both = engines(options)
+        fill(options, kept, both, both[0].llm_engine.model_config.get_vocab_size())
     import vllm
 
-    vocabulary = both[0].llm_engine.model_config.get_vocab_size()
     report = {"config": config, "vllm": vllm.__version__, "machine": machine(), "load": list(os.getloadavg())}
-    report["check"] = checked(options, both, vocabulary) if options.check else None
-    report["cells"] = measure(options, both, vocabulary)
+    done = kept.records()
+    report |= {"check": done.pop("check", None), "cells": done, "missing": kept.missing()}
     write_json(directory / "report.json", report)
     write_text(directory / "report.md", page(report))
     print(page(report))
-    print(json.dumps({**report, "cells": [{k: v for k, v in cell.items() if k != "samples"} for cell in report["cells"]]}))
+    short = {name: {key: value for key, value in cell.items() if key != "samples"} for name, cell in done.items()}
+    print(json.dumps({**report, "cells": short}))
     return 0
 
 

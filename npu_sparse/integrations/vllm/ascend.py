@@ -18,7 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .plan import Plan, divided
+from .plan import Plan, Request, divided, packed
 
 NAME = "ASCEND"  # of its pages, in pages.py
 BACKEND, IMPL = "AscendAttentionBackend", "AscendAttentionBackendImpl"
@@ -102,13 +102,9 @@ def make_plan(common, dense_below: int, build) -> Plan | None:
     return Plan(sparse, common.block_table_tensor, build(subset), rows)
 
 
-def part_of(common, chosen: tuple[int, ...]):
+def part_of(common, chosen: tuple[Request, ...]):
     """`(rows of their tokens, the metadata)` of some requests of a batch."""
-    starts = common.query_start_loc_cpu
-    rows = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in chosen])
-    on_host = torch.tensor(chosen)
-    counts = (starts[1:] - starts[:-1])[on_host]
-    begins = torch.cat([starts.new_zeros(1), counts.cumsum(0, dtype=starts.dtype)])
+    rows, on_host, begins, counts = packed(common, chosen)
     lengths = common.seq_lens_cpu_upper_bound[on_host]
     device = common.query_start_loc.device
     on_device, rows_on_device = on_host.to(device), rows.to(device)

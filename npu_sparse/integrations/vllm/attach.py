@@ -19,6 +19,7 @@ from ...selectors import learns_partition
 from .backend import sparse_backend
 from .branch import OP, Attached, IndexBranch, hook
 from .options import Options
+from .prompts import WORKER, provide_state
 from .refusals import check_engine, check_stage
 
 logger = init_logger("vllm.npu_sparse")  # vLLM shows what is below its own name
@@ -96,6 +97,12 @@ def attach(model: torch.nn.Module, vllm_config, attached: Attached) -> None:
         if attention.npu_sparse.selects:
             module.register_forward_pre_hook(hook(module), with_kwargs=True)
     _split_graphs(vllm_config)
+    provide_state(model, vllm_config, attached.prompts)
+    if attached.budget.exact_last and not _says_prompts(vllm_config):
+        logger.info(
+            "npu_sparse: exact_last ends every chunk, for this model runner does not say where prompts end: --worker-cls %s does",
+            WORKER,
+        )
     selecting = sum(module.attn.npu_sparse.selects for module in found.values())
     per_token = selecting * attached.indexer.config.dim * vllm_config.model_config.dtype.itemsize
     logger.info(
@@ -115,6 +122,10 @@ def full_attention_modules(model: torch.nn.Module, layers) -> dict[int, torch.nn
         if layer in layers and attention.sliding_window is None:
             found[layer] = module
     return found
+
+
+def _says_prompts(vllm_config) -> bool:
+    return getattr(vllm_config, "use_v2_model_runner", False) or vllm_config.parallel_config.worker_cls == WORKER
 
 
 def _split_graphs(vllm_config) -> None:

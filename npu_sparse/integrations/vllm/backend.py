@@ -28,7 +28,7 @@ def sparse_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
             super().__init__(*args, **kwargs)
             check_pages(backend.get_name(), getattr(self, "isa", None))
             layers = self.vllm_config.compilation_config.static_forward_context
-            self._dense_below = layers[self.layer_names[0]].npu_sparse.attached.budget.dense_below
+            self._attached = layers[self.layer_names[0]].npu_sparse.attached
 
         @classmethod
         def get_cudagraph_support(cls, vllm_config, kv_cache_spec):
@@ -39,7 +39,9 @@ def sparse_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
         def build(self, common_prefix_len, common_attn_metadata, *args, **kwargs):
             metadata = super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
             build_dense = functools.partial(base_builder.build, self, 0)
-            metadata.npu_sparse = make_plan(common_attn_metadata, self._dense_below, build_dense)
+            metadata.npu_sparse = make_plan(
+                common_attn_metadata, self._attached.budget.dense_below, build_dense, self._attached.prompts.of_batch
+            )
             return metadata
 
     class Impl(base_impl):

@@ -24,6 +24,7 @@ from . import ascend
 from .key_cache import IndexKeys
 from .pages import read_kv
 from .plan import Plan, Request
+from .prompts import Prompts
 
 OP = "npu_sparse_vllm::index"
 _OURS = "npu_sparse"  # the key in a ForwardContext
@@ -39,6 +40,7 @@ class Attached:
         selects: `checks.selecting_layers`.
         learns: whether the budget reads learned log-partitions.
         reserve: bytes that a layer's selection may hold; vLLM's memory profile sees them taken.
+        prompts: how long the prompts of a batch are, where the model runner says it.
     """
 
     indexer: Indexer
@@ -48,6 +50,7 @@ class Attached:
     workspace_mib: int
     learns: bool
     reserve: int
+    prompts: Prompts = field(default_factory=Prompts)
 
 
 @dataclass(eq=False)
@@ -113,7 +116,7 @@ class IndexBranch(nn.Module):
         )
         # Without a prompt's length a chunk takes its own end for the prompt's: exact rows then end every chunk, so that the
         # prompt's last are exact wherever the chunks end.
-        forward = ForwardContext(request.length - request.queries, request.queries, None, attached.budget.dense_below)
+        forward = ForwardContext(request.length - request.queries, request.queries, request.prompt, attached.budget.dense_below)
         with workspace.sized(attached.workspace_mib << 20):
             out = attend_sparsely(inputs, forward, attached.budget, lambda chosen: self._support(chosen, request, step))
         output[rows] = out[0].transpose(0, 1)

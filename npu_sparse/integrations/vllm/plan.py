@@ -1,5 +1,6 @@
 """Which requests of a batch run sparse."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,18 +9,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Request:
-    """One request whose queries run sparse in this batch.
+    """Some queries of one request in this batch, all of them but where its prompt ends among them.
 
     Attributes:
         row: its row in the batch.
-        start, stop: its queries are rows [start, stop) of the batch's tokens.
+        start, stop: these queries are rows [start, stop) of the batch's tokens.
         length: tokens of its context, these queries included.
+        prompt: tokens of its whole prompt, None = the model runner did not say.
     """
 
     row: int
     start: int
     stop: int
     length: int
+    prompt: int | None = None
 
     @property
     def queries(self) -> int:
@@ -43,17 +46,18 @@ class Plan:
     dense_rows: Tensor | None = None
 
 
-def make_plan(common, dense_below: int, build) -> Plan | None:
+def make_plan(common, dense_below: int, build, prompts=lambda: None) -> Plan | None:
     """The Plan of a batch by vLLM's CommonAttentionMetadata; None where nothing of it runs sparse.
 
     A request runs sparse while its prompt is read, by more than one token at a time, at a context of at least `dense_below`
-    tokens. `build(common)` is the backend's own metadata of the other requests.
+    tokens. `build(common)` is the backend's own metadata of the other requests; `prompts()` gives the tokens of each
+    request's prompt, or None.
     """
     if common.max_query_len <= 1 or common.max_seq_len < dense_below:
         return None
     sparse, dense = divided(
         common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound.tolist(),
-        None if common.is_prefilling is None else common.is_prefilling.tolist(), common.num_reqs, dense_below,
+        None if common.is_prefilling is None else common.is_prefilling.tolist(), common.num_reqs, dense_below, prompts(),
     )  # fmt: skip
     if not sparse:
         return None
@@ -63,29 +67,42 @@ def make_plan(common, dense_below: int, build) -> Plan | None:
     return Plan(sparse, common.block_table_tensor, build(subset), rows)
 
 
-def divided(starts, lengths, prefilling, requests: int, dense_below: int) -> tuple[tuple[Request, ...], tuple[int, ...]]:
-    """`(the requests that run sparse, the rows of those that run dense)`; a row without tokens is neither.
+def divided(
+    starts, lengths, prefilling, requests: int, dense_below: int, prompts: Sequence[int] | None = None
+) -> tuple[tuple[Request, ...], tuple[Request, ...]]:
+    """`(what runs sparse, what runs dense)`; a row without tokens is neither, and one whose prompt ends in it may be both.
 
-    prefilling: whether each request still reads its prompt, None = all do.
+    prefilling: whether each request still reads its prompt, None = all do. prompts: tokens of their prompts, None = not known.
+    What follows a prompt, as when a preempted request is read again, was decoded: it runs dense, as then.
     """
     sparse, dense = [], []
     for row in range(requests):
-        request = Request(row, starts[row], starts[row + 1], lengths[row])
-        if request.queries > 1 and request.length >= dense_below and (prefilling is None or prefilling[row]):
-            sparse.append(request)
-        elif request.queries:
-            dense.append(row)
+        start, stop = starts[row], starts[row + 1]
+        if start == stop:
+            continue
+        length, prompt = lengths[row], None if prompts is None else prompts[row]
+        end = length if prompt is None else min(length, prompt)
+        middle = stop - (length - end)  # rows from here on follow the prompt
+        if middle - start > 1 and end >= dense_below and (prefilling is None or prefilling[row]):
+            sparse.append(Request(row, start, middle, end, prompt))
+            start = middle
+        if start < stop:
+            dense.append(Request(row, start, stop, length, prompt))
     return tuple(sparse), tuple(dense)
 
 
-def part_of(common, chosen: tuple[int, ...]):
-    """`(rows of their tokens, the metadata)` of some requests of a batch."""
+def packed(common, chosen: tuple[Request, ...]):
+    """`(rows of their tokens, rows of the requests, where each begins among the first, tokens of each)`, on the host."""
+    rows = torch.cat([torch.arange(one.start, one.stop) for one in chosen])
+    counts = torch.tensor([one.queries for one in chosen], dtype=common.query_start_loc_cpu.dtype)
+    begins = torch.cat([counts.new_zeros(1), counts.cumsum(0, dtype=counts.dtype)])
+    return rows, torch.tensor([one.row for one in chosen]), begins, counts
+
+
+def part_of(common, chosen: tuple[Request, ...]):
+    """`(rows of their tokens, the metadata)` of some requests of a batch, or of the last queries of some."""
     device = common.query_start_loc.device
-    starts = common.query_start_loc_cpu
-    rows = torch.cat([torch.arange(starts[row], starts[row + 1]) for row in chosen])
-    on_host = torch.tensor(chosen)
-    counts = (starts[1:] - starts[:-1])[on_host]
-    begins = torch.cat([starts.new_zeros(1), counts.cumsum(0, dtype=starts.dtype)])
+    rows, on_host, begins, counts = packed(common, chosen)
     lengths = common.seq_lens_cpu_upper_bound[on_host]
     rows, on_device = rows.to(device), on_host.to(device)
     changes = dict(

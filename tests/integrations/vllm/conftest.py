@@ -192,10 +192,13 @@ def engine(vllm, checkpoints):
 
 
 class Reference:
-    """The transformers model with the same steps."""
+    """The transformers model with the same steps.
 
-    def __init__(self, checkpoint: Checkpoint, budget: str | None):
-        self.checkpoint, self.budget = checkpoint, None if budget is None else Budget.parse(budget)
+    said: whether every forward is told the prompt's length, as an engine's attention is where its worker says it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, budget: str | None, *, said: bool = False):
+        self.checkpoint, self.budget, self.said = checkpoint, None if budget is None else Budget.parse(budget), said
 
     @torch.no_grad()
     def walk(self, parts: list[tuple[Served, list[tuple[int, int]]]]) -> dict[int, torch.Tensor]:
@@ -217,8 +220,9 @@ class Reference:
                     ids = torch.tensor([tokens[start : start + count]])
                     # past its prompt a request decodes, whatever the number of tokens: recomputed ones may be several
                     decodes = self.budget is not None and start >= len(served.prompt) and count > 1
-                    said = {"prompt_length": start} if decodes else {}
-                    found[start + count] = model(ids, past_key_values=cache, **said).logits[0, -1].float().log_softmax(-1)
+                    length = len(served.prompt) if self.said else start if decodes else None
+                    told = {} if length is None or self.budget is None else {"prompt_length": length}
+                    found[start + count] = model(ids, past_key_values=cache, **told).logits[0, -1].float().log_softmax(-1)
         return found
 
     def check(self, served: Served, *, before: Served | None = None, noise: float = NOISE) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from npu_sparse.integrations.vllm import ascend, versions
 from npu_sparse.integrations.vllm.pages import read_kv
+from npu_sparse.integrations.vllm.plan import Request
 from npu_sparse.integrations.vllm.refusals import check_engine
 
 from .test_configuration import engine
@@ -231,7 +232,7 @@ def test_a_batch_of_prompts_is_planned_without_the_backend():
 
 def test_part_of_a_batch_has_its_own_lengths_wherever_they_are_kept():
     step = batch([1, 3, 9, 1], [6, 3, 9, 7], [False, True, True, False])
-    rows, part = ascend.part_of(step.common, (1, 3))
+    rows, part = ascend.part_of(step.common, (Request(1, 1, 4, 3), Request(3, 13, 14, 7)))
     assert rows.tolist() == [1, 2, 3, 13]
     for name in ("seq_lens", "seq_lens_cpu", "_seq_lens_cpu", "seq_lens_cpu_upper_bound"):
         assert getattr(part, name).tolist() == [3, 7], name

@@ -1,5 +1,6 @@
 """Which requests of a batch run sparse, and what of the batch is left to the backend."""
 
+import itertools
 from dataclasses import dataclass, replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from npu_sparse.integrations.vllm.plan import divided, make_plan
+from npu_sparse.models.forward import ForwardContext
 
 
 @dataclass
@@ -73,6 +75,30 @@ def test_decodes_short_prompts_and_later_turns_of_a_batch_are_left_to_the_backen
     assert rest.positions.tolist() == [0, 63, 70, 77, 84, 91, 98]
     assert rest.is_prefilling.tolist() == [False, True, False, True]
     assert rest._num_computed_tokens_cache is None, "what was remembered of the whole batch is not the part's"
+
+
+def test_a_prompt_that_ends_in_a_batch_is_cut_there():
+    """A preempted request is read again in one go: 6 tokens of its prompt and 3 that it had written; the next one read its prompt
+    before; the prompt of the last one goes on."""
+    common = batch([9, 4, 5], [9, 40, 30], [True, True, True])
+    plan = make_plan(common, 0, build=lambda part: part, prompts=lambda: [6, 36, 100])
+    assert [(r.row, r.start, r.stop, r.length, r.prompt) for r in plan.requests] == [(0, 0, 6, 6, 6), (2, 13, 18, 30, 100)]
+    assert plan.dense_rows.tolist() == [6, 7, 8, 9, 10, 11, 12]
+    rest = plan.dense
+    assert rest.num_reqs == 2 and rest.query_start_loc.tolist() == [0, 3, 7] and rest.max_query_len == 4
+    assert rest.seq_lens.tolist() == [9, 40] and rest.slot_mapping.tolist() == [106, 107, 108, 109, 110, 111, 112]
+    assert rest.block_table_tensor[:, 0].tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("dense_below", [0, 20])
+def test_a_request_runs_sparse_where_a_forward_of_transformers_would(dense_below):
+    """Chunks that begin and end anywhere around a prompt's end."""
+    for before, queries, prompt in itertools.product((0, 5, 18, 19, 20, 23), (1, 2, 3, 25), (None, 1, 2, 19, 20, 21, 60)):
+        forward = ForwardContext(before, queries, prompt, dense_below)
+        found, dense = divided([3, 3 + queries], [before + queries], [True], 1, dense_below, prompt and [prompt])
+        assert sum(r.queries for r in found) == forward.sparse_queries, (before, queries, prompt)
+        assert [r.length for r in found] == ([forward.end] if found else [])
+        assert [row for r in found + dense for row in range(r.start, r.stop)] == [*range(3, 3 + queries)]
 
 
 @pytest.mark.parametrize("dense_below, sparse", [(0, [0, 1]), (20, [1]), (21, [])])
