@@ -108,9 +108,9 @@ def page(report: dict) -> str:
     """The report in markdown."""
     rows, config = [], report["config"]
     for clock, title in (("wall_s", "time"), ("cpu_s", "processor time")):
-        found = {name: stats.summary(report["samples"][name][clock]) for name in ENGINES}
+        summaries = {name: stats.summary(report["samples"][name][clock]) for name in ENGINES}
         ratio = report["ratio"][clock]
-        cells = {name: f"{one['median']:.3f} s (IQR {one['iqr']:.3f})" for name, one in found.items()}
+        cells = {name: f"{one['median']:.3f} s (IQR {one['iqr']:.3f})" for name, one in summaries.items()}
         interval = f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
         rows.append({"a round": title, **cells, "ratio of medians": interval})
     how = "compiled" if config["compiled"] else "eager"

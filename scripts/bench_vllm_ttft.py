@@ -22,6 +22,11 @@ import sys
 import time
 from contextlib import nullcontext
 
+from npu_sparse import cann
+
+with cann.required():
+    import torch
+
 from npu_sparse import Budget, Indexer, SparsePrefill
 from npu_sparse.runs import stats
 from npu_sparse.runs.machine import machine, machine_line
@@ -115,7 +120,6 @@ def first_tokens(llm, prompts: list[list[int]]) -> list[float]:
 
 def checked(options, both: list, vocabulary: int) -> dict:
     """What each engine and transformers make of one prompt."""
-    import torch
     from transformers import AutoModelForCausalLM, DynamicCache
     from vllm import SamplingParams
 
@@ -123,7 +127,7 @@ def checked(options, both: list, vocabulary: int) -> dict:
     greedy = SamplingParams(max_tokens=WRITTEN, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(device).eval()
-    found = {}
+    counts = {}
     for name, llm in zip(ENGINES, both):
         (output,) = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0].outputs
         tokens = list(output.token_ids)
@@ -139,11 +143,11 @@ def checked(options, both: list, vocabulary: int) -> dict:
                 ours.append(float(logits[token]))
                 best.append(int(logits.argmax()))
                 ids = [token]
-        found[name] = {
+        counts[name] = {
             "tokens": tokens, "transformers": best, "same": sum(a == b for a, b in zip(tokens, best)),
             "logprob_difference": max(abs(a - b) for a, b in zip(ours, theirs)),
         }  # fmt: skip
-    return found
+    return counts
 
 
 def measured(options, both: list, vocabulary: int, length: int, requests: int, batched: int) -> dict:

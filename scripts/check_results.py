@@ -46,16 +46,16 @@ def numbers(value) -> set[float]:
         return set()
     if isinstance(value, (int, float)):
         return {abs(float(value))}
-    return {float(found) for found in re.findall(r"\d+(?:\.\d+)?", str(value))}
+    return {float(digits) for digits in re.findall(r"\d+(?:\.\d+)?", str(value))}
 
 
 def known(folder: Path) -> set[float]:
     """The numbers of a run's report and config."""
-    found = set()
+    values = set()
     for name in ("report.json", "config.json"):
         if (folder / name).exists():
-            found |= numbers(json.loads((folder / name).read_text()))
-    return found
+            values |= numbers(json.loads((folder / name).read_text()))
+    return values
 
 
 def states(text: str, value: float) -> bool:
@@ -87,10 +87,10 @@ def unfound(page: Path) -> list[str]:
         header = ""
         for line in NO_NUMBER.sub(" ", ESCAPED.sub("", body)).splitlines():
             header = "" if not line.startswith("|") else header or line
-            for found in NUMBER.finditer(line):
-                scales = SCALES[(found[2] or "").strip().replace("points", "score") or unit_of(line, found.start(), header)]
-                if not any(states(found[1].replace(",", ""), value * scale) for value in values for scale in scales):
-                    missing.append(f"{page.name}, {heading.strip('# ') or 'top'}: {found[0]} in {line.strip()[:100]!r}")
+            for match in NUMBER.finditer(line):
+                scales = SCALES[(match[2] or "").strip().replace("points", "score") or unit_of(line, match.start(), header)]
+                if not any(states(match[1].replace(",", ""), value * scale) for value in values for scale in scales):
+                    missing.append(f"{page.name}, {heading.strip('# ') or 'top'}: {match[0]} in {line.strip()[:100]!r}")
     return missing
 
 

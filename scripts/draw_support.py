@@ -9,7 +9,10 @@ Every cell of the drawing is a (query, key) pair of one forward of the checkpoin
 import argparse
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints
 from npu_sparse.ops import attention_mass

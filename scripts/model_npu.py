@@ -66,7 +66,7 @@ def attention_cycles(programs, dim: int, k: int, block: int, run: float, scale: 
     if key not in _TRACES:
         _TRACES[key] = [trace(programs["sparse_attention"], 4, dim, n, max(16384, 2 * k), k, block, run, 0) for n in (256, 512)]
     rates = cost.Rates().scaled(scale)
-    few, many = (cost.simulate(found, rates, l2_hit=l2_hit) for found in _TRACES[key])
+    few, many = (cost.simulate(traced, rates, l2_hit=l2_hit) for traced in _TRACES[key])
     cycles = many.cycles - few.cycles
     busy = {pipe: (many.busy[pipe] - few.busy[pipe]) / cycles for pipe in many.busy}
     return {"cycles_per_query": cycles / 256, "busy": busy, "gm_bytes_per_query": (many.gm_read - few.gm_read) / 256}
@@ -79,15 +79,15 @@ def selection_line(programs, dim: int, k: int, block: int, partition: bool, scal
     if key not in _TRACES:
         _TRACES[key] = [trace(programs["select_by_index"], dim, queries, n, k, block, 1, int(partition), 0) for n in lengths]
     rates = cost.Rates().scaled(scale)
-    found = [cost.simulate(each, rates, l2_hit=1.0) for each in _TRACES[key]]  # all index keys fit into L2
-    slope = (found[2].cycles - found[0].cycles) / (lengths[2] - lengths[0])
-    intercept = found[0].cycles - slope * lengths[0]
-    keys, cycles = lengths[2] - lengths[0], found[2].cycles - found[0].cycles
+    timings = [cost.simulate(each, rates, l2_hit=1.0) for each in _TRACES[key]]  # all index keys fit into L2
+    slope = (timings[2].cycles - timings[0].cycles) / (lengths[2] - lengths[0])
+    intercept = timings[0].cycles - slope * lengths[0]
+    keys, cycles = lengths[2] - lengths[0], timings[2].cycles - timings[0].cycles
     return {
         "queries": queries, "intercept": intercept, "slope": slope,
-        "off_the_line": found[1].cycles / (intercept + slope * lengths[1]) - 1,
-        "busy": {pipe: (found[2].busy[pipe] - found[0].busy[pipe]) / cycles for pipe in found[2].busy},
-        "cube_cycles_per_key": (found[2].mac - found[0].mac) / 4096 / keys,
+        "off_the_line": timings[1].cycles / (intercept + slope * lengths[1]) - 1,
+        "busy": {pipe: (timings[2].busy[pipe] - timings[0].busy[pipe]) / cycles for pipe in timings[2].busy},
+        "cube_cycles_per_key": (timings[2].mac - timings[0].mac) / 4096 / keys,
     }  # fmt: skip
 
 
@@ -144,8 +144,8 @@ def scored_as_published(programs, chip: cost.Chip) -> list[dict]:
     rows = []
     for shape in LIGHTNING_INDEXER:
         sizes = (shape.queries, shape.keys, min(shape.k, shape.keys), 1, shape.heads)
-        found = trace(programs["select_by_index"], 128, *sizes, 0, 0)
-        timing = cost.simulate(found)
+        traced = trace(programs["select_by_index"], 128, *sizes, 0, 0)
+        timing = cost.simulate(traced)
         turns = -(-shape.batch // chip.cores)
         rows.append({
             "name": shape.name, "lightning_indexer_us": shape.microseconds,
@@ -199,8 +199,8 @@ def main(arguments=None) -> int:
 def check_against_published(programs) -> dict:
     """4096 more contiguous keys for 128 rows of D = 128, modelled, beside what another kernel was measured to take."""
     chip = cost.CHIPS["910B2"]
-    found = [trace(programs["sparse_attention"], 4, 128, 32, 16384, k, 32, k, 0) for k in (4096, 8192)]
-    cycles = [cost.simulate(each, l2_hit=1.0).cycles for each in found]
+    traces = [trace(programs["sparse_attention"], 4, 128, 32, 16384, k, 32, k, 0) for k in (4096, 8192)]
+    cycles = [cost.simulate(each, l2_hit=1.0).cycles for each in traces]
     modelled = (cycles[1] - cycles[0]) / chip.ghz / 1e3
     return {"modelled_us": modelled, "published_us": PUBLISHED_FA_US, "error": modelled / PUBLISHED_FA_US - 1}
 
@@ -294,10 +294,10 @@ Modelled on {machine_line(result["machine"])}.
 
 
 def _layers(rows: list[dict]) -> list[dict]:
-    found = []
+    layers = []
     for row in rows:
         spread = row["speed_up_if_overheads"]
-        found.append({
+        layers.append({
             "tokens": row["length"], "dense (ms)": 1e3 * row["dense_s"], "projection (ms)": 1e3 * row["projection_s"],
             "scoring + top-k (ms)": 1e3 * row["selection_s"], "gather attention (ms)": 1e3 * row["attention_s"],
             **({"exact end (ms)": 1e3 * row["exact_s"]} if row["exact_s"] else {}),
@@ -305,7 +305,7 @@ def _layers(rows: list[dict]) -> list[dict]:
             "at the model's error": " - ".join(f"{each:.1f}" for each in row["speed_up_at_error"]),
             "with overheads x 0.5 / x 2": f"{spread['0.5']:.2f} / {spread['2.0']:.2f}", "L2 hits": f"{row['l2_hit']:.2f}",
         })  # fmt: skip
-    return found
+    return layers
 
 
 def _figure(result: dict):

@@ -70,9 +70,9 @@ def run(step: Step, directory: Path) -> dict:
         rc = f"stopped after {step.limit_s} s"
     except FileNotFoundError:
         rc = f"needs {command[0]}"
-    found = {"rc": rc, "seconds": round(time.time() - began, 1)}
-    (out / "status.json").write_text(json.dumps(found) + "\n")
-    return found
+    status = {"rc": rc, "seconds": round(time.time() - began, 1)}
+    (out / "status.json").write_text(json.dumps(status) + "\n")
+    return status
 
 
 def is_done(step: Step, directory: Path) -> bool:
@@ -117,8 +117,8 @@ def main(arguments=None) -> int:
         return 0
     for step in chosen:
         if not is_done(step, args.output):
-            found = run(step, args.output)
-            print(f"{step.name}: {found['rc']} in {found['seconds']} s", flush=True)
+            status = run(step, args.output)
+            print(f"{step.name}: {status['rc']} in {status['seconds']} s", flush=True)
     failed = [step.name for step in chosen if not is_done(step, args.output)]
     print(f"{len(chosen) - len(failed)} of {len(chosen)} steps done" + (f"; not done: {', '.join(failed)}" if failed else ""))
     print(f"the report to send back is {pack(args.output, list(STEPS))}")

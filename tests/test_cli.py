@@ -77,14 +77,14 @@ def captured(monkeypatch):
     """`captured(name, *options)` gives the config with which a stage would run."""
 
     def capture(name: str, *options: str):
-        found = []
+        configs = []
 
         def stub(config, output):
-            found.append(config)
+            configs.append(config)
 
         monkeypatch.setattr(import_module(cli.COMMANDS[name].module), cli.COMMANDS[name].run, stub)
         assert cli.main([name, "tiny", *options]) == 0
-        return found[0]
+        return configs[0]
 
     return capture
 
@@ -132,9 +132,6 @@ def test_doctor_says_what_runs_here(capsys):
     assert "torch" in capsys.readouterr().out
     cli.main(["doctor", "--json"])
     assert isinstance(json.loads(capsys.readouterr().out), (dict, list))
-
-
-# Options
 
 
 @pytest.mark.parametrize("name", STAGES)

@@ -14,9 +14,9 @@ and reports when each pipe is busy. The constants are public figures where there
 * `Rates.dma`, `Rates.burst`, `Rates.issue`: assumptions, chosen so that 16 KB copies run near full rate and 512 B gathers do
   not, as the vendor's guides say. `scripts/model_npu.py` reports how much the result moves when they are halved and doubled.
 
-What is not modelled: contention of cores for L2 banks, instruction cache misses, clock throttling, the scalar unit's
-arithmetic. Times are therefore on the optimistic side, for dense and sparse alike: `npu_published.against_published` says by
-how much for a kernel that was timed, and no modelled time is published without it.
+Contention of cores for L2 banks, instruction cache misses, clock throttling and the scalar unit's arithmetic are not modelled.
+Times are therefore too short, for dense and sparse alike. `npu_published.against_published` says by how much for a kernel that
+was timed, and no modelled time is published without it.
 """
 
 import json

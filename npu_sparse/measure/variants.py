@@ -106,14 +106,14 @@ def in_order(names) -> list[str]:
 
 def split_names(text: str) -> tuple[str, ...]:
     """The variants that a comma-separated list names; the fields of a variant's Budget are separated by commas, too."""
-    found: list[str] = []
+    names: list[str] = []
     for part in filter(None, text.split(",")):
         begins = re.split("[+:]", part, maxsplit=1)[0] in VARIANTS
-        if begins or not found or ":" not in found[-1]:
-            found.append(part)
+        if begins or not names or ":" not in names[-1]:
+            names.append(part)
         else:
-            found[-1] += f",{part}"
-    return tuple(found)
+            names[-1] += f",{part}"
+    return tuple(names)
 
 
 def check_names(names: tuple[str, ...]) -> None:
@@ -168,12 +168,12 @@ def budgets_of(text: str) -> list[Budget]:
     """
     if not re.match(r"\s*\d+\s*:", text):
         return [Budget.parse(part) for part in text.split(";")]
-    found = []
+    budgets = []
     for part in text.split(","):
         k, block, *rest = part.split(":")
         fields = [f"candidates={field}" if field.isdigit() else field for field in rest]
-        found.append(Budget.parse(",".join([f"k={k}", f"block={block}", *fields])))
-    return found
+        budgets.append(Budget.parse(",".join([f"k={k}", f"block={block}", *fields])))
+    return budgets
 
 
 def former_fields_as_budget(config: Mapping) -> dict:

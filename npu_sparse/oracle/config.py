@@ -1,4 +1,4 @@
-"""What an oracle study measures: its config, and the variants that follow from it."""
+"""The config of an oracle study, and the variants that follow from it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -170,14 +170,14 @@ class Variant:
 
 def variants(config: OracleConfig, kv_heads: int) -> list[Variant]:
     """Every variant of a study, budgets in the outer loop. With one KV head, "kv" is "all" and is left out."""
-    found = []
+    chosen = []
     for k in config.budgets:
         for layers in config.share_layers:
             for heads, block, reduce in granularities(config, kv_heads):
-                found.append(Variant("oracle", "oracle", k, heads, block, reduce, share_layers=layers))
+                chosen.append(Variant("oracle", "oracle", k, heads, block, reduce, share_layers=layers))
         for control in config.controls:
-            found.append(Variant("control", control, k, sink=config.sink if control == "local" else 0))
-    return found
+            chosen.append(Variant("control", control, k, sink=config.sink if control == "local" else 0))
+    return chosen
 
 
 def granularities(config: OracleConfig, kv_heads: int) -> list[tuple[str, int, str | None]]:

@@ -82,8 +82,8 @@ def test_reduction_only_multiplies_shared_blocks():
 
 
 def test_one_kv_head_leaves_out_kv_groups():
-    found = variants(OracleConfig("m", heads=("all", "kv")), kv_heads=1)
-    assert {v.heads for v in found} == {"all"}
+    left = variants(OracleConfig("m", heads=("all", "kv")), kv_heads=1)
+    assert {v.heads for v in left} == {"all"}
 
 
 def test_cells_have_distinct_names():

@@ -15,12 +15,13 @@ load format. Everything else follows from loading a model with it:
     key_cache.py   index keys in pages of vLLM's own block manager, so that prefix caching, preemption and eviction hold
     backend.py     a subclass of whichever attention backend vLLM selected; it runs the requests of a Plan sparse
     prompts.py     how long the prompts of a batch are, which decides where `exact_last` is; worker.py says it of the older runner
+    scheduler.py   ends chunks where a prompt in one piece has the ends of its blocks; chunks.py says where that is
     plan.py        which requests of a batch run sparse, from the host's copy of the batch: no device synchronisation
     ascend.py      what is different under vLLM-Ascend; written from its sources, not run on a card
     pages.py       keys and values of one request out of a backend's pages
 
-Only this package's own files that vLLM must subclass import vllm: `options`, `versions`, `refusals`, `prompts`, `plan` and
-`pages` do not.
+Only this package's own files that vLLM must subclass import vllm: `options`, `versions`, `refusals`, `prompts`, `chunks`,
+`plan` and `pages` do not.
 """
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from ...budget import Budget
+from ...indexer import recommended_budget
 from ...ops import workspace
 from ...ops.dispatch import IMPLEMENTATIONS
 
@@ -53,3 +54,11 @@ class Options:
             workspace.check(given.get("workspace_mib", workspace.DEFAULT_MIB)),
             load_format,
         )
+
+
+def budget_of(load_config) -> Budget:
+    """The budget of an engine by its LoadConfig. Raises ValueError where the engine's prefill is not sparse."""
+    if load_config.load_format != "npu_sparse":
+        raise ValueError(f"load-format must be npu_sparse for AlignedScheduler, got {load_config.load_format}")
+    options = Options.parse(load_config.model_loader_extra_config)
+    return options.budget or recommended_budget(options.adapter) or Budget()

@@ -8,8 +8,8 @@ BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 def check_engine(config) -> None:
     """Raises ValueError for the first thing in a VllmConfig that sparse prefill does not serve."""
-    for found in refusals(config):
-        raise ValueError(found)
+    for reason in refusals(config):
+        raise ValueError(reason)
 
 
 def refusals(config):

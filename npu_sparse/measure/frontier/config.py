@@ -56,10 +56,10 @@ class FrontierConfig:
         for item in filter(None, self.budget.split(",")):
             field, _, values = (part.strip() for part in item.partition("="))
             if field in ("k", "block"):
-                found = tuple(Budget.changes(f"{field}={value}")[field] for value in values.split("|"))
-                if not all(isinstance(value, int) for value in found):
+                choices = tuple(Budget.changes(f"{field}={value}")[field] for value in values.split("|"))
+                if not all(isinstance(value, int) for value in choices):
                     raise ValueError(f"{field} of a grid must be whole numbers joined by |, got {values!r}")
-                object.__setattr__(self, f"{field}s", found)
+                object.__setattr__(self, f"{field}s", choices)
             else:
                 rest.append(item)
         object.__setattr__(self, "budget", ",".join(rest))

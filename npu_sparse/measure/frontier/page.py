@@ -55,8 +55,8 @@ def markdown(result: dict) -> str:
     return text + f"\n```json\n{json.dumps(line)}\n```\n"
 
 
-def _forced(found: dict) -> dict:
-    return {"right": percent(found["right"]), "change": percent(found["change"]), "kl": nats(found["kl"])}
+def _forced(values: dict) -> dict:
+    return {"right": percent(values["right"]), "change": percent(values["change"]), "kl": nats(values["kl"])}
 
 
 BLOCK_MARKERS = "os^vPX*h"

@@ -1,11 +1,10 @@
-"""Which budgets are worth their quality? Score against TTFT at every k and b_sel, in one table: `npu-sparse frontier`.
+"""Which budgets are worth their quality? One table of score against TTFT at every k and b_sel: `npu-sparse frontier`.
 
 A run directory holds config.json; quality/k<k>-b<block>/ and ttft/k<k>-b<block>/, which are runs of `quality` and
 `ttft`; report.json, report.md and report.png. Cells that do not depend on what changes (dense; per-query variants at
 the same k) are computed once and shared. Running again resumes.
 
-At block 1 every query selects for itself, so that the indexer per query is what is timed; at larger blocks the shared
-one is.
+At block 1 every query selects for itself, so the per-query indexer is timed; at larger blocks the shared one is.
 """
 
 from pathlib import Path
@@ -21,7 +20,7 @@ from .page import figure, markdown
 
 
 def run_frontier(config: FrontierConfig, output, *, model=None, tokenizer=None, indexer=None) -> dict:
-    """The joined report of a grid; what is finished already is only read.
+    """The joined report of a grid; finished cells are only read.
 
     Arguments and errors as in `run_eval` and `run_ttft`; ValueError where there is no indexer.
     """
@@ -63,8 +62,8 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
         _require_same(halves, _identity(quality) | _grid(quality), _identity(ttft) | _grid(ttft))
         _require_same("all points", whole, {**_identity(quality), "prompts": quality["prompts"]})
         _require_same("all ttft runs", _hardware(pairs[0][1]), _hardware(ttft))
-    solved = [task for task, found in first["tasks"].items() if found["solved"]]
-    if not solved or (first.get("forced") and not any(found["solved"] for found in first["forced"]["tasks"].values())):
+    solved = [task for task, scored in first["tasks"].items() if scored["solved"]]
+    if not solved or (first.get("forced") and not any(scored["solved"] for scored in first["forced"]["tasks"].values())):
         raise RunError("dense attention must solve at least one task by every instrument for a frontier: see the quality reports")
     timings = [ttft for _, ttft in pairs]
     dense_s = [seconds for ttft in timings for seconds in _row(ttft, "dense")["seconds"]]
@@ -74,7 +73,7 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
         "adapter": whole["adapter"],
         "length": whole["length"],
         "tasks": solved,
-        "forced_tasks": [task for task, found in (first.get("forced") or {"tasks": {}})["tasks"].items() if found["solved"]],
+        "forced_tasks": [task for task, scored in (first.get("forced") or {"tasks": {}})["tasks"].items() if scored["solved"]],
         "unsolved": [task for task in first["tasks"] if task not in solved],
         "rows": [
             {**_scored(first, "dense"), "ttft_s": summary(dense_s), **_where(first, *timings)},

@@ -1,4 +1,4 @@
-"""What a quality run compares, and on what; its gaps by name."""
+"""The config of a quality run, and its gaps by name."""
 
 import json
 from collections.abc import Mapping

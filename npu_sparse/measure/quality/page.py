@@ -61,15 +61,15 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
 
     def changes(before: str, after: str) -> list[dict]:
         """The paired difference of two variants on every task, and on those that dense attention solves."""
-        found = []
+        listed = []
         for task in (MACRO, *config.tasks):
             tasks = solved if task == MACRO else [task]
             if not tasks or any((task, name) not in records for task in tasks for name in (before, after)):
                 continue
             first, second = ([_scores(records[task, name]) for task in tasks] for name in (before, after))
             estimate = stats.macro_difference(first, second, seed=config.seed)
-            found.append({"from": before, "to": after, "task": task, "change": estimate.to_dict()})
-        return found
+            listed.append({"from": before, "to": after, "task": task, "change": estimate.to_dict()})
+        return listed
 
     gaps = [{"gap": gap, **change} for gap, pair in {**GAPS, **TOTAL}.items() for change in changes(*pair)]
     options = [
@@ -136,7 +136,7 @@ def markdown(result: dict) -> str:
     gap_columns = {
         gap: f"{gap} ({label[before]} → {label[after]})"
         for gap, (before, after) in {**GAPS, **TOTAL}.items()
-        if any(found["gap"] == gap for found in result["gaps"])
+        if any(one["gap"] == gap for one in result["gaps"])
     }
     unsolved = "" if len(solved) == len(tasks) else (
         f"\\* Dense attention scores less than {100 * config['min_dense_score']:.0f} here: "
@@ -206,7 +206,7 @@ def figure(result: dict):
     solved = [task for task in tasks if tasks[task]["solved"]]
     shown = [MACRO, *solved] if solved else list(tasks)  # what dense attention does not solve is in the table alone
     columns = {row["variant"]: row for row in result["rows"]}
-    gaps = [gap for gap in (*GAPS, *TOTAL) if any(found["gap"] == gap for found in result["gaps"])]
+    gaps = [gap for gap in (*GAPS, *TOTAL) if any(row["gap"] == gap for row in result["gaps"])]
     height = 1.8 + 0.17 * len(shown) * max(len(columns), len(gaps))
     figure, axes = new_figure(columns=2 if gaps else 1, width=6.0, height=height)
 
@@ -214,9 +214,9 @@ def figure(result: dict):
         place = {task: n for n, task in enumerate(shown)}
         for n, (name, style) in enumerate(series.items()):
             offset = (n - (len(series) - 1) / 2) * 0.8 / len(series)
-            found = [entry for entry in key(name) if entry["task"] in place]
-            y = [place[entry["task"]] + offset for entry in found]
-            values = [entry["score"] if "score" in entry else entry["change"] for entry in found]
+            entries = [entry for entry in key(name) if entry["task"] in place]
+            y = [place[entry["task"]] + offset for entry in entries]
+            values = [entry["score"] if "score" in entry else entry["change"] for entry in entries]
             x = [100 * value["value"] for value in values]
             errors = [
                 [100 * max(0.0, value["value"] - value["low"]) for value in values],
@@ -244,7 +244,7 @@ def figure(result: dict):
         panel(
             axes[0, 1],
             {gap: {"label": f"{gap}: {' → '.join(label[gap])}", "marker": "o", "color": colours[gap]} for gap in gaps},
-            lambda gap: [found for found in result["gaps"] if found["gap"] == gap],
+            lambda gap: [row for row in result["gaps"] if row["gap"] == gap],
             "change of score (points; negative = lost)", "Where is quality lost?",
         )  # fmt: skip
         axes[0, 1].axvline(0, color=PALETTE["dense"], linewidth=0.8)

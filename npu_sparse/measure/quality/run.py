@@ -94,7 +94,7 @@ def run_eval(
 def prepare_prompts(config: EvalConfig, output, *, tokenizer=None) -> Path:
     """Writes the prompts of every task into a run directory and returns it; needs the tokenizer only.
 
-    For a machine that has the texts, when the models run on another that has not.
+    It runs on a machine that has the texts, when the models run on another one without them.
     """
     directory = open_stage(output, "eval", config)
     if tokenizer is None:
@@ -130,8 +130,7 @@ def report_eval(output) -> dict:
 
 
 def adopt_records(config: EvalConfig, output, earlier: list[Path]) -> list[tuple[str, str]]:
-    """Copies cells from earlier runs where they are the same cell: same variant at the same budget. Returns those
-    copied.
+    """Copies cells with the same variant and budget from earlier runs, and returns them.
 
     The earlier runs must differ from `config` in k, block, tail and variants only.
     """
@@ -207,8 +206,8 @@ def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, c
     started = time.perf_counter()
     samples = [{"index": example.index, "length": example.length} for example in prompts.examples]
     if "forced" in config.instruments:
-        for sample, found in zip(samples, _forced(config, directory, cell, subject, prompts)):
-            sample |= found
+        for sample, judged in zip(samples, _forced(config, directory, cell, subject, prompts)):
+            sample |= judged
     if "generated" in config.instruments:
         with _prefill(config, name, subject):
             outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, config.batch)
@@ -312,7 +311,7 @@ def _stored(config: EvalConfig, directory: Path) -> Cells:
     }  # fmt: skip
 
     def upgrade(name: str, record: dict) -> dict:
-        """Fields that the Budget did not have yet had their defaults."""
+        """Adds the fields that the Budget did not have yet, with their defaults."""
         budget = record["budget"]
         return {**record, "budget": None if budget is None else Budget.from_dict(budget).to_dict()}
 
@@ -342,10 +341,10 @@ def _check_agree(config: EvalConfig, records: list[dict]) -> None:
     """Raises RunError unless records are of one model and one adapter, and those of a task of the same prompts."""
     seen: dict[str, object] = {}
     for record in records:
-        found = {"base model": record["base"], f"prompts of {record['task']}": record["prompts"]}
+        inputs = {"base model": record["base"], f"prompts of {record['task']}": record["prompts"]}
         if record["adapter"] is not None:
-            found["adapter weights"] = record["adapter"]
-        for name, value in found.items():
+            inputs["adapter weights"] = record["adapter"]
+        for name, value in inputs.items():
             if seen.setdefault(name, value) != value:
                 raise RunError(
                     f"all cells must have the same {name}, got {seen[name]} and {value}: use another directory"

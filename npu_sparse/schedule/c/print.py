@@ -108,9 +108,6 @@ def _within_budget(operations: int, function):
         context.reset_operations()
 
 
-# ---- C ----------------------------------------------------------------------------------------------------------------------
-
-
 def _names(scop: Scop, reserved: Iterable[str]) -> Names:
     used = set(reserved) | set(scop.parameters) | set(scop.arrays) | set(scop.aliases.values())
     used |= identifiers(" ".join(scop.fields.values()))

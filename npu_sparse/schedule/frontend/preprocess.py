@@ -281,12 +281,12 @@ def _arguments(line: str, at: int) -> tuple[list[str], int] | None:
     match = re.compile(r"\s*\(").match(line, at)
     if not match:
         return None
-    depth, start, found = 1, match.end(), []
+    depth, start, arguments = 1, match.end(), []
     for position in range(match.end(), len(line)):
         depth += {"(": 1, ")": -1}.get(line[position], 0)
         if depth == 0 or (depth == 1 and line[position] == ","):
-            found.append(line[start:position].strip())
+            arguments.append(line[start:position].strip())
             start = position + 1
         if depth == 0:
-            return ([] if found == [""] else found), position + 1
+            return ([] if arguments == [""] else arguments), position + 1
     return None

