@@ -10,20 +10,20 @@ original, each kernel ranked by a model fitted without it; then writes weights.y
 """
 
 import argparse
-import json
 from pathlib import Path
 from statistics import geometric_mean
 
 import numpy as np
 import yaml
 
-from npu_sparse.runs.store import write_text
+from npu_sparse.runs.store import read_json, write_text
 from npu_sparse.schedule import kernels
 from npu_sparse.schedule.candidates import FEATURES, WEIGHTS, Choice, features
 from npu_sparse.schedule.dependences import dependences
 from npu_sparse.schedule.frontend.c import parse_c
 
 WORST, RIDGE = 1.5, 1.0
+REPORT = {"kernels": [{"kernel": str, "tuning": {"original": {"cpu_s": [float]}, str: {"cpu_s": [float]}}}]}
 
 
 def main() -> None:
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("report", type=Path)
     parser.add_argument("--output", type=Path, default=WEIGHTS)
     arguments = parser.parse_args()
-    report = json.loads(arguments.report.read_text())
+    report = read_json(arguments.report, REPORT)
     speedups = {record["kernel"]: _speedups(record) for record in report["kernels"]}
     choices = list(dict.fromkeys(choice for ratios in speedups.values() for choice in ratios))
     described, distinct = {}, {}

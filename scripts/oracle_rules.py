@@ -10,7 +10,6 @@ intervals. Everything is eager and [heads, rows, keys] at a time: it is for look
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from npu_sparse.runs import stats
 from npu_sparse.runs.machine import machine as this_machine
 from npu_sparse.runs.machine import machine_line
 from npu_sparse.runs.page import markdown_table, say
-from npu_sparse.runs.store import open_run, write_json, write_text
+from npu_sparse.runs.store import Cells, check, open_run, write_json, write_text
 
 ROWS = 512
 MOST_NEW = 24
@@ -224,28 +223,41 @@ def main(arguments=None) -> int:
         args.task, tokenizer, length=args.length, count=args.count, seed=args.seed,
         haystack=tasks.documents(args.texts.split(",")) if needs_text else None,
     )  # fmt: skip
-    (directory / "cells").mkdir(exist_ok=True)
     wanted = cells(model, args.k)
-    for example in examples:
-        path = directory / "cells" / f"{example.index:04d}.json"
-        if path.exists():
-            continue
+    prompts = {f"{example.index:04d}": example for example in examples}
+    done = records(directory, list(prompts), list(wanted))
+
+    def measure(name: str) -> dict:
+        example = prompts[name]
         after = dense_answer(model, tokenizer, example)
         results = {}
         if after is not None:
             ids = torch.tensor([tasks.encode(tokenizer, example)], device=model.device)
             lab = Lab(model)
             try:
-                results = {name: lab.follow(ids, after, **options) for name, options in wanted.items()}
+                results = {rule: lab.follow(ids, after, **options) for rule, options in wanted.items()}
             finally:
                 model.set_attn_implementation(attention_selection(model, "sdpa"))
-        write_json(path, results)
         say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in results.values())}")
-    return summarise(directory, config, list(wanted))
+        return {"rules": results}
+
+    done.compute(measure)
+    return summarise(directory, config, [record["rules"] for record in done.records().values()], list(wanted))
 
 
-def summarise(directory: Path, config: dict, names: list[str]) -> int:
-    records = [json.loads(path.read_text()) for path in sorted((directory / "cells").glob("*.json"))]
+def records(directory: Path, prompts: list[str], rules: list[str]) -> Cells:
+    """A cell a prompt: of every rule the log-likelihood and whether the answer is the same; none where dense fails."""
+
+    def upgrade(name: str, record: dict) -> dict:
+        """Until version 0.1 a record held nothing but the rules."""
+        record = record if "rules" in record else {"rules": record, "prompt": name}
+        check(record["rules"], {rule: [(float, bool), 2] for rule in rules} if record["rules"] else {})
+        return record
+
+    return Cells(directory / "cells", {name: {"prompt": name} for name in prompts}, upgrade=upgrade)
+
+
+def summarise(directory: Path, config: dict, records: list[dict], names: list[str]) -> int:
     solved = [cell for cell in records if cell]
     if not solved:
         raise ValueError(f"dense attention must solve at least one of {len(records)} prompts, got none")

@@ -241,7 +241,7 @@ def roofline(args) -> dict:
 
 def tiles(args, size: str, length: int) -> list[dict]:
     """Milliseconds of the kernels under other tiles, `(elements or tokens, warps)`; the shipped one is marked."""
-    from npu_sparse.models.hybrid import triton as kernels
+    from npu_sparse.ops.hybrid import triton as kernels
 
     model, module = layer(args, size)
     module.model_config = model.config

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from npu_sparse import cann
-from npu_sparse.runs.store import open_run
+from npu_sparse.runs.store import open_run, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -156,7 +156,7 @@ def job_tests(output: Path, count: int) -> None:
     except ImportError:
         pass
     passed = subprocess.run(command, cwd=ROOT).returncode == 0
-    (output / "impl").write_text("auto\n" if passed else "reference\n")
+    write_text(output / "impl", "auto\n" if passed else "reference\n")
     print("operators:", (output / "impl").read_text())
 
 
@@ -164,7 +164,7 @@ def job_prepare(output: Path, count: int, model: str) -> None:
     from npu_sparse import checkpoints
 
     checkpoints.prepare(model)
-    (output / f"{model}.ready").write_text("")
+    write_text(output / f"{model}.ready", "")
 
 
 def job_train(output: Path, count: int, candidate: str) -> None:
@@ -205,7 +205,7 @@ def job_choose(output: Path, count: int) -> None:
 
         source = SHIPPED / source
     shutil.copytree(source, output / "chosen", dirs_exist_ok=True)
-    (output / "chosen.json").write_text(json.dumps({"chosen": best, "scores": scores}) + "\n")
+    write_json(output / "chosen.json", {"chosen": best, "scores": scores})
 
 
 def job_rules(output: Path, count: int) -> None:

@@ -31,16 +31,16 @@ def soft_attention(tap: Tap, v: Tensor, z: Tensor, k: int) -> Tensor:
 def language_loss(model, indexer: Indexer, ids: Tensor, k: int) -> Tensor:
     """Mean cross-entropy, in nats, of every token of `ids` `[B, T]` after the first, differentiable in the indexer alone."""
 
-    def attend(dense, found: Tap, v, **kwargs):
-        head = indexer.layers[str(found.layer)]
+    def attend(dense, seen: Tap, v, **kwargs):
+        head = indexer.layers[str(seen.layer)]
 
         def layer(hidden, q, key, v):
-            whole = Tap(found.layer, hidden, found.cos, found.sin, q, key, found.scale)
+            whole = Tap(seen.layer, hidden, seen.cos, seen.sin, q, key, seen.scale)
             (z,) = index_logits(head, whole, [(0, q.shape[2])])
             return soft_attention(whole, v, z, k)
 
         # hidden states are given: what a layer selects does not train the layers before it through its scores
-        return checkpoint(layer, found.hidden.detach(), found.q, found.k, v, use_reentrant=False), None
+        return checkpoint(layer, seen.hidden.detach(), seen.q, seen.k, v, use_reentrant=False), None
 
     with tapped(model, attend):
         logits = model(ids, use_cache=False).logits

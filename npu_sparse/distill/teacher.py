@@ -32,8 +32,8 @@ class Tap:
 def tap(model, ids: Tensor, receive: Callable[[Tap], None]) -> None:
     """Runs the decoder densely over `ids` `[B, T]` and calls `receive` at every full-attention layer, in order."""
 
-    def attend(dense, found: Tap, value):
-        receive(found)
+    def attend(dense, seen: Tap, value):
+        receive(seen)
         return dense()
 
     with tapped(model, attend):

@@ -199,12 +199,12 @@ def read_questions(path: Path, identity: Mapping[str, object]) -> list[Forced]:
             made = json.loads((file.metadata() or {}).get("identity", "null"))
             if made != json.loads(json.dumps(identity)):
                 raise ValueError(f"{path} must hold prompts of {dict(identity)}, got {made}: delete it to make them again")
-            found = {name: file.get_tensor(name).tolist() for name in file.keys()}
+            kept = {name: file.get_tensor(name).tolist() for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete it to make it again") from error
-    numbers = range(len(found) // 3)
+    numbers = range(len(kept) // 3)
     return [
-        Forced(tuple(found[f"{n}.prompt"]), tuple(found[f"{n}.answer"]), tuple(map(bool, found[f"{n}.counts"]))) for n in numbers
+        Forced(tuple(kept[f"{n}.prompt"]), tuple(kept[f"{n}.answer"]), tuple(map(bool, kept[f"{n}.counts"]))) for n in numbers
     ]
 
 

@@ -21,6 +21,7 @@ IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
 _DEVICES: dict[str, tuple[str, ...]] = {}  # operator -> the device types that it has kernels for
+_NEEDS: dict[str, str] = {}  # operator -> the module that its Triton version calls beside Triton, which may be missing
 _DIFFERENTIABLE: set[str] = set()  # operators with gradients
 _LOADERS: dict[str, Callable[[], dict[str, Callable]]] = {}  # device type -> the function that returns its kernels by operator
 _HOW = {
@@ -114,13 +115,14 @@ def _has_autocast(device_type: str) -> bool:
 
 def define(
     op: str, signature: str, reference: Callable, fake: Callable, folder: str | None = None,
-    devices: tuple[str, ...] = tuple(KERNEL_KEYS),
+    devices: tuple[str, ...] = tuple(KERNEL_KEYS), needs: str | None = None,
 ) -> None:  # fmt: skip
     """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
 
     `folder`: the folder that it lives in, if not `op`. `devices`: the devices that it has a kernel for; asking for one elsewhere
-    is refused. It is a constant to autograd until `differentiate` is called. Both entries take one more argument than
-    `signature` says: the bytes of a slice (`workspace=`). 0, the default, means this thread's own size.
+    is refused. `needs`: a module that its kernel calls; without it there is no kernel. It is a constant to autograd until
+    `differentiate` is called. Both entries take one more argument than `signature` says: the bytes of a slice (`workspace=`).
+    0, the default, means this thread's own size.
     """
     arguments, result = signature.split(") ->")
     for name in (op, f"{op}_reference"):
@@ -131,6 +133,8 @@ def define(
         torch.library.impl(f"npu_sparse::{op}", key, _in_slices(_kernel_or_error(op, device_type)))
     OPERATORS[op] = folder or op
     _DEVICES[op] = devices
+    if needs is not None:
+        _NEEDS[op] = needs
 
 
 def differentiate(op: str, remember: Callable, backward: Callable) -> None:
@@ -181,14 +185,17 @@ def register_triton(device_type: str) -> None:
     for op, folder in OPERATORS.items():
         if not has_kernels_for(op, "cuda"):
             continue
+        if op in _NEEDS and (device_type != "cuda" or importlib.util.find_spec(_NEEDS[op]) is None):
+            continue
         register_kernel(op, device_type, getattr(importlib.import_module(f"npu_sparse.ops.{folder}.triton"), op))
 
 
 def require_kernels(device_type: str) -> None:
     """Raises KernelUnavailableError unless every operator has a kernel on this device. Operators without kernels for this kind of
-    device are exempt: others replace them, or they serve options of the budget (`require_kernel`)."""
+    device are exempt: others replace them, or they serve options of the budget (`require_kernel`). So are those whose kernel
+    needs another package."""
     for op in OPERATORS:
-        elsewhere = device_type in KERNEL_KEYS and not has_kernels_for(op, device_type)
+        elsewhere = op in _NEEDS or (device_type in KERNEL_KEYS and not has_kernels_for(op, device_type))
         if not elsewhere and _kernel(op, device_type) is None:
             raise _unavailable(op, device_type)
 
@@ -270,4 +277,6 @@ def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
     how = _HOW.get(device_type, _HOW_ELSEWHERE)
     if device_type in KERNEL_KEYS and not has_kernels_for(op, device_type):
         how = f"it has kernels for {', '.join(_DEVICES[op])} only: pass impl='reference'"
+    elif op in _NEEDS and device_type in KERNEL_KEYS:
+        how = f"its kernel needs triton and {_NEEDS[op]}: install them, or pass impl='reference'"
     return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {how}")

@@ -179,14 +179,14 @@ def _uses(statement: Statement, loops: tuple[Loop, ...]) -> list[_Use]:
     places = [statement.iterators.index(loop.exprs[statement.name]) for loop in loops]
     names = ", ".join(f"i{k}" for k in range(len(statement.iterators)))
     order = isl.Map(f"{{ {statement.name}[{names}] -> [{', '.join(f'i{k}' for k in places)}] }}")
-    found = []
+    uses = []
     for writes, accesses in ((True, statement.writes), (False, statement.reads)):
         for access in accesses:
             subscripts = range(access.relation.dim(isl.dim_type.out))
             steps = tuple(tuple(step(access.relation, place, k) for k in subscripts) for place in places)
             elements = access.relation.gist_domain(access.relation.domain()).apply_domain(order)
-            found.append(_Use(access.array, writes, steps, elements))
-    return found
+            uses.append(_Use(access.array, writes, steps, elements))
+    return uses
 
 
 def _apart(uses: list[_Use]) -> bool:

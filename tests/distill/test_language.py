@@ -15,18 +15,18 @@ T = 21
 def selected(k: int, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`(soft attention, attention over every query's k best keys)`, both `[B, T, Hq, D]`."""
     q, key, v = attention_inputs(2, 4, 2, T, T, 16)
-    found = soft_attention(Tap(0, None, None, None, q, key, 0.25), v, z, k)
+    actual = soft_attention(Tap(0, None, None, None, q, key, 0.25), v, z, k)
     keep = torch.zeros_like(z, dtype=torch.bool).scatter_(-1, z.topk(min(k, T), -1).indices, True) & (z > float("-inf"))
     scores = (q @ key.repeat_interleave(2, 1).mT * 0.25).masked_fill(~keep[:, None], float("-inf"))
-    return found, (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
+    return actual, (scores.softmax(-1) @ v.repeat_interleave(2, 1)).transpose(1, 2)
 
 
 @pytest.mark.parametrize("k", [1, 5, T - 1, T, 40])
 def test_scores_that_lie_far_apart_select_the_k_best_keys(k):
     z = torch.rand(2, T, T, generator=torch.Generator().manual_seed(3)).argsort(-1).float() * 50  # all different
     z.masked_fill_(torch.ones(T, T, dtype=torch.bool).triu_(1), float("-inf"))
-    found, expected = selected(k, z)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    actual, expected = selected(k, z)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_only_the_indexer_has_gradients_and_every_layer_has():

@@ -137,15 +137,15 @@ def test_sparse_kl_stays_finite_in_rows_with_fewer_keys_than_k():
 
 def test_shared_kl_compares_the_largest_mass_with_the_largest_score_less_its_log_partition():
     mass, logits = causal_rows(5, 9)
-    found = shared_kl(mass, logits, 2)
-    assert found.shape == (2, 3)  # the last block has one row
+    actual = shared_kl(mass, logits, 2)
+    assert actual.shape == (2, 3)  # the last block has one row
     log_q = logits - logits.logsumexp(-1, keepdim=True)
     for b in range(2):
         for n, rows in enumerate(([0, 1], [2, 3], [4])):
             target = [max(float(mass[b, t, s]) for t in rows) for s in range(9)]
             guess = [max(float(log_q[b, t, s]) for t in rows) for s in range(9)]
             keys = [s for s in range(9) if target[s] > 0]
-            assert float(found[b, n]) == pytest.approx(naive_kl(target, guess, keys), abs=1e-12)
+            assert float(actual[b, n]) == pytest.approx(naive_kl(target, guess, keys), abs=1e-12)
 
 
 def test_shared_kl_of_the_teacher_itself_is_zero_whatever_its_queries_loudness():

@@ -166,8 +166,8 @@ def test_tasks_that_dense_does_not_solve_are_scored_unless_they_are_skipped(run)
 def test_gaps_lie_between_dense_oracle_indexer_and_shared_indexer_with_the_same_exact_end():
     shared, raw = "indexer:k=64,block=16,exact_last=8", "indexer:k=64,block=16"
     oracle, own = "oracle:k=32,block=1,exact_last=8", "indexer:k=32,block=1,exact_last=8"
-    found = matched.gaps_of(shared, ["oracle:k=32,block=1", oracle, own, shared, raw, "oracle:k=32,block=16,exact_last=8"])
-    assert found == {"oracle gap": ("dense", oracle), "indexer gap": (oracle, own), "realization gap": (own, shared)}
+    gaps = matched.gaps_of(shared, ["oracle:k=32,block=1", oracle, own, shared, raw, "oracle:k=32,block=16,exact_last=8"])
+    assert gaps == {"oracle gap": ("dense", oracle), "indexer gap": (oracle, own), "realization gap": (own, shared)}
     assert matched.gaps_of(raw, [oracle, own, raw]) == {} and matched.gaps_of(own, [oracle, own]) == {}
     assert matched.gaps_of("dense", [oracle]) == {}
     assert matched.gaps_of(shared, [oracle, shared]) == {"oracle gap": ("dense", oracle)}

@@ -88,7 +88,7 @@ def run_ttft(
         model, tokenizer, indexer: used in place of loading `config.model` and `config.adapter`.
 
     Raises before anything is measured: ValueError (config, lengths), AdapterError, CheckpointError,
-    KernelUnavailableError; ImportError where a baseline is not installed.
+    KernelUnavailableError (of the layers around attention, too); ImportError where a baseline is not installed.
     """
     started = time.monotonic()
     directory = open_stage(output, "ttft", config)
@@ -99,6 +99,10 @@ def run_ttft(
         for name in config.baselines:
             with running(subject.model, name):
                 pass
+        if "fast" in config.layers:
+            from ...models.hybrid import FastHybrid
+
+            FastHybrid.attach(subject.model).detach()
         attachable(subject, config.variants, config.budget, config.impl)
         _check_agree(directory, [*cells.records().values(), subject.inputs()])
         prompts = {length: prompt_ids(config, subject, length) for length in todo}

@@ -17,6 +17,8 @@ from npu_sparse.measure.ttft.run import LeftOutError
 from npu_sparse.measure.ttft.shapes import SHAPES, drawn
 from npu_sparse.measure.variants import Subject
 from npu_sparse.models.architectures import text_config
+from npu_sparse.models.hybrid import attach as hybrid
+from npu_sparse.ops.dispatch import KernelUnavailableError
 from npu_sparse.runs.store import RunError, read_stage
 
 CONFIG = TtftConfig(
@@ -238,6 +240,28 @@ def test_errors_come_before_anything_is_measured(model, tmp_path, monkeypatch):
     foreign.base = {**foreign.base, "weights_fingerprint": "0" * 16}
     with pytest.raises(AdapterError, match="another base"):
         run_ttft(CONFIG, tmp_path / "b", model=model, indexer=foreign)
+
+
+@pytest.mark.parametrize("layers", [("fast",), ("stock", "fast")])
+@pytest.mark.parametrize(
+    "shape, error, message",
+    [
+        ("qwen2.5-tiny", ValueError, r"model must have Gated DeltaNet layers .*, got 'qwen2'"),
+        ("qwen3.5-tiny", KernelUnavailableError, "FastHybrid's kernels need triton: run `pip install triton`"),
+    ],
+)
+def test_fast_layers_that_do_not_run_are_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, layers, shape, error, message
+):
+    if error is KernelUnavailableError:  # as on a GPU
+        functions = hybrid._functions
+        monkeypatch.setattr(hybrid, "_missing", lambda module: True)
+        monkeypatch.setattr(hybrid, "_functions", lambda impl, device: functions(impl, "cuda"))
+    monkeypatch.setattr(ttft, "_measure", lambda *_: pytest.fail("measured"))
+    config = replace(SHAPE, shape=shape, layers=layers, chunk=0)
+    with pytest.raises(error, match=message):
+        run_ttft(config, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("4*.json"))
 
 
 def test_config_survives_json():

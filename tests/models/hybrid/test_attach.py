@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill
 from npu_sparse.models.architectures import delta_net_modules, gated_mlp_modules, norm_modules
 from npu_sparse.models.hybrid import attach
-from npu_sparse.ops import KernelUnavailableError
+from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.testing import tiny_model, tokens
 
 T = 75
@@ -32,9 +32,10 @@ def interpreted(monkeypatch):
     """Attaches with the Triton kernels in the interpreter, around the reference's delta rule."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton interprets its kernels on the CPU only under TRITON_INTERPRET=1: run `make test-triton`")
-    kernels = import_module("npu_sparse.models.hybrid.triton")
-    monkeypatch.setattr(kernels, "delta_rule", import_module("npu_sparse.models.hybrid.reference").delta_rule)
-    monkeypatch.setattr(attach, "_functions", lambda impl, device_type: kernels)
+    dispatch.register_triton("cpu")
+    delta_rule = import_module("npu_sparse.ops.hybrid.reference").delta_rule
+    monkeypatch.setitem(dispatch._KERNELS, ("delta_rule", "cpu"), delta_rule)
+    monkeypatch.setattr(attach, "_implementation", lambda impl, device_type: "kernel")
     return FastHybrid.attach
 
 
@@ -247,7 +248,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, missing):
     monkeypatch.setattr(attach, "_missing", lambda module: module.startswith(missing))
     package = {"triton": "triton", "fla": "'flash-linear-attention>=0.6'"}[missing]
     with pytest.raises(KernelUnavailableError, match=f"need {missing}: run `pip install {package}`"):
-        attach._functions("kernel", "cuda")
+        attach._implementation("kernel", "cuda")
 
 
 @pytest.mark.parametrize("version, served", [("0.5.1", False), ("0.6.0", True), ("1.0", True), (None, False)])
@@ -261,12 +262,11 @@ def test_an_old_flash_linear_attention_is_refused(monkeypatch, version, served):
 
     monkeypatch.setattr(attach, "_missing", lambda module: False)
     monkeypatch.setattr(attach.importlib.metadata, "version", version_of)
-    monkeypatch.setattr(attach.importlib, "import_module", lambda name: name)
     if served:
-        assert attach._functions("kernel", "cuda") == "npu_sparse.models.hybrid.triton"
+        assert attach._implementation("kernel", "cuda") == "kernel"
     else:
         with pytest.raises(KernelUnavailableError, match="need fla-core 0.6 or newer"):
-            attach._functions("kernel", "cuda")
+            attach._implementation("kernel", "cuda")
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
