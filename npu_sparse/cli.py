@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 from . import cann
-from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError
+from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError, full_device_error
 
 FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # now --budget
 RUN_OPTIONS = {  # options of a stage's function that its config does not have, because they change no figure
@@ -363,8 +363,7 @@ def _status(error: Exception) -> int | None:
         return error.exit_status
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, NotADirectoryError)):
         return USER_ERROR
-    full = getattr(sys.modules.get("torch"), "OutOfMemoryError", OSError)  # not loaded: not raised
-    if isinstance(error, (OSError, FloatingPointError, full)) or type(error) is RuntimeError:
+    if isinstance(error, (OSError, FloatingPointError, full_device_error())) or type(error) is RuntimeError:
         return FAILURE
     return None
 
