@@ -69,11 +69,12 @@ def test_a_multimodal_model_that_is_given_text_only_is_served():
 
 def test_pages_of_another_layout_are_refused():
     check_pages("FLASH_ATTN", None)
-    check_pages("CPU_ATTN", "vec")
+    for isa in ("vec", "vec16", "amx"):
+        check_pages("CPU_ATTN", isa)
     with pytest.raises(ValueError, match="attention-backend must be one of CPU_ATTN, FLASH_ATTN, TRITON_ATTN .* got FLASHINFER$"):
         check_pages("FLASHINFER", None)
-    with pytest.raises(ValueError, match="must have vec pages .* got amx: serve in float32"):
-        check_pages("CPU_ATTN", "amx")
+    with pytest.raises(ValueError, match="must be laid out for one of vec, vec16, amx .* got neon$"):
+        check_pages("CPU_ATTN", "neon")
 
 
 def test_supports_are_not_shared_over_a_pipeline_boundary():
