@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -10,6 +10,8 @@ KEY_BLOCKS = (16, 32, 64, 128)
 REDUCTIONS = ("max", "mean", "softmax_max")
 MASS_REDUCTIONS = ("max", "mean")  # attention mass is each query's own softmax, so there is no raw score to normalise
 PARTITIONS = ("auto", "exact", "learned")
+# what configs spelled as fields of their own in version 0.1; options of the command line still do
+FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,7 @@ class Budget:
 
         Errors as in `parse`.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"budget must be a text such as 'k=1024,block=64', got {type(text).__name__}")
+        _check_text(text)
         known = {f.name: f for f in fields(cls)}
         changes: dict[str, object] = {}
         for item in text.split(",") if text.strip() else ():
@@ -147,6 +148,27 @@ class Budget:
             default = known[name].default
             changes[name] = _flag(name, value, equals) if isinstance(default, bool) else _value(name, value, default)
         return changes
+
+    @classmethod
+    def grid(cls, text: str, axes: Collection[str]) -> tuple[dict[str, tuple], str]:
+        """`({axis: its values}, the rest as `str` spells it)` of a grid such as `k=256|512,block=1|64,sink=4`.
+
+        axes: the fields that may have several values, joined by |. Errors as in `parse`.
+        """
+        _check_text(text)
+        found: dict[str, tuple] = {}
+        rest = []
+        for item in text.split(",") if text.strip() else ():
+            name, _, values = (part.strip() for part in item.partition("="))
+            if name not in axes:
+                rest += [_spelled(*change) for change in cls.changes(item).items()]
+                continue
+            if name in found:
+                raise ValueError(f"{name} must be given once, got {text!r}")
+            found[name] = tuple(cls.changes(f"{name}={value}")[name] for value in values.split("|"))
+            if any(isinstance(value, Mapping) for value in found[name]):
+                raise ValueError(f"{name} of a grid must be whole numbers joined by |, got {values!r}")
+        return found, ",".join(rest)
 
     @classmethod
     def of(cls, value) -> "Budget":
@@ -190,6 +212,11 @@ class Budget:
             if isinstance(data.get(name), Mapping):
                 data[name] = {int(key): value for key, value in data[name].items()}
         return cls(**data)
+
+
+def _check_text(text) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"budget must be a text such as 'k=1024,block=64', got {type(text).__name__}")
 
 
 def _whole(name: str, value, least: int) -> int:

@@ -17,9 +17,9 @@ from typing import Annotated
 import typer
 
 from . import cann
+from .budget import FORMER
 from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError, full_device_error
 
-FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # now --budget
 RUN_OPTIONS = {  # options of a stage's function that its config does not have, because they change no figure
     "workers": (int, 0, "Processes that prepare batches ahead."),
     "shard": (str, "0/1", "I/N: compute every N-th cell, beginning with the I-th (from 0)."),
@@ -243,8 +243,9 @@ def _stage(name: str, command: Command):
         for field in dataclasses.fields(config_class)
     ]  # fmt: skip
     if "budget" in hints:  # the options of version 0.1 for the fields of the Budget
+        grids = ("k", "block") if "ks" in hints else ("k", "block", "reduce", "recent") if "budgets" in hints else ()
         for former in FORMER:
-            if former not in hints and not (former in ("k", "block") and "ks" in hints):
+            if former not in hints and former not in grids:
                 kind = bool if former == "tail" else str
                 hidden = Annotated[kind | None, typer.Option(hidden=True)]
                 parameters.append(inspect.Parameter(former, inspect.Parameter.KEYWORD_ONLY, annotation=hidden, default=None))

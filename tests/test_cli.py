@@ -162,6 +162,10 @@ def test_options_reach_the_config_with_their_types(captured):
     config = captured("distill", *options, "--steps", "7")
     assert (config.lengths, config.texts, config.lr) == ((64, 128), ("a", "b"), 0.01)
     assert (config.loss, config.tasks, config.steps) == ("sparse", ("vt",), 7)
+    gridded = captured("oracle", "--budget", "k=8|16,block=1,tail")
+    assert (gridded.budgets, gridded.blocks, gridded.budget) == ((8, 16), (1,), "tail")
+    assert captured("oracle", "--budgets", "8,16", "--blocks", "1", "--tail") == gridded
+    assert captured("distill", "--budget", "k=8|16") == captured("distill", "--budgets", "8,16")
     oracle = captured("oracle", "--chat", "--budgets", "8", "--tasks", "", "--controls", "random")
     assert (oracle.chat, oracle.budgets, oracle.tasks, oracle.controls) == (True, (8,), (), ("random",))
     assert captured("eval", "--qa-files", "qa_1=x.json,qa_2=y.json").qa_files == {"qa_1": "x.json", "qa_2": "y.json"}

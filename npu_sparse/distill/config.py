@@ -4,6 +4,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from ..budget import Budget
 from ..indexer import DIMS
 from ..ops.dispatch import IMPLEMENTATIONS
 from ..runs.machine import chosen_dtype
@@ -40,6 +41,7 @@ class DistillConfig:
         lm_steps: steps after these with the language-model loss through a soft selection of `sparse_k` keys, on contexts of the
             shortest length, at the last learning rate; in one process.
         budgets: budgets at which validation measures recall.
+        budget: the same, as `Budget.grid` spells it, in place of budgets: k=64|128|256.
         partition_steps: steps after training whose batches fit the partition heads, which predict every query's log-partition for
             Budget(reduce="softmax_max"); forward passes only, by least squares. 0 = an indexer without such heads.
         validation_fraction: share of the text that is held out, by document.
@@ -73,6 +75,7 @@ class DistillConfig:
     lm_steps: int = 0
     partition_steps: int = 16
     budgets: tuple[int, ...] = (64, 128, 256, 512)
+    budget: str = ""
     validation_fraction: float = 0.1
     validation_length: int = 2048
     validation_prompts: int = 8
@@ -85,6 +88,11 @@ class DistillConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
+        axes, rest = Budget.grid(self.budget, ("k",))
+        if rest:
+            raise ValueError(f"budget must name k only, at which recall is measured per query, got {rest!r}")
+        object.__setattr__(self, "budgets", axes.get("k", self.budgets))
+        object.__setattr__(self, "budget", "")
         for name in ("texts", "tasks", "lengths", "budgets"):
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -141,7 +149,7 @@ class DistillConfig:
 
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reads them back."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "budget"}  # budgets has it
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "DistillConfig":

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
-from ..budget import Budget
+from ..budget import FORMER, Budget
 from ..runs.machine import chosen_dtype
 
 LOCAL_SINK = 4
 EVIDENCE = {"dense", "oracle", "distilled", "untrained", "control", "training-free"}
-FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # fields of configs once
 _FLAGS_LAST = sorted(fields(Budget), key=lambda f: isinstance(f.default, bool))
 WHERE = ("dense_below", "per_layer")  # of a device and of a model's layers: spelled by a colon only
 OPTIONS = tuple(f.name for f in _FLAGS_LAST if f.name not in WHERE)  # of variants

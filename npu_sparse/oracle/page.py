@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..measure.variants import tail_note
+from ..budget import Budget
+from ..measure.variants import budget_words
 from ..runs.machine import machine_line
 from ..runs.page import markdown_table
 
@@ -22,6 +23,7 @@ def markdown(report: dict, drawn: list[str]) -> str:
     layers = f"{len(model['layers'])} of {model['num_layers']} layers are full attention"
     heads = f"{model['query_heads']} query and {model['kv_heads']} KV heads of {model['head_dim']}"
     every = f", at every {config['position_stride']}th position" if config["position_stride"] > 1 else ""
+    common = Budget.parse(config["budget"], Budget(k=max(config["budgets"]), block=1))
     lines = [
         f"# How much dense attention does {Path(config['model']).name} need at {config['length']} tokens?",
         "",
@@ -35,7 +37,7 @@ def markdown(report: dict, drawn: list[str]) -> str:
         f"{every}; agreement is the share of positions with the same most likely token; the second half leaves out the "
         "early positions, which see few more than k keys. Pairs skipped are causal (query, key) pairs. Retained is the "
         "attention mass within the support, along this trajectory, over 64 queries of each prompt's second half. "
-        f"[Brackets] are 95% bootstrap intervals over prompts.{tail_note(config['tail'])}",
+        f"[Brackets] are 95% bootstrap intervals over prompts.{budget_words(common)}",
         "",
         _end_to_end_table(report),
         "The oracle selects with the attention mass itself: it tells what a budget could achieve, not what a trained "

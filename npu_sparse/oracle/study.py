@@ -228,9 +228,7 @@ def _first_figures(cell: dict) -> str:
 def _end_to_end(study: Study, variant: Variant) -> dict:
     config = study.config
     selector = _selector(variant, config)
-    budget = Budget(
-        variant.k, variant.block, variant.reduce or "max", share_layers=variant.share_layers, tail=config.tail
-    )  # fmt: skip
+    budget = config.budget_of(variant)
     prompts = quality.measure(
         study.model, study.ids, study.dense, study.model, selector=selector, budget=budget, impl=config.impl,
         stride=config.position_stride, workspace_mib=config.workspace_mib,

@@ -77,15 +77,16 @@ def rewritten(node: c_ast.Node, rule: Callable[[c_ast.Node], c_ast.Node]) -> c_a
 
 
 def subscripted(node: c_ast.Node) -> c_ast.Node:
-    """*(a + i) written as a[i], which C defines to be the same; other nodes as they are."""
+    """*(a + i) written as a[i], and *(a - i) as a[-i], which C defines to be the same; other nodes as they are."""
     if isinstance(node, c_ast.UnaryOp) and node.op == "*":
-        base, indices = node.expr, []
-        while isinstance(base, c_ast.BinaryOp) and base.op == "+":
-            base, indices = base.left, [base.right, *indices]
+        base, moves = node.expr, []
+        while isinstance(base, c_ast.BinaryOp) and base.op in ("+", "-"):
+            base, moves = base.left, [(base.op, base.right), *moves]
         if isinstance(base, (c_ast.ID, c_ast.ArrayRef)):
-            index = indices[0] if indices else c_ast.Constant("int", "0", node.coord)
-            for other in indices[1:]:  # a pointer moves by each of them in turn, and not by a sum in their own types
-                index = c_ast.BinaryOp("+", _long(index), _long(other), node.coord)
+            index = c_ast.Constant("int", "0", node.coord)
+            for at, (op, other) in enumerate(moves):  # a pointer moves by each in turn, and not by a sum in their own types
+                first = at == 0 and op == "+"
+                index = other if first else c_ast.BinaryOp(op, _long(index), _long(other), node.coord)
             return c_ast.ArrayRef(base, index, node.coord)
     return node
 
