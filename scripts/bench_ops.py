@@ -42,7 +42,7 @@ SHAPES = {  # query heads, KV heads, head_dim, hidden size, rotary dimensions
     "qwen3-8b": (32, 8, 128, 4096, 128),
 }
 FLEX_BLOCK = 128
-SAMPLE_MS = 25  # of one sample; several calls where one is shorter
+SAMPLE_MS = 25  # the length of a sample, of as many calls as that takes
 
 
 def parse(arguments) -> argparse.Namespace:
@@ -201,7 +201,7 @@ def sparse_name(k: int, block: int, candidates: int) -> str:
 
 
 def milliseconds(run, calls: int = 1) -> float:
-    """Of one of `calls` calls that are queued one after the other, as the layers of a prefill are."""
+    """Milliseconds of one of `calls` calls that are queued one after the other, as the layers of a prefill are."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -212,7 +212,7 @@ def milliseconds(run, calls: int = 1) -> float:
 
 
 def calls_for(run) -> int:
-    """Calls that take about SAMPLE_MS together, so that a launch's way through the host is not what is measured."""
+    """How many calls take about SAMPLE_MS together, so that a sample does not measure the host's launch time."""
     milliseconds(run)
     return max(1, round(SAMPLE_MS / milliseconds(run)))
 
@@ -315,7 +315,7 @@ def overlap(support: Support) -> dict:
 
 
 def rates(args) -> dict:
-    """What this card reaches now: TFLOP/s of a large matrix product, GB/s of a large copy, bytes read and written counted."""
+    """What this card reaches now: TFLOP/s of a large matrix product, and GB/s of a large copy, reads and writes counted."""
     a = torch.randn(8192, 8192, device=args.device, dtype=getattr(torch, args.dtype))
     b, c = (torch.empty(1 << 30, dtype=torch.uint8, device=args.device) for _ in range(2))
     product = stats.summary([milliseconds(lambda: a @ a) for _ in range(12)][2:])["median"]

@@ -51,9 +51,9 @@ from npu_sparse.schedule.frontend.preprocess import run_cpp
 
 POLYCC, POLLY, CLANG = "polycc", "Polly", "clang"
 STRATEGIES = ("pluto", "pluto-plus", "feautrier", "isl", "tensor-scheduler", "cpu-vector")
-TUNED = 6  # candidates of the model
+TUNED = 6  # candidates that the model names
 SCALARS = {"alpha": 1.5, "beta": 1.2, "float_n": 1000.0}
-CLOCKS = {  # a table each: which measurement, and what of it
+CLOCKS = {  # one table of the report each: the measurement and its clock
     "wall": ("times", "wall"),
     "CPU time of the busiest thread": ("times", "cpu"),
     "one thread, CPU time": ("times_one", "cpu"),
@@ -61,7 +61,7 @@ CLOCKS = {  # a table each: which measurement, and what of it
 RATIOS = (("tuned", ISL), ("tuned", POLYCC), ("tuned", f"{POLYCC} default"), ("cpu-vector preset", POLYCC),
           ("cpu-vector preset", f"{POLYCC} default"), ("tuned", POLLY))  # fmt: skip
 
-# What kernels take from the utilities of PolyBench; each program is made of copies, of which the linker keeps one.
+# The parts of PolyBench's utilities that kernels use. Every source of a program has a copy, and the linker keeps one.
 ALLOCATE = """void *polybench_alloc_data(unsigned long long int n, int size) { return malloc(n * size); }
 void polybench_free_data(void *data) { free(data); }
 """
@@ -325,7 +325,7 @@ def _generation(records: list[dict]) -> list[str]:
 
 
 def _speedup(record: dict, column: str, times: str, clock: str) -> float | None:
-    """Of a column's choice over the original, by one of the measurements and clocks."""
+    """The speed-up of a column's choice over the original, by one of the measurements and clocks."""
     chosen = record[times].get(record["chosen"].get(column))
     return record[times]["original"][clock] / chosen[clock] if chosen else None
 

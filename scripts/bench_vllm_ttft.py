@@ -4,14 +4,14 @@
     python scripts/bench_vllm_ttft.py --model path/to/checkpoint --adapter qwen2.5-coder-0.5b --budget k=2048,block=64 \\
         --lengths 8192,16384,32768 --requests 1,4 --batched 32768,8192 --dtype bfloat16 --budget-s 400 --output runs/vllm-ttft
 
-Two engines of one process, vLLM's own and one with the plugin, serve the same prompts round by round, each first every other
-time; prompts are random and new in every round. The time is that from handing over a round's requests to the first token of
-each. A step of the engines takes as many tokens as the largest of `--batched`; for the others their schedulers hold every step
-to fewer. `--check` tokens of one prompt go through transformers as well: largest difference of the log-probabilities of greedy
-tokens, sparse beside dense, so that the first can be judged by the second.
+Two engines in one process, vLLM's own and one with the plugin, serve the same prompts round by round and take turns at being
+first. Prompts are random and new in every round. The time runs from handing over a round's requests to the first token of each.
+A step of the engines takes as many tokens as the largest of `--batched`; for the smaller values their schedulers hold every step
+to fewer. One prompt of `--check` tokens also goes through transformers. The report has the largest difference of the
+log-probabilities of greedy tokens, sparse and dense, so that the first can be judged by the second.
 
-Every measurement is a record in --output of its own, finished ones are not made again, and none is begun that would end after
-`--budget-s` seconds: the same command goes on. Prints a table, then one JSON line; writes report.json and report.md.
+Every measurement has its own record in --output. Finished ones are not made again, and none begins that would end after
+`--budget-s` seconds: the same command resumes. Prints a table, then one JSON line; writes report.json and report.md.
 """
 
 import argparse
@@ -183,7 +183,7 @@ def cells(options, directory) -> Cells:
 
 
 def fill(options, kept: Cells, both: list, vocabulary: int) -> None:
-    """Makes what is missing, as far as it ends in time, by the seconds a token of those before, whose prompts are as long."""
+    """Makes the missing measurements that end in time, judged by the seconds per token of earlier ones of the same length."""
     begun, slowest = time.monotonic(), 0.0
     for name in kept.missing():
         started, what = time.monotonic(), kept.identities[name]

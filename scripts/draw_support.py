@@ -25,7 +25,7 @@ TEXT = (
     "is the special magic number for Oslo? The special magic number for Oslo is"
 )
 BUDGET = Budget.parse("k=24,block=8,sink=2,recent=4")
-KINDS = {  # of a pair, and what it is called
+KINDS = {  # kinds of pairs and their names
     "sink": (PALETTE["distilled"], "sink: the first {sink} keys"),
     "recent": (PALETTE["local"], "recent: the last {recent} before each query of the block"),
     "chosen": (PALETTE["oracle"], "chosen by the indexer"),

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool")
-# small, and every kernel among them
+# small sizes that use every kernel
 CHECKED = "deterministic or (unlucky and 1) or (reads_no_key and not deterministic)"
 
 

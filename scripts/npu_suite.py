@@ -7,8 +7,8 @@ Each step is a process of its own; its log and its results are in a folder of it
 again: the same command goes on after an interruption or a failure, and steps that cannot run do not keep the others from it.
 --only names steps; --list shows them with the commands and their time limits.
 
-At the end runs/npu.tar.gz holds all logs, reports and profiles but files over 32 MiB, which manifest.json names. It has nothing
-of your models or prompts in it; look it through, and attach it to an issue.
+At the end runs/npu.tar.gz holds all logs, reports and profiles except files over 32 MiB, which manifest.json names. It contains
+nothing of your models or prompts. Look through it, and attach it to an issue.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_BYTES = 32 << 20  # of a file in the report
+MOST_BYTES = 32 << 20  # the largest file that the report takes
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfEs")
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What should stand for a block of keys when blocks are ranked before keys are scored (`Budget(candidates=...)`)?
+"""What should represent a block of keys when blocks are ranked before keys are scored (`Budget(candidates=...)`)?
 
     python scripts/study_key_blocks.py smollm2-135m --adapter smollm2-135m --texts bible-kjv-text --output runs/key-blocks
 
@@ -7,7 +7,7 @@ One prefill of real text and of two task prompts. In some layers and for some gr
 are ranked in several ways, the best are kept with those that always belong, and of their keys the k best are compared with the k
 best of all keys (one level, same indexer):
 
-    key recall     how many of the k best are found
+    key recall     the share of the k best that is chosen
     mass kept      the attention mass of the k that are chosen over that of the k best; 100 = nothing lost
 
 Ways: mean and bound (per-channel maxima and minima: what Quest does) of a block's keys; between them at a quarter, half and three

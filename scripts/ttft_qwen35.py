@@ -4,7 +4,7 @@
     python scripts/ttft_qwen35.py --device cuda --size 0.8b --dense fa2,cudnn,fa3 --sparse 2048:64,2048:16 --output runs/ttft-0.8b
     python scripts/ttft_qwen35.py --device npu --size 0.8b --lengths 32768,65536,131072 --output runs/ttft-0.8b
 
-`npu-sparse ttft --shape qwen3.5-0.8b` with the arguments that such a run wants; what it does and writes is said there. The model
+This is `npu-sparse ttft --shape qwen3.5-0.8b` with the arguments for such runs; its help says what it does and writes. The model
 has Qwen3.5's true shape and, without --model, random weights: times are those of the real checkpoint, quality is not, and every
 row says so (evidence "untrained" where no adapter is given). Dense attention (each implementation in --dense) and sparse prefill
 (each budget in --sparse) run interleaved in one process, with the same other layers: --hybrid fast attaches FastHybrid to dense
