@@ -103,5 +103,5 @@ def test_a_request_runs_sparse_where_a_forward_of_transformers_would(dense_below
 
 @pytest.mark.parametrize("dense_below, sparse", [(0, [0, 1]), (20, [1]), (21, [])])
 def test_every_request_reads_its_prompt_where_vllm_does_not_say(dense_below, sparse):
-    found, dense = divided([0, 5, 12], [5, 20], None, 2, dense_below)
-    assert [r.row for r in found] == sparse and len(found) + len(dense) == 2
+    chosen, dense = divided([0, 5, 12], [5, 20], None, 2, dense_below)
+    assert [r.row for r in chosen] == sparse and len(chosen) + len(dense) == 2
