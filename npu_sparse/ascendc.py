@@ -1,9 +1,8 @@
 """The AscendC kernels as a shared library: built once for the host emulation or for the card, and loaded.
 
-The sources are one directory, `ops/` of a checkout. A library is kept in the cache under a name that says what it was made
-of - sources, torch, compiler - so that another version is another file, and an old one is never loaded by mistake; nor is one
-that is not whole, or that another user could have written (`compiled`). Nothing heavy is imported before a library is loaded:
-the doctor asks here too.
+The sources are one directory, `ops/` of a checkout. The cache keeps a library under a name made from its sources, torch and
+compiler, so that a stale one is never loaded. A library that is incomplete, or that another user could have written, is not
+loaded either (`compiled`). Nothing heavy is imported before a library is loaded, because the doctor asks here too.
 """
 
 import hashlib
@@ -23,17 +22,17 @@ from .errors import ActionableError
 
 TARGETS = {"emulated": "cpu", "npu": "npu"}  # target -> the device type that its library serves
 OPERATORS = ("index_scores", "index_partition", "select_tokens", "select_by_index", "sparse_attention", "attention_mass")
-OF_ANOTHER_KERNEL = ("dense_rows",)  # operators without a kernel of their own: that of sparse_attention serves them
+OF_ANOTHER_KERNEL = ("dense_rows",)  # operators that sparse_attention's kernel serves
 SERVED = (*OPERATORS, *OF_ANOTHER_KERNEL)
 SOURCES = Path(__file__).resolve().parent / "ascendc_sources"
 _SOURCE_SUFFIXES = (".h", ".cpp")
 # torch's headers want C++20; a kernel is C++17, like everything that CANN's compiler reads
 _BINDING = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
 _EMULATION = ["-std=c++17", "-O2", "-fPIC", "-pthread"]
-# The kernels order their own instructions. What bisheng would add by default takes event ids that they use, and time; the
-# emulation, which checks every hazard, has none of it either
+# The kernels synchronise their own instructions. What bisheng adds by default would use the same event ids and cost time. The
+# emulation checks every hazard without it.
 _KERNELS = ["-x", "asc", f"--npu-arch={cann.ARCHITECTURE}", "-std=c++17", "-O3", "--cce-auto-sync=off", "-shared", "-fPIC"]
-_TASK_TYPE_MACRO = "-DNPU_SPARSE_TASK_TYPE_MACRO"  # for CANN before `__mix__`
+_TASK_TYPE_MACRO = "-DNPU_SPARSE_TASK_TYPE_MACRO"  # for versions of CANN older than the attribute `__mix__`
 
 
 class BuildError(ActionableError, RuntimeError):
@@ -58,7 +57,8 @@ def library(target: str) -> Path:
 def build(target: str, report: Callable[[str], object] = print) -> Path:
     """The built library of a target, compiled if need be; two processes that ask at once compile it once.
 
-    `report` is told what happens. Raises BuildError where a compiler, a header or a library is missing, or a compiler fails.
+    `report` is called with a line for every step. Raises BuildError where a compiler, a header or a library is missing, or a
+    compiler fails.
     """
     path = library(target)
     if not _misfit(path):
@@ -75,7 +75,7 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
             _run_all(commands)
             unfinished = path.with_suffix(f".{os.getpid()}")
             _run_all([[*link, "-o", str(unfinished)]])
-            for beside in set(path.parent.glob("*.so")) - {path}:  # what it is linked with
+            for beside in set(path.parent.glob("*.so")) - {path}:  # libraries that it links with
                 compiled.keep(beside, beside)
             compiled.keep(unfinished, path)
             for made in path.parent.glob("*.o"):
@@ -85,8 +85,8 @@ def build(target: str, report: Callable[[str], object] = print) -> Path:
 
 
 def load(target: str) -> dict[str, Callable]:
-    """Loads the built library of a target: its kernel of every operator, those that are made of them, and `selection_refusal`,
-    which tells of limits before.
+    """Loads the built library of a target: its kernel of every operator, and `selection_refusal`, which checks limits before a
+    selection.
 
     Raises BuildError where it is not built, or not for the card that is there.
     """
@@ -175,10 +175,10 @@ def _torch_libraries(torch: Path) -> list[str]:
 
 def _gxx() -> str:
     name = os.environ.get("CXX", "g++")
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         raise BuildError(f"no C++ compiler: {name} is not in PATH ({os.environ.get('PATH', '')}); install g++ or set CXX")
-    return found
+    return path
 
 
 def _cann() -> cann.Toolkit:
@@ -191,10 +191,10 @@ def _cann() -> cann.Toolkit:
 
 def _package(name: str) -> Path:
     """The directory of an installed package, without importing it."""
-    found = importlib.util.find_spec(name)
-    if found is None or not found.submodule_search_locations:
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
         raise BuildError(f"{name} is not installed: its headers and libraries are needed to build")
-    return Path(found.submodule_search_locations[0])
+    return Path(spec.submodule_search_locations[0])
 
 
 def _version(package: str) -> str:
@@ -207,11 +207,11 @@ def _version(package: str) -> str:
 def _source_files() -> list[Path]:
     """Every file that a library is compiled from, in a fixed order."""
     folders = ("ascendc", "emulation/emulation", "emulation", "torch")
-    found = {
+    files = {
         path for folder in folders for path in (SOURCES / folder).glob("*" if folder == "emulation" else "**/*")
         if path.suffix in _SOURCE_SUFFIXES and "tests" not in path.relative_to(SOURCES).parts
     }  # fmt: skip
-    return sorted(found)
+    return sorted(files)
 
 
 def _run_all(commands: list[list[str]]) -> None:
@@ -235,7 +235,7 @@ def _run_all(commands: list[list[str]]) -> None:
 
 @contextmanager
 def _locked(directory: Path):
-    """One process at a time per directory; a process that dies lets go."""
+    """One process at a time per directory; the system releases the lock of a process that dies."""
     import fcntl
 
     directory.mkdir(parents=True, exist_ok=True)

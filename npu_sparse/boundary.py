@@ -1,7 +1,7 @@
-"""Between files that others wrote and this program: whatever reading one raises becomes one sentence with its name.
+"""Reading files that others wrote: whatever goes wrong becomes one sentence that names the file.
 
-A parser of somebody else's bytes fails in ways that nobody lists: RecursionError for deep nesting, struct.error for a
-short header, OverflowError for a length. A caller sees one error class, and the file that it came from.
+A parser of untrusted bytes fails in unexpected ways: RecursionError for deep nesting, struct.error for a short header,
+OverflowError for a length. Callers see one error class and the file that caused it.
 """
 
 import json
@@ -10,7 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-JSON_BYTES = 64 << 20  # more than any config, index or record has; a tokenizer is not read here
+from .errors import full_device_error
+
+JSON_BYTES = 64 << 20  # more than any config, index or record has; tokenizers are not read through here
 
 
 @contextmanager
@@ -31,16 +33,17 @@ def reading(path, error: type[Exception] = ValueError, what: str = "") -> Iterat
 
 
 def is_the_files_fault(error: BaseException) -> bool:
-    """Whether an exception says something of what was read: not an interrupt, nor a device that is full.
+    """Whether an exception tells about what was read, and not about an interrupt or a device that is full.
 
-    A panic of a library in Rust is no Exception in Python, and is one here.
+    A panic of a library in Rust is no Exception in Python, and is one here. Every such library makes a class of its own for it,
+    which cannot be imported: its name is all that these classes share.
     """
-    named = type(error).__name__
-    return named == "PanicException" or isinstance(error, Exception) and named != "OutOfMemoryError"
+    panicked = type(error).__name__ == "PanicException"
+    return panicked or isinstance(error, Exception) and not isinstance(error, full_device_error())
 
 
 def reason(error: BaseException) -> str:
-    """The first line of an error, at most 200 characters of it; what a reader of a file calls it where it has none."""
+    """The first line of an error, at most 200 characters of it, or a name for an error without a message."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, OSError) and error.strerror:
@@ -52,7 +55,7 @@ def reason(error: BaseException) -> str:
 def read_json(path, error: type[Exception] = ValueError, kind: type = dict) -> Any:
     """The JSON value of a UTF-8 file, a `kind` (dict, list, ...). Raises `error` with one sentence for anything else.
 
-    NaN and infinities are refused, they are not JSON; so are files of more than 64 MiB. A file that is not there stays
+    NaN and infinities are refused, because they are not JSON; so are files of more than 64 MiB. A missing file stays a
     FileNotFoundError or NotADirectoryError: the caller knows what should have made it.
     """
     path = Path(path)

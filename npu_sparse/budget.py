@@ -2,14 +2,16 @@
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 
 BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 KEY_BLOCKS = (16, 32, 64, 128)
 REDUCTIONS = ("max", "mean", "softmax_max")
-MASS_REDUCTIONS = ("max", "mean")  # of attention mass, which is each query's own softmax already
+MASS_REDUCTIONS = ("max", "mean")  # attention mass is each query's own softmax, so there is no raw score to normalise
 PARTITIONS = ("auto", "exact", "learned")
+# what configs spelled as fields of their own in version 0.1; options of the command line still do
+FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")
 
 
 @dataclass(frozen=True)
@@ -24,11 +26,11 @@ class Budget:
             the largest `from_length <= length` applies (`{0: 512, 65536: 1024}`).
         block: queries that share one support (`b_sel`), a power of two up to 128; 1 = every query selects for itself.
         reduce: how the scores of a block's queries become one row: "max" (the paper), "mean" (of normalised weights) or
-            "softmax_max", the maximum of each query's scores less its own log-partition, so that no query outvotes another by
-            being loud. Attention mass is normalised already: there "softmax_max" is "max". Where every query selects for
-            itself it is "max", too, because the log-partition changes no order within a row.
-        partition: where "softmax_max" has an indexer's log-partitions from: "exact" (a pass over all scores), "learned" (the
-            adapter's partition head) or "auto", learned where the adapter has a head. With `candidates` only "learned" serves.
+            "softmax_max", the maximum of each query's scores less its own log-partition, so that a query with large scores does
+            not outvote the others. For attention mass, which is normalised already, "softmax_max" equals "max"; so it does where
+            every query selects for itself, because the log-partition changes no order within a row.
+        partition: how "softmax_max" gets an indexer's log-partitions: "exact" (a pass over all scores), "learned" (the adapter's
+            partition head) or "auto", which is learned where the adapter has such a head. `candidates` need "learned".
         sink: the first `sink` valid keys are always kept.
         recent: the last `recent` keys of every query of the block are always kept.
         per_layer: `{layer index: k}` overrides.
@@ -40,9 +42,8 @@ class Budget:
         dense_below: a forward whose context is shorter than this many tokens runs dense, bit for bit. "auto" = the length from
             which this budget is measured to be no slower, decided when attaching (`calibration.dense_below`, once per device and
             model; on a CPU and in vLLM `crossover.dense_below`, from a table).
-        exact_last: the last `exact_last` queries of a prompt read every key (`ops.dense_rows`): those at positions from the
-            prompt's length less `exact_last` on, whichever chunk holds them. As many as the prompt has, or more: all of it is
-            dense. 0 = none.
+        exact_last: the last `exact_last` queries of a prompt, whichever chunk holds them, read every key (`ops.dense_rows`). A
+            prompt of so few tokens is dense altogether. 0 = none.
         candidates: an indexer's scores in two levels: whole blocks of keys are ranked first, and only the keys of the best
             blocks, at least this many, are scored one by one; 0 = every key is scored (one level).
         key_block: keys of such a block, a power of two from 16 to 128.
@@ -129,12 +130,11 @@ class Budget:
 
     @classmethod
     def changes(cls, text: str) -> dict[str, object]:
-        """The fields that `text` names, with their values; only a Budget that is made of them says whether they fit each other.
+        """The fields that `text` names, with their values. Only a Budget made of them checks whether they fit together.
 
         Errors as in `parse`.
         """
-        if not isinstance(text, str):
-            raise TypeError(f"budget must be a text such as 'k=1024,block=64', got {type(text).__name__}")
+        _check_text(text)
         known = {f.name: f for f in fields(cls)}
         changes: dict[str, object] = {}
         for item in text.split(",") if text.strip() else ():
@@ -148,6 +148,27 @@ class Budget:
             default = known[name].default
             changes[name] = _flag(name, value, equals) if isinstance(default, bool) else _value(name, value, default)
         return changes
+
+    @classmethod
+    def grid(cls, text: str, axes: Collection[str]) -> tuple[dict[str, tuple], str]:
+        """`({axis: its values}, the rest as `str` spells it)` of a grid such as `k=256|512,block=1|64,sink=4`.
+
+        axes: the fields that may have several values, joined by |. Errors as in `parse`.
+        """
+        _check_text(text)
+        grids: dict[str, tuple] = {}
+        rest = []
+        for item in text.split(",") if text.strip() else ():
+            name, _, values = (part.strip() for part in item.partition("="))
+            if name not in axes:
+                rest += [_spelled(*change) for change in cls.changes(item).items()]
+                continue
+            if name in grids:
+                raise ValueError(f"{name} must be given once, got {text!r}")
+            grids[name] = tuple(cls.changes(f"{name}={value}")[name] for value in values.split("|"))
+            if any(isinstance(value, Mapping) for value in grids[name]):
+                raise ValueError(f"{name} of a grid must be whole numbers joined by |, got {values!r}")
+        return grids, ",".join(rest)
 
     @classmethod
     def of(cls, value) -> "Budget":
@@ -191,6 +212,11 @@ class Budget:
             if isinstance(data.get(name), Mapping):
                 data[name] = {int(key): value for key, value in data[name].items()}
         return cls(**data)
+
+
+def _check_text(text) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"budget must be a text such as 'k=1024,block=64', got {type(text).__name__}")
 
 
 def _whole(name: str, value, least: int) -> int:
@@ -243,16 +269,16 @@ def _value(name: str, value: str, default):
 
 
 def _table(name: str, value: str) -> dict[int, int]:
-    found: dict[int, int] = {}
+    entries: dict[int, int] = {}
     for item in value.split("+"):
         key, _, k = (_number(part) for part in item.partition(":"))
         if not key or not k:
             rule = "FROM:K, such as 0:512+65536:1024" if name == "k" else "LAYER:K, such as 3:256+7:512"
             raise ValueError(f"{name} must be whole numbers {rule}, got {value!r}")
-        if int(key) in found:
+        if int(key) in entries:
             raise ValueError(f"{name} must name {key} once, got {value!r}")
-        found[int(key)] = int(k)
-    return found
+        entries[int(key)] = int(k)
+    return entries
 
 
 def _number(text: str) -> str | None:

@@ -30,7 +30,7 @@ from .runs.store import RunError, write_json
 SHORTEST, LONGEST = 1024, 131072  # tokens
 FULL_LAYERS = 4  # full-attention layers that run, or more where they share supports
 RUNS, WARMUP = 5, 2
-SECONDS = 60.0  # after which no further length is begun
+SECONDS = 60.0  # no further length is begun after this
 FORMAT = 1
 
 
@@ -53,11 +53,11 @@ def dense_below(
             return kept["dense_below"]
     measured = calibrate(model, selector, budget, attach=attach, impl=impl, workspace_mib=workspace_mib)
     seconds = {str(length): [dense, sparse] for length, (dense, sparse) in measured.items()}
-    found = first_faster(measured)
+    threshold = first_faster(measured)
     with suppress(RunError, OSError):  # where nothing can be written, it is measured again
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"made_of": made_of, "dense_below": found, "dense_and_sparse_s": seconds})
-    return found
+        write_json(path, {"made_of": made_of, "dense_below": threshold, "dense_and_sparse_s": seconds})
+    return threshold
 
 
 def identity(model, selector, budget: Budget, impl: str, workspace_mib: int) -> dict:
@@ -105,9 +105,9 @@ def calibrate(
         return statistics.median(seconds["dense"]), statistics.median(seconds["sparse"])
 
     with torch.inference_mode():
-        found = search(measure, lengths(architecture.max_positions))
+        timings = search(measure, lengths(architecture.max_positions))
     gc.collect()  # caches hold each other
-    return found
+    return timings
 
 
 def seconds_of(text, layers: int, ids) -> float:
@@ -147,39 +147,39 @@ def prefix(text, count: int) -> Iterator[None]:
 
 def lengths(most: int) -> list[int]:
     """Doubling lengths up to `most` positions, which is the last where it is less than LONGEST."""
-    found = []
+    doubling = []
     length = SHORTEST
     while length <= min(most, LONGEST):
-        found.append(length)
+        doubling.append(length)
         length *= 2
-    return found or [most]
+    return doubling or [most]
 
 
 def search(measure: Callable[[int], tuple[float, float]], candidates: Sequence[int]) -> dict[int, tuple[float, float]]:
     """What `measure` gives at the candidates from the shortest on, until sparse is faster twice in a row, memory runs out or
     SECONDS are over; then between the last slower and the first faster of them."""
-    found: dict[int, tuple[float, float]] = {}
+    timings: dict[int, tuple[float, float]] = {}
     began = time.monotonic()
     faster = 0
     for length in candidates:
         if time.monotonic() - began > SECONDS:
             break
         try:
-            found[length] = measure(length)
+            timings[length] = measure(length)
         except (RuntimeError, MemoryError) as error:
-            if not workspace.is_exhausted(error) or not found:
+            if not workspace.is_exhausted(error) or not timings:
                 raise
             break
-        dense, sparse = found[length]
+        dense, sparse = timings[length]
         faster = faster + 1 if sparse <= dense else 0
         if faster == 2:
             break
-    first = first_faster(found)
-    slower = [length for length in found if length < first]
+    first = first_faster(timings)
+    slower = [length for length in timings if length < first]
     if first != NEVER and slower:
         between = (slower[-1] + first) // 2
-        found[between] = measure(between)
-    return dict(sorted(found.items()))
+        timings[between] = measure(between)
+    return dict(sorted(timings.items()))
 
 
 def first_faster(measured: dict[int, tuple[float, float]]) -> int:

@@ -1,21 +1,23 @@
 """CANN on this machine: where its toolkit is, which version, and which chips the kernels are for. Imports nothing heavy.
 
 Versions and chips are checked where a library is built and again where it is loaded: a kernel of another architecture would fail
-at its first launch with a number for an answer.
+at its first launch with nothing but an error number.
 """
 
 import os
 import re
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import ActionableError
 
-OLDEST = (8, 5)  # its bisheng takes `-x asc --npu-arch`
-ATTRIBUTES = (9, 1)  # from here on `__mix__` and `__schedmode__` are documented; before, a macro in the kernel's body
-ROOTS = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")  # of newer and of older installations
+OLDEST = (8, 5)  # the first whose bisheng takes `-x asc --npu-arch`
+ATTRIBUTES = (9, 1)  # the first that documents `__mix__` and `__schedmode__`; older ones want a macro in the kernel's body
+ROOTS = ("/usr/local/Ascend/cann", "/usr/local/Ascend/ascend-toolkit/latest")  # where newer and older versions install themselves
 ARCHITECTURE = "dav-2201"
 CHIPS = "Ascend 910B (Atlas A2) and 910C (Atlas A3)"
 _BISHENG = ("bin", "compiler/ccec_compiler/bin", "tools/bisheng_compiler/bin")
@@ -38,7 +40,7 @@ class Toolkit:
 
     @property
     def has_attributes(self) -> bool:
-        """Whether the compiler is known to take a kernel's cores as attributes; a version nobody tells counts as a new one."""
+        """Whether the compiler is known to take a kernel's cores as attributes; an unknown version counts as a new one."""
         return not self.version or self.version >= ATTRIBUTES
 
 
@@ -64,11 +66,11 @@ def version(root: Path) -> str | None:
     """What the files of a toolkit say of its version, such as "9.1.0"; None where none does."""
     for path in (root / "version.cfg", *sorted(root.glob("*/ascend_toolkit_install.info"))):
         try:
-            found = re.search(r"version\w*\s*=\s*\[?[^\d\n]*(\d+(?:\.\w+)+)", path.read_text(errors="replace"))
+            match = re.search(r"version\w*\s*=\s*\[?[^\d\n]*(\d+(?:\.\w+)+)", path.read_text(errors="replace"))
         except OSError:
             continue
-        if found:
-            return found.group(1)
+        if match:
+            return match.group(1)
     return None
 
 
@@ -109,8 +111,20 @@ def explained(error: BaseException) -> str | None:
     )
 
 
+@contextmanager
+def required() -> Iterator[None]:
+    """Around a program's first `import torch`: what `explained` explains ends it in that sentence, with exit status 1."""
+    try:
+        yield
+    except (ImportError, RuntimeError) as error:
+        said = explained(error)
+        if said is None:
+            raise
+        sys.exit(f"error: {said}")
+
+
 def check_cards(smi: Callable[[], str | None] | None = None) -> None:
-    """Raises CannError where npu-smi shows cards and none that the kernels are for; without cards one may build for others."""
+    """Raises CannError where npu-smi shows cards, but none that the kernels are for. A machine without cards may build."""
     shown = chips((smi or _smi)() or "")
     refusals = [unserved(chip, told_by_smi=True) for chip in shown]
     if shown and all(refusals):
@@ -124,8 +138,8 @@ def chips(smi: str) -> list[str]:
 
 def numbers(version: str | None) -> tuple[int, ...]:
     """The first two numbers of a version, () if it does not begin with any."""
-    found = re.match(r"(\d+)\.(\d+)", version or "")
-    return tuple(map(int, found.groups())) if found else ()
+    match = re.match(r"(\d+)\.(\d+)", version or "")
+    return tuple(map(int, match.groups())) if match else ()
 
 
 def _dotted(version: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""What is checked before the first token, whoever runs the model: transformers (prefill.py) or vLLM (integrations/vllm)."""
+"""Checks before the first token, for transformers (prefill.py) and vLLM (integrations/vllm)."""
 
 from collections.abc import Mapping, Sequence
 
@@ -18,7 +18,7 @@ def selecting_layers(budget: Budget, layers: Sequence[int]) -> dict[int, int]:
 
 
 def check_layers(budget: Budget, layers: Sequence[int]) -> None:
-    """Raises ValueError where a budget names layers that are no full-attention layers, or that do not select."""
+    """Raises ValueError where a budget names layers that have no full attention, or that do not select."""
     unknown = set(budget.per_layer) - set(layers)
     if unknown:
         raise ValueError(f"per_layer must name full-attention layers {list(layers)}, got {sorted(unknown)}")

@@ -17,10 +17,10 @@ from typing import Annotated
 import typer
 
 from . import cann
-from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError
+from .budget import FORMER
+from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError, full_device_error
 
-FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # now --budget
-RUN_OPTIONS = {  # of a stage's function and not of its config: they change no figure
+RUN_OPTIONS = {  # options of a stage's function that its config does not have, because they change no figure
     "workers": (int, 0, "Processes that prepare batches ahead."),
     "shard": (str, "0/1", "I/N: compute every N-th cell, beginning with the I-th (from 0)."),
     "budget_s": (float | None, None, "Seconds: stop after a length where the next would end later, with exit status 3."),
@@ -89,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else FAILURE
     except KeyboardInterrupt:  # before the command began; later typer makes it an exit of its own
         return _failed("interrupted", FAILURE)
-    except Exception as error:  # every mistake of a user is one sentence; what is not is a bug and keeps its traceback
+    except Exception as error:  # a user's mistake is one sentence; anything else is a bug and keeps its traceback
         status = _status(error)
         if status is None or os.environ.get("NPU_SPARSE_TRACEBACK"):
             raise
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _app(arguments: list[str]) -> typer.Typer:
-    """The application; of its commands only the one that `arguments` ask for is built."""
+    """The application. Only the command that `arguments` ask for is built."""
     wanted = next((a for a in arguments if not a.startswith("-")), None)
     app = typer.Typer(
         help="Oracle-guided sparse prefill for existing long-context checkpoints.",
@@ -243,8 +243,9 @@ def _stage(name: str, command: Command):
         for field in dataclasses.fields(config_class)
     ]  # fmt: skip
     if "budget" in hints:  # the options of version 0.1 for the fields of the Budget
+        grids = ("k", "block") if "ks" in hints else ("k", "block", "reduce", "recent") if "budgets" in hints else ()
         for former in FORMER:
-            if former not in hints and not (former in ("k", "block") and "ks" in hints):
+            if former not in hints and former not in grids:
                 kind = bool if former == "tail" else str
                 hidden = Annotated[kind | None, typer.Option(hidden=True)]
                 parameters.append(inspect.Parameter(former, inspect.Parameter.KEYWORD_ONLY, annotation=hidden, default=None))
@@ -334,20 +335,20 @@ def _pairs(value) -> dict:
 
 
 def _shard(value: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)/(\d+)", value)
-    if not found or int(found[1]) >= int(found[2]):
+    match = re.fullmatch(r"(\d+)/(\d+)", value)
+    if not match or int(match[1]) >= int(match[2]):
         raise ValueError(f"shard must be I/N with 0 <= I < N, got {value!r}")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def _attribute_help(config_class) -> dict[str, str]:
     """The sentences of the docstring's Attributes section, by field name."""
     section = inspect.getdoc(config_class).partition("Attributes:")[2]
-    found: dict[str, str] = {}
+    sentences: dict[str, str] = {}
     for entry in re.findall(r"^ {4}(\w[\w, ]*): (.*(?:\n {8,}.*)*)", section, re.M):
         for name in entry[0].split(","):
-            found[name.strip()] = " ".join(entry[1].split())
-    return found
+            sentences[name.strip()] = " ".join(entry[1].split())
+    return sentences
 
 
 def _show(output: Path) -> None:
@@ -363,8 +364,7 @@ def _status(error: Exception) -> int | None:
         return error.exit_status
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, NotADirectoryError)):
         return USER_ERROR
-    full = getattr(sys.modules.get("torch"), "OutOfMemoryError", OSError)  # not loaded: not raised
-    if isinstance(error, (OSError, FloatingPointError, full)) or type(error) is RuntimeError:
+    if isinstance(error, (OSError, FloatingPointError, full_device_error())) or type(error) is RuntimeError:
         return FAILURE
     return None
 

@@ -1,7 +1,7 @@
-"""Compiled code in the cache: loaded only where this user, or root, wrote all of it; anything else is made again.
+"""Compiled code in the cache. It is loaded only where this user, or root, wrote all of it; otherwise it is made again.
 
-A file `x.so` is whole when `x.so.sha256` says so, which is written last: whatever was killed, cut off by a crash of the
-machine, or changed afterwards does not fit its digest. Imports nothing heavy: the doctor asks here.
+A file `x.so` is complete when its digest `x.so.sha256`, which is written last, fits it. A file that a killed process or a crash
+cut off, or that was changed later, does not fit. Nothing heavy is imported, because the doctor asks here.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ def read(path: Path) -> bytes | None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Keeps `data` as a compiled file, whole or not at all. OSError passes through."""
+    """Writes `data` as a compiled file, completely or not at all. OSError passes through."""
     _own(path.parent)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     try:
@@ -45,10 +45,10 @@ def write(path: Path, data: bytes) -> None:
 
 
 def keep(unfinished: Path, path: Path) -> None:
-    """Makes a file that a compiler wrote beside `path` the compiled file `path`: on the disk first, its digest last."""
+    """Moves a file that a compiler wrote to the compiled file `path`: its bytes reach the disk first, its digest last."""
     os.chmod(unfinished, stat.S_IMODE(unfinished.stat().st_mode) & ~_OTHERS_WRITE)
     digest = hashlib.sha256(unfinished.read_bytes()).hexdigest()
-    _digest_file(path).unlink(missing_ok=True)  # of an earlier file: the two never stand for each other
+    _digest_file(path).unlink(missing_ok=True)  # a digest of an earlier file must never stand beside the new one
     _flush(unfinished)
     os.replace(unfinished, path)
     _flush(path.parent)
@@ -68,15 +68,15 @@ def unsafe(directory: Path) -> str | None:
     """Why nothing compiled may be kept in a directory of the cache, one sentence; None where it may, or is not there yet."""
     for folder in (directory, *directory.parents):
         try:
-            found = folder.stat()
+            status = folder.stat()
         except FileNotFoundError:
             continue
         except OSError as error:
             return f"{folder} cannot be read ({error.strerror})"
-        sticky = found.st_mode & stat.S_ISVTX
-        if found.st_uid not in (os.geteuid(), 0):
-            return f"{folder} must belong to this user or to root, and belongs to user {found.st_uid}: {_REMEDY}"
-        if found.st_mode & stat.S_IWOTH and not sticky:
+        sticky = status.st_mode & stat.S_ISVTX
+        if status.st_uid not in (os.geteuid(), 0):
+            return f"{folder} must belong to this user or to root, and belongs to user {status.st_uid}: {_REMEDY}"
+        if status.st_mode & stat.S_IWOTH and not sticky:
             return f"{folder} must not be writable by everybody: {_REMEDY}"
         if folder == cache_dir():
             break
@@ -91,12 +91,12 @@ def _content(path: Path) -> bytes:
     if reason := unsafe(path.parent):
         raise ValueError(f"lies where others may write: {reason}")
     with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-        found = os.fstat(file.fileno())
-        if found.st_uid not in (os.geteuid(), 0):
-            raise ValueError(f"belongs to user {found.st_uid}")
-        if found.st_mode & _OTHERS_WRITE:
-            raise ValueError(f"may be written by others (mode {stat.S_IMODE(found.st_mode):o})")
-        if not found.st_size:
+        status = os.fstat(file.fileno())
+        if status.st_uid not in (os.geteuid(), 0):
+            raise ValueError(f"belongs to user {status.st_uid}")
+        if status.st_mode & _OTHERS_WRITE:
+            raise ValueError(f"may be written by others (mode {stat.S_IMODE(status.st_mode):o})")
+        if not status.st_size:
             raise ValueError("is empty")
         data = file.read()
     try:

@@ -1,5 +1,5 @@
-"""The whole story on a real checkpoint, in minutes: what dense attention it needs, how well the shipped indexer finds it, what
-sharing supports costs, and what prefill gains. Each part is the stage of the same name at a small size."""
+"""All stages on a real checkpoint, in minutes: how much dense attention it needs, how much of that the shipped indexer finds,
+what sharing supports costs, and what prefill gains. Each part is the stage of the same name at a small size."""
 
 from pathlib import Path
 
@@ -80,9 +80,9 @@ def _recall(model, tokenizer, indexer, name: str, directory: Path) -> dict:
         budgets=RECALL_BUDGETS,
     )  # fmt: skip
     directory = open_run(directory, {"stage": "recall", **config.to_dict()})
-    found = validate(model, indexer, Contexts(config, tokenizer).held_out(), config.budgets)
-    write_json(directory / "report.json", {**found, "machine": machine()})
-    return found
+    report = validate(model, indexer, Contexts(config, tokenizer).held_out(), config.budgets)
+    write_json(directory / "report.json", {**report, "machine": machine()})
+    return report
 
 
 def _summary(oracle: dict, recall: dict, quality: dict, ttft: dict) -> list[dict]:
@@ -93,8 +93,8 @@ def _summary(oracle: dict, recall: dict, quality: dict, ttft: dict) -> list[dict
             rows.append(_row("How much dense attention is needed?", f"{row['label']}, {sharing}".rstrip(", "), row["evidence"],
                              f"next token agrees with dense {row['agreement']:.1%}, KL {row['kl']:.4f} nats"))  # fmt: skip
     for k in ("128", "256", "512"):
-        found = f"{recall['mass_recall'][k]:.1%} of the oracle's mass, {recall['support_recall'][k]:.1%} of its keys"
-        rows.append(_row("How well does the indexer find it?", f"per query, k {k} of {RECALL_LENGTH}", "distilled", found))
+        answer = f"{recall['mass_recall'][k]:.1%} of the oracle's mass, {recall['support_recall'][k]:.1%} of its keys"
+        rows.append(_row("How well does the indexer find it?", f"per query, k {k} of {RECALL_LENGTH}", "distilled", answer))
     for row in quality["rows"]:
         if row["task"] == "macro average":
             where = row["label"] + (f", k {row['k']} of {quality['config']['length']}" if row["k"] else "")
@@ -147,8 +147,8 @@ def _figure(name: str, oracle: dict, quality: dict, ttft: dict):
     return figure
 
 
-def _row(question: str, what: str, evidence: str, found: str) -> dict:
-    return {"question": question, "what": what, "evidence": evidence, "found": found}
+def _row(question: str, what: str, evidence: str, answer: str) -> dict:
+    return {"question": question, "what": what, "evidence": evidence, "found": answer}
 
 
 def _markdown(name: str, summary: list[dict]) -> str:

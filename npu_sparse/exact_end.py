@@ -1,6 +1,6 @@
 """The exact end of a prompt: its last queries attend densely, whichever chunk holds them (`Budget.exact_last`).
 
-What a model says next is read from the prompt's last positions; a few dense rows there cost `exact_last` / S of dense attention.
+The next token is read from the prompt's last positions. A few dense rows there cost `exact_last` / S of dense attention.
 """
 
 from dataclasses import dataclass, replace
@@ -30,8 +30,8 @@ class ExactEnd:
     first: int | None
 
     def left(self, inputs: LayerInputs, budget: Budget) -> LayerInputs | None:
-        """What selection and sparse attention still have to serve: queries up to the last block that holds one that is not exact;
-        None where there is none.
+        """The queries that selection and sparse attention still serve: those up to the end of the last block with a query that is
+        not exact; None where there is none.
 
         Exact rows that share a block with others take part in its selection, as they would without an exact end.
         """
@@ -65,7 +65,7 @@ class ExactEnd:
         rows = (self.positions - (k.shape[2] - q.shape[2])).clamp(min=0).long()[:, None, :, None]  # [B, 1, R, 1]
         chosen = q.gather(2, rows.expand(-1, q.shape[1], -1, q.shape[3]))
         dense = ops.dense_rows(chosen, k, v, self.positions, **options)  # [B, Hq, R, Dv]
-        place = torch.where(self.positions[:, None, :, None] >= 0, rows, q.shape[2])  # what is no row goes where it is cut off
+        place = torch.where(self.positions[:, None, :, None] >= 0, rows, q.shape[2])  # unused rows go to a place that is cut off
         wide = torch.cat([out, out[:, :, :1]], 2)
         return wide.scatter(2, place.expand(-1, out.shape[1], -1, out.shape[3]), dense)[:, :, :-1]
 
@@ -73,7 +73,7 @@ class ExactEnd:
 def exact_end(inputs: LayerInputs, forward: ForwardContext, budget: Budget) -> ExactEnd | None:
     """The exact rows among the queries of this forward that run sparse; None where it has none.
 
-    A sequence ends with its last valid token. Where that lies in a later chunk, it is the prompt's length that the caller said.
+    A sequence ends with its last valid token, or at the prompt's length that the caller gave where that lies in a later chunk.
     """
     if not budget.exact_last:
         return None

@@ -1,4 +1,4 @@
-"""The indexer: a small scorer beside every full-attention layer, and the adapter it ships as."""
+"""The indexer: a small scorer beside every full-attention layer, and the adapter that it is saved as."""
 
 import hashlib
 import json
@@ -19,8 +19,8 @@ FORMAT = 1
 SHIPPED = Path(__file__).parent / "adapters"  # adapters of the demo checkpoints, by name
 EVIDENCE = ("distilled", "untrained")
 DIMS = (64, 128, 256)
-MOST_HIDDEN, MOST_LAYERS = 1 << 17, 1 << 12  # several times what any model has: more is a damaged file
-DTYPES = ("F64", "F32", "F16", "BF16")  # that an adapter may be stored in, as safetensors calls them
+MOST_HIDDEN, MOST_LAYERS = 1 << 17, 1 << 12  # several times what any model has: a larger number means a damaged file
+DTYPES = ("F64", "F32", "F16", "BF16")  # dtypes of stored adapters, by their safetensors names
 
 
 class AdapterError(ActionableError, ValueError):
@@ -77,11 +77,11 @@ def _check_integers(name: str, values: Iterable[int], least: int, most: int) -> 
 
 
 class PartitionHead(nn.Module):
-    """The log-partition of every query's index scores, predicted: `c = <a, x> + b + g log n` of its hidden state x and of the
+    """Predicts the log-partition of every query's index scores, `c = <a, x> + b + g log n`, from its hidden state x and from the
     number n of keys that it sees.
 
-    Least squares fit it (`distill.partition`), so that it takes no gradient. Unfitted it is log n, which is exact for an indexer
-    whose scores are all zero.
+    It is fitted by least squares (`distill.partition`) and takes no gradient. Before that it is log n, which is exact for an
+    indexer whose scores are all zero.
     """
 
     def __init__(self, hidden_size: int):
@@ -127,7 +127,7 @@ class IndexHead(nn.Module):
         return rotate(self.k_norm(self.k_proj(hidden)), rotary_for(cos, self.dim), rotary_for(sin, self.dim))
 
     def key_maker(self) -> str:
-        """A fingerprint of the weights that index keys are made with: the same for the same weights in the same dtype."""
+        """A fingerprint of the weights that make index keys: the same for the same weights in the same dtype."""
         weights = (self.k_proj.weight, self.k_norm.weight, self.k_norm.bias)
         digest = hashlib.sha256(str((self.k_norm.eps, *(tensor.dtype for tensor in weights))).encode())
         for tensor in weights:
@@ -143,8 +143,8 @@ class Indexer(nn.Module):
         base: identity of the checkpoint it was made for (`checkpoints.identity`), {} where unknown.
         evidence: "distilled" after distillation, "untrained" before: untrained weights say nothing about quality.
         budget: the budget recommended with it (`Budget.to_dict()`), or None.
-        checks: what `check_base` compares, in words; adapters made before there was a fingerprint of all matrices see a
-            change of two of them only.
+        checks: what `check_base` compares, in words. Adapters older than the fingerprint of all matrices notice changes in two of
+            them only.
     """
 
     @property
@@ -207,16 +207,16 @@ class Indexer(nn.Module):
                 f"{theirs}, got {ours}"
             )
 
-    def check_identity(self, found: dict) -> None:
-        """Raises AdapterError where `found` (`checkpoints.identity`) is another checkpoint than this indexer was made for.
+    def check_identity(self, identity: dict) -> None:
+        """Raises AdapterError where `identity` (of `checkpoints.identity`) is not that of this adapter's base checkpoint.
 
-        What either of them does not know, None or absent, is not compared.
+        Fields that are None or absent on either side are not compared.
         """
         for name, value in self.base.items():
-            known = value is not None and found.get(name) is not None
-            if name != "architectures" and known and found[name] != value:
+            known = value is not None and identity.get(name) is not None
+            if name != "architectures" and known and identity[name] != value:
                 raise AdapterError(
-                    f"adapter was distilled from another base: {name} must be {value!r}, the model has {found[name]!r}"
+                    f"adapter was distilled from another base: {name} must be {value!r}, the model has {identity[name]!r}"
                     f"{_CHANGED if name == 'backbone_fingerprint' else ''}"
                 )
 
@@ -286,9 +286,9 @@ def _read_config(directory: Path) -> dict:
             f"adapter {directory} must be a directory with config.json, or one of {', '.join(shipped())}"
         ) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else None
+        stored_format = config.get("format") if isinstance(config, dict) else None
         raise AdapterError(
-            f"adapter {directory}: format must be {FORMAT}, got {repr(found)[:40]}; distil it again or update "
+            f"adapter {directory}: format must be {FORMAT}, got {repr(stored_format)[:40]}; distil it again or update "
             "npu-sparse"
         )
     missing = {"indexer", "base", "evidence", "budget", "weights_sha256"} - set(config)
@@ -319,12 +319,12 @@ def _built(directory: Path, config: dict) -> Indexer:
         raise AdapterError(f"adapter {directory}: model.safetensors is truncated or changed (its sha256 differs)")
     with safe_open(path, framework="pt") as file:
         stored = {name: file.get_slice(name) for name in file.keys()}
-        found = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
-        if found != expected:
-            first = sorted(name for name in {**found, **expected} if found.get(name) != expected.get(name))[0]
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in stored.items()}
+        if shapes != expected:
+            first = sorted(name for name in {**shapes, **expected} if shapes.get(name) != expected.get(name))[0]
             raise AdapterError(
                 f"adapter {directory}: weights do not fit config.json ({first} must have shape {expected.get(first)}, "
-                f"got {found.get(first)})"
+                f"got {shapes.get(first)})"
             )
         for name, tensor in stored.items():
             if tensor.get_dtype() not in DTYPES:

@@ -1,4 +1,4 @@
-"""One sparse layer of one forward, from its queries, keys and values to its output: whoever runs the model."""
+"""One sparse layer of one forward, from queries, keys and values to its output; transformers and vLLM share it."""
 
 from collections.abc import Callable
 
@@ -21,7 +21,7 @@ def attend_sparsely(
 ) -> Tensor:
     """`[B, Hq, Tq, Dv]`: sparse attention of the queries by the support that `support_of` gives, dense in the exact rows.
 
-    `support_of` and `observe` are called with the queries that are not exact, and not at all where all of them are.
+    `support_of` and `observe` are called with the queries that are not exact. Where all are exact, they are not called.
     """
     end = exact_end(inputs, forward, budget)
     chosen = inputs if end is None else end.left(inputs, budget)

@@ -1,4 +1,4 @@
-"""Training-free peers as Selectors, so that they stand on the same axes: the rules that others published, at budgets of ours.
+"""Published training-free rules as Selectors, so that they can be compared at the same budgets.
 
 Each rule ranks keys or blocks of keys; the best are kept until the budget's k keys of a row are used, so that peers, oracle and
 indexer are compared at equal retained pairs. `top_p` is the published way to stop earlier: the fewest best blocks whose share of
@@ -6,7 +6,7 @@ the estimated attention reaches it (1.0 = the budget decides alone). Supports ar
 serves, where the published rules have one per query head; estimates are averaged over a group's heads. `Budget.sink` and
 `recent` are kept as for any selector; of blocks, that of the last query always. `Budget.reduce` changes nothing.
 
-The code is our own, from the papers' formulas; their kernels are not what is measured here, their choice of keys is.
+The code is our own, after the papers' formulas. It measures their choice of keys, not their kernels.
 """
 
 from collections.abc import Sequence

@@ -1,10 +1,9 @@
-"""Sparse prefill: one patching interface for every supported model and device.
+"""Sparse prefill: one interface that attaches to every supported model on every device.
 
-Through transformers' own seams only (models/attention.py). A hook in front of the decoder makes one ForwardContext a
-forward; the mask function hands a 2-D padding mask (or None) down, never S x S; a hook on each full-attention layer turns
-its hidden states into index queries and keys; the attention function selects a Support and attends to it. Everything else -
-sliding-window layers, decode steps, contexts below `dense_below` - goes to the model's original implementation with the
-mask it would have had.
+It uses transformers' own seams only (models/attention.py). A hook in front of the decoder makes one ForwardContext a forward. The
+mask function hands a 2-D padding mask or None down, never S x S. A hook on each full-attention layer turns its hidden states into
+index queries and keys, and the attention function selects a Support and attends to it. Everything else - sliding-window layers,
+decode steps, contexts below `dense_below` - goes to the model's original implementation with its usual mask.
 """
 
 import inspect
@@ -132,7 +131,7 @@ class SparsePrefill:
         return is_sparse(queries, length, self.budget.dense_below)
 
     def prompt(self, cache, length: int) -> AbstractContextManager[None]:
-        """Says that `cache` is being filled with a prompt of `length` tokens, until the block ends.
+        """A context manager; within it, `cache` is being filled with a prompt of `length` tokens.
 
             with attached.prompt(cache, length=ids.shape[1]):
                 model.generate(ids, past_key_values=cache, prefill_chunk_size=4096)
@@ -175,7 +174,7 @@ class SparsePrefill:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
 
     def _check_unchanged(self, text) -> None:
-        """Refuses what has been done to the model since it was attached, and would have no effect or break a layer."""
+        """Refuses changes to the model since it was attached that would have no effect or break a layer."""
         name, kind = self._attached_as
         if text.config._attn_implementation != name:
             raise ValueError(
@@ -318,7 +317,7 @@ class _Layer:
 
 
 class _Hook:
-    """A hook of an attached model. It belongs to this model: its deep copies refuse to run, and it is not saved."""
+    """A hook of an attached model. It belongs to this model alone: deep copies refuse to run, and it is never saved."""
 
     def __init__(self, run: Callable, is_copy: bool = False):
         self.run, self.is_copy = run, is_copy
@@ -380,14 +379,14 @@ def _made(head: IndexHead, hidden: Tensor, cos: Tensor, sin: Tensor) -> Index:
 
 
 def _is_finite(*tensors: Tensor) -> Tensor:
-    """Whether all are, as a bool tensor: by their sums, in a dtype that finite fp16 does not overflow."""
+    """Whether all tensors are finite, as a bool tensor: by their sums, in a dtype that sums of finite fp16 do not overflow."""
     with torch.no_grad():
         sums = [x.sum(dtype=torch.float32) if x.dtype == torch.float16 else x.sum() for x in tensors]
         return torch.stack([x.float() for x in sums]).isfinite().all()
 
 
 def _of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """As PyTorch's own attention would take them: autocast's dtype where that is on, for norms and rotations have left it."""
+    """Tensors in the dtype that PyTorch's own attention takes: autocast's where it is on, since norms and rotations leave it."""
     device = q.device.type
     dtype = torch.get_autocast_dtype(device) if autocasts(device) else v.dtype
     if q.dtype == k.dtype == v.dtype == dtype:

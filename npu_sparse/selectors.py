@@ -1,4 +1,4 @@
-"""Selectors: who decides which keys a block of queries reads."""
+"""Selectors: they decide which keys a block of queries reads."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -107,7 +107,7 @@ Indexer = ByIndexer  # its first name, which is also that of what it selects by
 def learns_partition(budget: Budget, indexer: _Indexer | None) -> bool:
     """Whether this budget reads log-partitions that this indexer's partition heads predict.
 
-    Not where every query selects for itself: there a log-partition changes no order; only candidates are a group's all the same.
+    It does not where every query selects for itself, as a log-partition then changes no order, unless a group shares candidates.
     Raises AdapterError where the budget asks for what the indexer does not have, ValueError for exact ones with candidates.
     """
     if indexer is None or budget.reduce != "softmax_max" or (budget.block == 1 and not budget.candidates):
@@ -147,7 +147,7 @@ class Local:
 
 
 class Random:
-    """The control of controls: uniformly random visible keys, the same for the same seed (evidence: control).
+    """The weakest control: uniformly random visible keys, the same for the same seed (evidence: control).
 
     A block draws one row, so that Budget.reduce changes nothing.
     """

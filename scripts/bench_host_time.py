@@ -12,8 +12,8 @@ in one process, every round in a new order. On the CPU the same clock holds the 
 
 One more forward a variant counts, under the profiler: operators that PyTorch dispatched, kernels that the device ran, and with
 --functions the Python functions that took longest. On CUDA every wait for the device is named with the line that waited. Then
-the time to first token of the same variants at --lengths; with --graphs also that of a prefill that a CUDA graph recorded, which
-takes the host next to nothing.
+the time to first token of the same variants at --lengths, which is a run of `npu-sparse ttft` in ttft/; with --graphs also that
+of a prefill that a CUDA graph recorded, which takes the host next to nothing.
 
 The model has the shape of Qwen2.5-0.5B (--shape) and random weights, unless --model names a checkpoint: times are those of a
 real one, quality is not. A part that is finished is in records/ and is not measured again.
@@ -22,7 +22,6 @@ Prints tables, then one JSON line; writes report.json and report.md to --output.
 
 import argparse
 import cProfile
-import gc
 import json
 import os
 import pstats
@@ -31,20 +30,24 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints
 from npu_sparse.measure.clocks import HostTimer, layers_issued, synchronize
+from npu_sparse.measure.ttft import TtftConfig, run_ttft, time_to_first_token
 from npu_sparse.measure.ttft import baselines as dense
-from npu_sparse.measure.ttft import time_to_first_token
 from npu_sparse.measure.ttft.shapes import QWEN2_SIZES, qwen2
 from npu_sparse.models.architectures import attention_modules, decoder
 from npu_sparse.runs import stats
 from npu_sparse.runs.machine import machine, machine_line
 from npu_sparse.runs.page import markdown_table, say
-from npu_sparse.runs.store import open_run, write_json, write_text
+from npu_sparse.runs.store import Cells, open_run, read_json, write_json, write_text
 
 STAGES = ("projection", "scoring", "top-k", "attention", "exact")
 DEFAULT = ["k=2048,block=64,reduce=softmax_max,exact_last=128", "k=1024,block=64"]
@@ -79,8 +82,8 @@ def parse(arguments) -> argparse.Namespace:
 
 def variants(args) -> dict[str, dict]:
     """Every way to run the prefill, by name; sparse ones keep the first dense implementation for what is dense in them."""
-    found = {f"dense {name}": {"native": name, "budget": None} for name in args.dense}
-    return found | {f"sparse {text}": {"native": args.dense[0], "budget": Budget.parse(text)} for text in args.sparse}
+    named = {f"dense {name}": {"native": name, "budget": None} for name in args.dense}
+    return named | {f"sparse {text}": {"native": args.dense[0], "budget": Budget.parse(text)} for text in args.sparse}
 
 
 def build(args):
@@ -105,12 +108,26 @@ def attached(model, indexer, variant: dict, stage=None):
         yield
 
 
+def ttft_config(args) -> TtftConfig:
+    """The run of `npu-sparse ttft` that times the same prefills to the first token."""
+    return TtftConfig(
+        model=args.model or "", shape=None if args.model else f"qwen2.5-{args.shape}", adapter=args.adapter, prompt="random",
+        lengths=tuple(args.lengths), variants=("dense", *sparse_names(args)), baselines=tuple(args.dense), runs=args.runs,
+        warmup=args.warmup, stage_runs=1, seed=args.seed, dtype=args.dtype, device=args.device,
+    )  # fmt: skip
+
+
+def sparse_names(args) -> dict[str, str]:
+    """`{variant of `npu-sparse ttft`: its name here}`."""
+    return {f"indexer-shared:{text}": f"sparse {text}" for text in args.sparse}
+
+
 def interleaved(args, ways: dict) -> list[tuple[bool, str]]:
     """`(counted, variant)` of every forward: each round in a new order, the first rounds to warm up."""
-    shuffled, found = random.Random(args.seed), []
+    shuffled, order = random.Random(args.seed), []
     for round_ in range(-args.warmup, args.runs):
-        found += [(round_ >= 0, name) for name in shuffled.sample(list(ways), len(ways))]
-    return found
+        order += [(round_ >= 0, name) for name in shuffled.sample(list(ways), len(ways))]
+    return order
 
 
 def prompt(args, model, length: int):
@@ -131,15 +148,15 @@ def measure_host(args, model, indexer) -> dict:
         if counted:
             layers[name].append(issued)
             parts[name].append({stage: took / len(full) for stage, took in timer.seconds.items()})
-    found = {name: {"layers_s": layers[name], "stages_s": parts[name]} for name in ways}
+    results = {name: {"layers_s": layers[name], "stages_s": parts[name]} for name in ways}
     for name in ways:
-        found[name] |= count(args, model, indexer, ways[name], ids, len(full))
-    return {"length": args.length, "layers": len(full), "variants": found, "machine": machine(args.device)}
+        results[name] |= count(args, model, indexer, ways[name], ids, len(full))
+    return {"length": args.length, "layers": len(full), "variants": results, "machine": machine(args.device)}
 
 
 def count(args, model, indexer, variant: dict, ids, layers: int) -> dict:
     """What one forward of the decoder makes PyTorch and the device do."""
-    found: dict = {"waits": waits(model, indexer, variant, ids) if model.device.type == "cuda" else None}
+    counts: dict = {"waits": waits(model, indexer, variant, ids) if model.device.type == "cuda" else None}
     activities = [torch.profiler.ProfilerActivity.CPU]
     if model.device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -147,17 +164,17 @@ def count(args, model, indexer, variant: dict, ids, layers: int) -> dict:
         with torch.profiler.profile(activities=activities) as profile:
             time_to_first_token(model, ids)
         events = profile.events()
-        found["operators"] = sum(event.name.startswith(("aten::", "npu_sparse::")) for event in events) / layers
+        counts["operators"] = sum(event.name.startswith(("aten::", "npu_sparse::")) for event in events) / layers
         on_device = torch.autograd.DeviceType.CUDA
         names: dict[str, int] = {}
         for event in events:
             if event.device_type == on_device:
                 names[event.name[:80]] = names.get(event.name[:80], 0) + 1
-        found["kernels"] = sum(names.values()) / layers if names else None
-        found["kernels_by_name"] = dict(sorted(names.items(), key=lambda item: -item[1])[:40])
+        counts["kernels"] = sum(names.values()) / layers if names else None
+        counts["kernels_by_name"] = dict(sorted(names.items(), key=lambda item: -item[1])[:40])
         if args.functions:
-            found["functions"] = functions(args, model, ids, layers)
-    return found
+            counts["functions"] = functions(args, model, ids, layers)
+    return counts
 
 
 def functions(args, model, ids, layers: int) -> list[dict]:
@@ -181,28 +198,20 @@ def waits(model, indexer, variant: dict, ids) -> list[str]:
     """The lines of a forward on CUDA, without the copies of the prompt and of the answer, that wait for the device."""
     ids = ids.to(model.device)
     mode = torch.cuda.get_sync_debug_mode()
-    with attached(model, indexer, variant), warnings.catch_warnings(record=True) as found, torch.inference_mode():
+    with attached(model, indexer, variant), warnings.catch_warnings(record=True) as caught, torch.inference_mode():
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
             model(ids, use_cache=True, logits_to_keep=1)
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    lines = [f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}" for one in found if "synchroniz" in str(one.message)]
+    lines = [f"{'/'.join(Path(one.filename).parts[-2:])}:{one.lineno}" for one in caught if "synchroniz" in str(one.message)]
     return [line for line in lines if not line.startswith("cuda/__init__.py")]  # the warning that this mode is a beta feature
 
 
-def measure_ttft(args, model, indexer, length: int) -> dict:
-    ids, ways = prompt(args, model, length), variants(args)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    for counted, name in interleaved(args, ways):
-        gc.collect()
-        with attached(model, indexer, ways[name]):
-            took, _ = time_to_first_token(model, ids)
-        if counted:
-            seconds[name].append(took)
-    recorded = {name: replayed(args, model, indexer, ways[name], ids) for name in ways} if args.graphs else {}
-    return {"length": length, "seconds": seconds, "graph_seconds": recorded, "machine": machine(args.device)}
+def measure_graphs(args, model, indexer, length: int) -> dict:
+    ids = prompt(args, model, length)
+    return {"seconds": {name: replayed(args, model, indexer, one, ids) for name, one in variants(args).items()}}
 
 
 def replayed(args, model, indexer, variant: dict, ids) -> list[float]:
@@ -233,7 +242,7 @@ def replayed(args, model, indexer, variant: dict, ids) -> list[float]:
     return seconds
 
 
-def tabulate(args, host: dict, ttft: list[dict]) -> dict:
+def tabulate(args, host: dict, ttft: list[dict], graphs: dict[int, dict]) -> dict:
     rows, base = [], None
     for name, one in host["variants"].items():
         per_layer = [stats.summary(run)["median"] for run in one["layers_s"]]
@@ -249,15 +258,14 @@ def tabulate(args, host: dict, ttft: list[dict]) -> dict:
             times = [run[stage] for run in one["stages_s"] if stage in run]
             row[f"{stage}_us"] = 1e6 * stats.summary(times)["median"] if times else None
         rows.append(row)
-    first = []
-    for record in ttft:
-        medians = {name: stats.summary(times)["median"] for name, times in record["seconds"].items()}
-        best = min(took for name, took in medians.items() if name.startswith("dense"))
-        for name, took in medians.items():
-            row = {"length": record["length"], "variant": name, "ttft_ms": 1e3 * took, "over_dense": best / took}
-            if times := record.get("graph_seconds", {}).get(name):
-                row["graph_ms"] = 1e3 * stats.summary(times)["median"]
-            first.append(row)
+    first, names = [], sparse_names(args)
+    for timing in ttft:
+        name = names.get(timing["variant"], timing["variant"])
+        over = timing["over_best_dense"]["value"]
+        row = {"length": timing["length"], "variant": name, "ttft_ms": 1e3 * timing["ttft_s"]["median"], "over_dense": over}
+        if times := graphs.get(timing["length"], {}).get(name):
+            row["graph_ms"] = 1e3 * stats.summary(times)["median"]
+        first.append(row)
     return {"rows": rows, "ttft": first}
 
 
@@ -283,17 +291,26 @@ def main(arguments=None) -> int:
     variants(args)  # what cannot be understood is refused before anything is loaded
     config = {key: value for key, value in vars(args).items() if key != "output"}
     directory = open_run(args.output, {"stage": "host-time", **config})
-    (directory / "records").mkdir(exist_ok=True)
-    paths = {part: directory / "records" / f"{part}.json" for part in ("host", *args.lengths)}
-    if todo := [part for part, path in paths.items() if not path.exists()]:
-        model, indexer = build(args)
-        for part in todo:
-            started = time.monotonic()
-            found = measure_host(args, model, indexer) if part == "host" else measure_ttft(args, model, indexer, part)
-            write_json(paths[part], found)
-            say(f"{part}: {time.monotonic() - started:.1f} s")
-    host, *ttft = (json.loads(path.read_text()) for path in paths.values())
-    result = {"config": config, "machine": host["machine"], **tabulate(args, host, ttft)}
+    built = cache(lambda: build(args))
+    graphs = {f"graphs-{length}": length for length in args.lengths} if args.graphs else {}
+    cells = Cells(directory / "records", {"host": {"length": args.length}} | {name: {"length": n} for name, n in graphs.items()})
+
+    def measure(part: str) -> dict:
+        started = time.monotonic()
+        measured = measure_host(args, *built()) if part == "host" else measure_graphs(args, *built(), graphs[part])
+        say(f"{part}: {time.monotonic() - started:.1f} s")
+        return measured
+
+    cells.compute(measure)
+    host, ttft = cells.read("host"), {"rows": []}
+    if args.lengths:
+        timed = directory / "ttft" / "report.json"
+        if not timed.exists():
+            model, indexer = built()
+            run_ttft(ttft_config(args), directory / "ttft", model=model, indexer=indexer)
+        ttft = read_json(timed, dict)
+    recorded = {length: cells.read(name)["seconds"] for name, length in graphs.items()}
+    result = {"config": config, "machine": host["machine"], **tabulate(args, host, ttft["rows"], recorded)}
     write_json(directory / "report.json", result)
     write_text(directory / "report.md", markdown(result, host))
     print((directory / "report.md").read_text())

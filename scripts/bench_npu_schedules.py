@@ -77,9 +77,6 @@ def cases() -> list[Case]:
     ]
 
 
-# ---- one case ---------------------------------------------------------------------------------------------------------------
-
-
 def kernels(case: Case, cores: int) -> dict[str, Kernel]:
     """The case's kernel under every schedule."""
     untiled = replace(config.load("pluto"), tiling=config.Tiling())
@@ -95,14 +92,14 @@ def kernels(case: Case, cores: int) -> dict[str, Kernel]:
 def measure(case: Case, program: emulate.Program, cores: int) -> dict:
     """Modelled cycles, GM bytes, UB bytes and the error of every schedule of a case."""
     arrays = operator_reference.inputs(case.scop, case.sizes)
-    ideal, found = ideal_bytes(case.scop, case.sizes), {}
+    ideal, schedules = ideal_bytes(case.scop, case.sizes), {}
     for label in SCHEDULES:
         name = f"{case.name}, {label}"
         kernel = program.kernels[name]
         results = program.run(name, arrays, case.scalars, blocks=3, seed=1)  # hazards on, events in random order
         named = dict(zip(kernel.scalars, case.scalars))
         many, one = (cost.simulate(program.trace(name, arrays, case.scalars, blocks)) for blocks in (cores, 1))
-        found[label] = {
+        schedules[label] = {
             "cycles": many.cycles, "cycles_one_core": one.cycles, "gm_bytes": one.gm_read + one.gm_written,
             "gm_ratio": (one.gm_read + one.gm_written) / ideal, "gm_bytes_all_cores": many.gm_read + many.gm_written,
             "operand_ratio": (one.gm_read + one.gm_written) / operand_bytes(kernel),
@@ -110,7 +107,7 @@ def measure(case: Case, program: emulate.Program, cores: int) -> dict:
             "error": operator_reference.largest_error(REFERENCES[case.scop.name], arrays, results, **named),
         }  # fmt: skip
         print(f"{name}: {many.cycles:.0f} cycles", flush=True)
-    return {"case": case.name, "akg": case.akg, "ideal_gm_bytes": ideal, "schedules": found, **properties(case)}
+    return {"case": case.name, "akg": case.akg, "ideal_gm_bytes": ideal, "schedules": schedules, **properties(case)}
 
 
 def ideal_bytes(scop: Scop, sizes: dict[str, int]) -> int:
@@ -162,9 +159,6 @@ def _parallel_tile(plan: Plan) -> bool:
     return isinstance(plan.root, Band) and any(loop.parallel and loop.tile for loop in plan.root.loops)
 
 
-# ---- the report -------------------------------------------------------------------------------------------------------------
-
-
 def geomean(values) -> float:
     values = list(values)
     return math.exp(sum(map(math.log, values)) / len(values))
@@ -201,7 +195,7 @@ def summary(rows: list[dict]) -> dict:
 
 
 def _markdown(result: dict) -> str:
-    found, rows = result["summary"], result["rows"]
+    summary, rows = result["summary"], result["rows"]
     cycles, traffic = [], []
     for row in rows:
         by = row["schedules"]
@@ -220,11 +214,11 @@ def _markdown(result: dict) -> str:
             "nests: npu-vector / pluto / isl": " / ".join(str(by[n]["nests"]) for n in SCHEDULES[:3]),
             "largest error": f"{ours['error']:.1e}",
         })  # fmt: skip
-    over = [{"set": title, **{label: f"{found[key][label]:.2f}" for label in SCHEDULES[1:]}} for title, key in (
+    over = [{"set": title, **{label: f"{summary[key][label]:.2f}" for label in SCHEDULES[1:]}} for title, key in (
         (f"AKG's set, {result['config']['cores']} cores", "akg_speed_up"), ("AKG's set, one core", "akg_speed_up_one_core"),
         ("AKG's solvers (without add)", "solvers_speed_up"), ("softmax, RMSNorm, RoPE, indexer", "others_speed_up"),
-    ) if found[key]]  # fmt: skip
-    bars = "\n".join(f"- {'met' if met else '**missed**'}: {bar}" for bar, met in found["bars"].items())
+    ) if summary[key]]  # fmt: skip
+    bars = "\n".join(f"- {'met' if met else '**missed**'}: {bar}" for bar, met in summary["bars"].items())
     return f"""# Modelled: NPU operators by schedule
 
 **No card was used: all cycles below are modelled**, from the instruction streams of the host emulation on

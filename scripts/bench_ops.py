@@ -20,7 +20,10 @@ import random
 import sys
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Support, ops
 from npu_sparse.indexer import IndexerConfig, IndexHead
@@ -39,7 +42,7 @@ SHAPES = {  # query heads, KV heads, head_dim, hidden size, rotary dimensions
     "qwen3-8b": (32, 8, 128, 4096, 128),
 }
 FLEX_BLOCK = 128
-SAMPLE_MS = 25  # of one sample; several calls where one is shorter
+SAMPLE_MS = 25  # the length of a sample, of as many calls as that takes
 
 
 def parse(arguments) -> argparse.Namespace:
@@ -76,10 +79,10 @@ def budgets(text: str) -> list[tuple[int, int, int]]:
     """`(k, b_sel, candidates)`; without candidates, 0, every key is scored."""
     if text.replace(",", "").isdigit():
         raise ValueError(f"budgets must be k:b_sel or k:b_sel:candidates, got {text}")
-    found = budgets_of(text)
-    if any(one != Budget(k=one.k, block=one.block, candidates=one.candidates) for one in found):
+    parsed = budgets_of(text)
+    if any(one != Budget(k=one.k, block=one.block, candidates=one.candidates) for one in parsed):
         raise ValueError(f"budgets must name k, block and candidates only, got {text}")
-    return [(one.k, one.block, one.candidates) for one in found]
+    return [(one.k, one.block, one.candidates) for one in parsed]
 
 
 class Layer:
@@ -142,16 +145,16 @@ def distilled_index(args, length: int):
             break
     if len(ids) < length:
         raise ValueError(f"texts must hold {length} tokens, got {len(ids)}")
-    indexer, found = Indexer.from_pretrained(args.adapter), {}
+    indexer, seen = Indexer.from_pretrained(args.adapter), {}
     layer = indexer.config.layers[len(indexer.config.layers) // 2] if args.layer is None else args.layer
 
     def keep(inputs, support, out):
         if inputs.layer == layer:
-            found["index"] = inputs.index
+            seen["index"] = inputs.index
 
     with SparsePrefill.attach(model, indexer, Budget(k=2048, block=64), observe=keep):
         model(input_ids=torch.tensor([ids[:length]], device=args.device), logits_to_keep=1, use_cache=False)
-    return found["index"]
+    return seen["index"]
 
 
 def flex(layer: Layer, k: int):
@@ -176,21 +179,21 @@ def flex(layer: Layer, k: int):
 
 def ways(args, layer: Layer) -> dict:
     """Everything that is timed, by name; a baseline that cannot run here is named with the reason."""
-    found = {}
+    named = {}
     for name in args.dense.split(","):
         if name == "flex":
             for k in sorted({k for k, *_ in args.sparse}):
-                found[f"flex_attention, blocks of 128, k {k}"] = flex(layer, k)
+                named[f"flex_attention, blocks of 128, k {k}"] = flex(layer, k)
         elif name in available():
             attend = DENSE[name]()
-            found[f"dense {name}"] = lambda attend=attend: attend(layer.q, layer.k, layer.v, layer.scale)
+            named[f"dense {name}"] = lambda attend=attend: attend(layer.q, layer.k, layer.v, layer.scale)
     for budget in args.sparse:
         if budget[0] <= layer.q.shape[2]:
-            found[sparse_name(*budget)] = lambda budget=budget: layer.sparse(budget)
+            named[sparse_name(*budget)] = lambda budget=budget: layer.sparse(budget)
     if args.oracle:
         k, block, _ = args.sparse[0]
-        found[f"oracle supports k {k}, b_sel {block}"] = lambda: layer.oracle(k, block)
-    return found
+        named[f"oracle supports k {k}, b_sel {block}"] = lambda: layer.oracle(k, block)
+    return named
 
 
 def sparse_name(k: int, block: int, candidates: int) -> str:
@@ -198,7 +201,7 @@ def sparse_name(k: int, block: int, candidates: int) -> str:
 
 
 def milliseconds(run, calls: int = 1) -> float:
-    """Of one of `calls` calls that are queued one after the other, as the layers of a prefill are."""
+    """Milliseconds of one of `calls` calls that are queued one after the other, as the layers of a prefill are."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     for _ in range(calls):
@@ -209,7 +212,7 @@ def milliseconds(run, calls: int = 1) -> float:
 
 
 def calls_for(run) -> int:
-    """Calls that take about SAMPLE_MS together, so that a launch's way through the host is not what is measured."""
+    """How many calls take about SAMPLE_MS together, so that a sample does not measure the host's launch time."""
     milliseconds(run)
     return max(1, round(SAMPLE_MS / milliseconds(run)))
 
@@ -220,10 +223,10 @@ def kernels(run) -> dict[str, float]:
 
     run()
     torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
+    with profile(activities=[ProfilerActivity.CUDA]) as trace:
         run()
         torch.cuda.synchronize()
-    return {event.key: event.device_time_total / 1e3 for event in found.key_averages() if event.device_time_total}
+    return {event.key: event.device_time_total / 1e3 for event in trace.key_averages() if event.device_time_total}
 
 
 @torch.inference_mode()
@@ -271,9 +274,9 @@ def breakdown(args, layer: Layer, budget: tuple[int, int, int]) -> dict:
     for name, run in stages.items():
         calls = calls_for(run)
         medians[name] = stats.summary([milliseconds(run, calls) for _ in range(args.runs)])["median"]
-    found = kernels(lambda: layer.attend(layer.select(budget, index)))
+    timed = kernels(lambda: layer.attend(layer.select(budget, index)))
     needed = work(layer, index, support, budget[2], args.key_block)
-    return {"stages": medians, "kernels": found, "work": needed, "overlap": overlap(support)}
+    return {"stages": medians, "kernels": timed, "work": needed, "overlap": overlap(support)}
 
 
 def work(layer: Layer, index, support: Support, candidates: int = 0, key_block: int = 64) -> dict:
@@ -312,7 +315,7 @@ def overlap(support: Support) -> dict:
 
 
 def rates(args) -> dict:
-    """What this card reaches now: TFLOP/s of a large matrix product, GB/s of a large copy, bytes read and written counted."""
+    """What this card reaches now: TFLOP/s of a large matrix product, and GB/s of a large copy, reads and writes counted."""
     a = torch.randn(8192, 8192, device=args.device, dtype=getattr(torch, args.dtype))
     b, c = (torch.empty(1 << 30, dtype=torch.uint8, device=args.device) for _ in range(2))
     product = stats.summary([milliseconds(lambda: a @ a) for _ in range(12)][2:])["median"]

@@ -51,9 +51,9 @@ from npu_sparse.schedule.frontend.preprocess import run_cpp
 
 POLYCC, POLLY, CLANG = "polycc", "Polly", "clang"
 STRATEGIES = ("pluto", "pluto-plus", "feautrier", "isl", "tensor-scheduler", "cpu-vector")
-TUNED = 6  # candidates of the model
+TUNED = 6  # candidates that the model names
 SCALARS = {"alpha": 1.5, "beta": 1.2, "float_n": 1000.0}
-CLOCKS = {  # a table each: which measurement, and what of it
+CLOCKS = {  # one table of the report each: the measurement and its clock
     "wall": ("times", "wall"),
     "CPU time of the busiest thread": ("times", "cpu"),
     "one thread, CPU time": ("times_one", "cpu"),
@@ -61,7 +61,7 @@ CLOCKS = {  # a table each: which measurement, and what of it
 RATIOS = (("tuned", ISL), ("tuned", POLYCC), ("tuned", f"{POLYCC} default"), ("cpu-vector preset", POLYCC),
           ("cpu-vector preset", f"{POLYCC} default"), ("tuned", POLLY))  # fmt: skip
 
-# What kernels take from the utilities of PolyBench; each program is made of copies, of which the linker keeps one.
+# The parts of PolyBench's utilities that kernels use. Every source of a program has a copy, and the linker keeps one.
 ALLOCATE = """void *polybench_alloc_data(unsigned long long int n, int size) { return malloc(n * size); }
 void polybench_free_data(void *data) { free(data); }
 """
@@ -144,15 +144,15 @@ def measure(kernel: Kernel, arguments) -> dict:
 
 def candidates(arguments) -> list[tuple[str, str]]:
     """Scheduler and tiles, or variant, of everything that runs beside the original."""
-    found = [(strategy, "preset") for strategy in arguments.presets]
+    listed = [(strategy, "preset") for strategy in arguments.presets]
     if not arguments.short:
-        found += [(scheduler, tile) for scheduler in (*arguments.strategies, ISL) for tile in arguments.tiles]
-        found.append((PARALLEL, "0"))
+        listed += [(scheduler, tile) for scheduler in (*arguments.strategies, ISL) for tile in arguments.tiles]
+        listed.append((PARALLEL, "0"))
     if arguments.pluto:
-        found += [(POLYCC, variant) for variant in (("default",) if arguments.short else arguments.pluto_variants)]
+        listed += [(POLYCC, variant) for variant in (("default",) if arguments.short else arguments.pluto_variants)]
     if arguments.polly and not arguments.short:
-        found += [(CLANG, "0"), (POLLY, "0")]
-    return list(dict.fromkeys(found))
+        listed += [(CLANG, "0"), (POLLY, "0")]
+    return list(dict.fromkeys(listed))
 
 
 def _choices(keys: list[str], first: dict, tuned: list[str], arguments) -> dict[str, str | None]:
@@ -161,8 +161,8 @@ def _choices(keys: list[str], first: dict, tuned: list[str], arguments) -> dict[
     chosen = [scheduler for scheduler, tile in candidates(arguments) if tile != "preset"]
     for scheduler in () if arguments.short else dict.fromkeys(chosen):
         tiles = arguments.tiles if scheduler in (*arguments.strategies, ISL) else ("0", *PLUTO)
-        found = [key for key in first if key.rpartition(" ")[0] == scheduler and key.rpartition(" ")[2] in tiles]
-        best[scheduler] = min(found, key=lambda key: min(first[key]["wall_s"])) if found else None
+        tried = [key for key in first if key.rpartition(" ")[0] == scheduler and key.rpartition(" ")[2] in tiles]
+        best[scheduler] = min(tried, key=lambda key: min(first[key]["wall_s"])) if tried else None
     for fixed in [*(f"{strategy} preset" for strategy in arguments.presets), f"{POLYCC} default"]:
         if fixed in keys and (fixed in first or not first):
             best[fixed] = fixed
@@ -184,8 +184,8 @@ def _timed(scop, sources: dict[str, str], values: dict, arguments, repeats: int,
         timeout_s=arguments.timeout * repeats * len(sources), limit_s=arguments.timeout,
         suspects=[name for name in sources if name.startswith(POLYCC)],
     )  # fmt: skip
-    found = {r.variant: {"wall": r.wall, "cpu": r.cpu, "wall_s": r.wall_s, "cpu_s": r.cpu_s} for r in results}
-    return found, [f"{name}: {why[:300]}" for name, why in failures.items()]
+    timings = {r.variant: {"wall": r.wall, "cpu": r.cpu, "wall_s": r.wall_s, "cpu_s": r.cpu_s} for r in results}
+    return timings, [f"{name}: {why[:300]}" for name, why in failures.items()]
 
 
 def shipped(size: str) -> dict[str, Kernel]:
@@ -202,7 +202,7 @@ def shipped(size: str) -> dict[str, Kernel]:
 
 def polybench(directory: Path, size: str) -> dict[str, Kernel]:
     """The kernels of a PolyBench/C tree, with its sizes (such as "small" or "large") and its initialisation."""
-    found = {}
+    kernels = {}
     options = (f"-I{directory / 'utilities'}", "-DPOLYBENCH_USE_C99_PROTO", f"-D{size.upper()}_DATASET")
     for path in sorted(directory.rglob("*.c")):
         text = path.read_text(errors="replace")
@@ -222,10 +222,10 @@ def polybench(directory: Path, size: str) -> dict[str, Kernel]:
         macros = _macros(path, cpp)
         scalars = [p for p in _split(parameters) if "[" not in p]
         values = {p.split()[-1]: macros.get(p.split()[-1].upper(), SCALARS.get(p.split()[-1], 1.5)) for p in scalars}
-        found[name] = Kernel(name, source, values)
-    if not found:
+        kernels[name] = Kernel(name, source, values)
+    if not kernels:
         raise SystemExit(f"error: --polybench must be a directory of PolyBench/C sources, got {directory}")
-    return found
+    return kernels
 
 
 def _function(text: str, name: str) -> str:
@@ -250,8 +250,8 @@ def _argument(parameter: str) -> str:
 
 def _macros(path: Path, options: tuple[str, ...]) -> dict[str, int]:
     """Sizes that the kernel's header defines."""
-    found = re.finditer(r"^#define (\w+) (\d+)$", _gcc("-E", "-dM", *options, str(path)), re.M)
-    return {m[1]: int(m[2]) for m in found}
+    matches = re.finditer(r"^#define (\w+) (\d+)$", _gcc("-E", "-dM", *options, str(path)), re.M)
+    return {m[1]: int(m[2]) for m in matches}
 
 
 def _gcc(*options: str) -> str:
@@ -268,14 +268,14 @@ def _report(directory: Path, settings: dict, records: list[dict]) -> None:
             rows.append({"kernel": r["kernel"], **{column: _speedup(r, column, *place) for column in columns}})
         if not any(row[column] for row in rows for column in columns):
             continue
-        found = {column: list(filter(None, (row[column] for row in rows))) for column in columns}
-        for column, values in found.items():
+        columns_of = {column: list(filter(None, (row[column] for row in rows))) for column in columns}
+        for column, values in columns_of.items():
             name = {"wall": "geomean", "cpu": "cpu_geomean"}[place[1]] if place[0] == "times" else "one_thread_geomean"
             means[column] |= {name: geometric_mean(values) if values else None}
             means[column].setdefault("kernels", len(values))
         title = f"## {clock[0].upper()}{clock[1:]}"
-        rows.append({"kernel": "geomean", **{c: geometric_mean(v) if v else None for c, v in found.items()}})
-        rows.append({"kernel": "kernels", **{c: str(len(v)) for c, v in found.items()}})
+        rows.append({"kernel": "geomean", **{c: geometric_mean(v) if v else None for c, v in columns_of.items()}})
+        rows.append({"kernel": "kernels", **{c: str(len(v)) for c, v in columns_of.items()}})
         tables += [title, "", markdown_table(rows, {name: name for name in ("kernel", *columns)}), ""]
     ratios = {f"{ours} over {theirs}": _ratio(records, ours, theirs) for ours, theirs in RATIOS}
     ratios = {name: ratio for name, ratio in ratios.items() if ratio}
@@ -303,8 +303,8 @@ def _report(directory: Path, settings: dict, records: list[dict]) -> None:
 def _least(records: list[dict], columns: list[str]) -> list[str]:
     lines = []
     for column in columns:
-        found = [(value, r["kernel"]) for r in records if (value := _speedup(r, column, "times", "cpu"))]
-        lines += [f"Least speedup of {column}, CPU time: {min(found)[0]:.3g}x, {min(found)[1]}."] if found else []
+        speedups = [(value, r["kernel"]) for r in records if (value := _speedup(r, column, "times", "cpu"))]
+        lines += [f"Least speedup of {column}, CPU time: {min(speedups)[0]:.3g}x, {min(speedups)[1]}."] if speedups else []
     return lines
 
 
@@ -313,10 +313,10 @@ def _generation(records: list[dict]) -> list[str]:
     lines = []
     for name, foreign in (("Scheduling and generation", False), ("Pluto", True)):
         seconds = [({k: s for k, s in r["generation_s"].items() if k.startswith(f"{POLYCC} ") == foreign}, r) for r in records]
-        seconds = [(found, r["kernel"]) for found, r in seconds if found]
+        seconds = [(by_stage, r["kernel"]) for by_stage, r in seconds if by_stage]
         if seconds:
-            slowest = sorted(((max(found.values()), kernel) for found, kernel in seconds), reverse=True)
-            mean = sum(fmean(found.values()) for found, _ in seconds)
+            slowest = sorted(((max(by_stage.values()), kernel) for by_stage, kernel in seconds), reverse=True)
+            mean = sum(fmean(by_stage.values()) for by_stage, _ in seconds)
             lines.append(
                 f"{name}: {mean:.3g} s for all kernels, mean of the candidates; the slowest candidate takes at most 1 s in "
                 f"{sum(s <= 1 for s, _ in slowest)} of {len(slowest)} kernels, and {slowest[0][0]:.3g} s in {slowest[0][1]}."
@@ -325,9 +325,9 @@ def _generation(records: list[dict]) -> list[str]:
 
 
 def _speedup(record: dict, column: str, times: str, clock: str) -> float | None:
-    """Of a column's choice over the original, by one of the measurements and clocks."""
-    found = record[times].get(record["chosen"].get(column))
-    return record[times]["original"][clock] / found[clock] if found else None
+    """The speed-up of a column's choice over the original, by one of the measurements and clocks."""
+    chosen = record[times].get(record["chosen"].get(column))
+    return record[times]["original"][clock] / chosen[clock] if chosen else None
 
 
 def _ratio(records: list[dict], ours: str, theirs: str) -> dict | None:
@@ -341,7 +341,7 @@ def _ratio(records: list[dict], ours: str, theirs: str) -> dict | None:
     if not pairs["cpu_geomean"]:
         return None
     least = min(pairs["cpu_geomean"], key=pairs["cpu_geomean"].get)
-    means = {key: geometric_mean(found.values()) for key, found in pairs.items()}
+    means = {key: geometric_mean(ratios.values()) for key, ratios in pairs.items()}
     return {**means, "kernels": len(pairs["geomean"]), "least": pairs["cpu_geomean"][least], "least_kernel": least}
 
 

@@ -3,13 +3,13 @@
 
     python scripts/bench_vllm_idle.py --model path/to/checkpoint --adapter path/to/adapter --output runs/vllm-idle
 
-Two engines of one process, vLLM's own and one with the plugin whose budget is dense below more tokens than a context has, serve
-the same requests round by round, each first every other time; prompts are random and new in every round. What is left of the
-plugin then is one projection a layer and token, and the page that its index key is written to. Requests are fewer than `--seqs`,
-so that no engine is saturated: a round's time is work, not waiting.
+Two engines in one process, vLLM's own and one with the plugin whose `dense_below` exceeds every context, serve the same requests
+round by round and take turns at being first. Prompts are random and new in every round. All that the plugin then does is one
+projection a layer and token, and writing its index key to a page. There are fewer requests than `--seqs`, so that no engine is
+saturated: a round's time is work, not waiting.
 
-Reported are the time of a round and the processor time of the process in it, the second one because it says something on a
-machine that others use, too. Prints a table, then one JSON line; writes report.json and report.md to --output.
+The report has the time of a round and the process's processor time in it, which is meaningful on a shared machine too. Prints a
+table, then one JSON line; writes report.json and report.md to --output.
 """
 
 import argparse
@@ -108,9 +108,9 @@ def page(report: dict) -> str:
     """The report in markdown."""
     rows, config = [], report["config"]
     for clock, title in (("wall_s", "time"), ("cpu_s", "processor time")):
-        found = {name: stats.summary(report["samples"][name][clock]) for name in ENGINES}
+        summaries = {name: stats.summary(report["samples"][name][clock]) for name in ENGINES}
         ratio = report["ratio"][clock]
-        cells = {name: f"{one['median']:.3f} s (IQR {one['iqr']:.3f})" for name, one in found.items()}
+        cells = {name: f"{one['median']:.3f} s (IQR {one['iqr']:.3f})" for name, one in summaries.items()}
         interval = f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
         rows.append({"a round": title, **cells, "ratio of medians": interval})
     how = "compiled" if config["compiled"] else "eager"

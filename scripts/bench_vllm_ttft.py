@@ -4,14 +4,14 @@
     python scripts/bench_vllm_ttft.py --model path/to/checkpoint --adapter qwen2.5-coder-0.5b --budget k=2048,block=64 \\
         --lengths 8192,16384,32768 --requests 1,4 --batched 32768,8192 --dtype bfloat16 --budget-s 400 --output runs/vllm-ttft
 
-Two engines of one process, vLLM's own and one with the plugin, serve the same prompts round by round, each first every other
-time; prompts are random and new in every round. The time is that from handing over a round's requests to the first token of
-each. A step of the engines takes as many tokens as the largest of `--batched`; for the others their schedulers hold every step
-to fewer. `--check` tokens of one prompt go through transformers as well: largest difference of the log-probabilities of greedy
-tokens, sparse beside dense, so that the first can be judged by the second.
+Two engines in one process, vLLM's own and one with the plugin, serve the same prompts round by round and take turns at being
+first. Prompts are random and new in every round. The time runs from handing over a round's requests to the first token of each.
+A step of the engines takes as many tokens as the largest of `--batched`; for the smaller values their schedulers hold every step
+to fewer. One prompt of `--check` tokens also goes through transformers. The report has the largest difference of the
+log-probabilities of greedy tokens, sparse and dense, so that the first can be judged by the second.
 
-Every measurement is a record in --output of its own, finished ones are not made again, and none is begun that would end after
-`--budget-s` seconds: the same command goes on. Prints a table, then one JSON line; writes report.json and report.md.
+Every measurement has its own record in --output. Finished ones are not made again, and none begins that would end after
+`--budget-s` seconds: the same command resumes. Prints a table, then one JSON line; writes report.json and report.md.
 """
 
 import argparse
@@ -21,6 +21,11 @@ import random
 import sys
 import time
 from contextlib import nullcontext
+
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill
 from npu_sparse.runs import stats
@@ -115,7 +120,6 @@ def first_tokens(llm, prompts: list[list[int]]) -> list[float]:
 
 def checked(options, both: list, vocabulary: int) -> dict:
     """What each engine and transformers make of one prompt."""
-    import torch
     from transformers import AutoModelForCausalLM, DynamicCache
     from vllm import SamplingParams
 
@@ -123,7 +127,7 @@ def checked(options, both: list, vocabulary: int) -> dict:
     greedy = SamplingParams(max_tokens=WRITTEN, temperature=0, logprobs=0, detokenize=False, ignore_eos=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(device).eval()
-    found = {}
+    counts = {}
     for name, llm in zip(ENGINES, both):
         (output,) = llm.generate([{"prompt_token_ids": prompt}], greedy, use_tqdm=False)[0].outputs
         tokens = list(output.token_ids)
@@ -139,11 +143,11 @@ def checked(options, both: list, vocabulary: int) -> dict:
                 ours.append(float(logits[token]))
                 best.append(int(logits.argmax()))
                 ids = [token]
-        found[name] = {
+        counts[name] = {
             "tokens": tokens, "transformers": best, "same": sum(a == b for a, b in zip(tokens, best)),
             "logprob_difference": max(abs(a - b) for a, b in zip(ours, theirs)),
         }  # fmt: skip
-    return found
+    return counts
 
 
 def measured(options, both: list, vocabulary: int, length: int, requests: int, batched: int) -> dict:
@@ -179,7 +183,7 @@ def cells(options, directory) -> Cells:
 
 
 def fill(options, kept: Cells, both: list, vocabulary: int) -> None:
-    """Makes what is missing, as far as it ends in time, by the seconds a token of those before, whose prompts are as long."""
+    """Makes the missing measurements that end in time, judged by the seconds per token of earlier ones of the same length."""
     begun, slowest = time.monotonic(), 0.0
     for name in kept.missing():
         started, what = time.monotonic(), kept.identities[name]

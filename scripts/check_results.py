@@ -20,7 +20,7 @@ PAGES = ("README.md", "docs/results.md", "docs/results/frontier.md")
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
 REPORT = re.compile(r"\]\(([^()\s]*results/[^()\s]*)/report\.md\)")
 ESCAPED = re.compile(r"<!-- not in a report: \S.*? -->\n(?:.+\n?)*")
-# what only looks like a number: places in lists, code, link targets, papers, commits, names that hold digits, kinds of interval
+# these only look like numbers: places in lists, code, link targets, papers, commits, names that hold digits, kinds of interval
 NO_NUMBER = re.compile(
     r"^\d+\. |Python \d\.\d+|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+|commit [0-9a-f]{7,}|\b[A-Za-z][\w.-]*\d[\w.-]*"
     r"|\b\d+\.?\d*B\b|95 ?% (?=bootstrap|interval)",
@@ -29,7 +29,7 @@ NO_NUMBER = re.compile(
 NUMBER = re.compile(
     r"(?<![\w.,])[-+]?(\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?)(?![\w.]*\d)(x\b| ?%| ?ms\b| ?us\b| ?s\b|[KM]\b| (?:GB|MB|points)\b)?"
 )
-# what a number in this unit may have been multiplied by; a score of 100 is a share
+# factors by which a number in this unit may be scaled; a score out of 100 is a share in the report
 SCALES = {
     "": (1,), "x": (1,), "s": (1,), "ms": (1, 1e3), "us": (1, 1e6), "score": (1, 100), "%": (1, 100), "K": (1 / 1024, 1e-3),
     "M": (1 / 2**20, 1e-6), "GB": (1, 1e-9), "MB": (1, 1e-6),
@@ -46,16 +46,16 @@ def numbers(value) -> set[float]:
         return set()
     if isinstance(value, (int, float)):
         return {abs(float(value))}
-    return {float(found) for found in re.findall(r"\d+(?:\.\d+)?", str(value))}
+    return {float(digits) for digits in re.findall(r"\d+(?:\.\d+)?", str(value))}
 
 
 def known(folder: Path) -> set[float]:
     """The numbers of a run's report and config."""
-    found = set()
+    values = set()
     for name in ("report.json", "config.json"):
         if (folder / name).exists():
-            found |= numbers(json.loads((folder / name).read_text()))
-    return found
+            values |= numbers(json.loads((folder / name).read_text()))
+    return values
 
 
 def states(text: str, value: float) -> bool:
@@ -87,10 +87,10 @@ def unfound(page: Path) -> list[str]:
         header = ""
         for line in NO_NUMBER.sub(" ", ESCAPED.sub("", body)).splitlines():
             header = "" if not line.startswith("|") else header or line
-            for found in NUMBER.finditer(line):
-                scales = SCALES[(found[2] or "").strip().replace("points", "score") or unit_of(line, found.start(), header)]
-                if not any(states(found[1].replace(",", ""), value * scale) for value in values for scale in scales):
-                    missing.append(f"{page.name}, {heading.strip('# ') or 'top'}: {found[0]} in {line.strip()[:100]!r}")
+            for match in NUMBER.finditer(line):
+                scales = SCALES[(match[2] or "").strip().replace("points", "score") or unit_of(line, match.start(), header)]
+                if not any(states(match[1].replace(",", ""), value * scale) for value in values for scale in scales):
+                    missing.append(f"{page.name}, {heading.strip('# ') or 'top'}: {match[0]} in {line.strip()[:100]!r}")
     return missing
 
 

@@ -9,7 +9,10 @@ Every cell of the drawing is a (query, key) pair of one forward of the checkpoin
 import argparse
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints
 from npu_sparse.ops import attention_mass
@@ -22,7 +25,7 @@ TEXT = (
     "is the special magic number for Oslo? The special magic number for Oslo is"
 )
 BUDGET = Budget.parse("k=24,block=8,sink=2,recent=4")
-KINDS = {  # of a pair, and what it is called
+KINDS = {  # kinds of pairs and their names
     "sink": (PALETTE["distilled"], "sink: the first {sink} keys"),
     "recent": (PALETTE["local"], "recent: the last {recent} before each query of the block"),
     "chosen": (PALETTE["oracle"], "chosen by the indexer"),

@@ -97,7 +97,7 @@ class Page:
     def __init__(self):
         self.rows: dict[tuple, Row] = {}
 
-    def add(self, folder: Path, report: dict, length: int, path: str, evidence: str, part: str, found: dict, size: str) -> None:
+    def add(self, folder: Path, report: dict, length: int, path: str, evidence: str, part: str, figures: dict, size: str) -> None:
         """`found` is the "quality", "time" or "gaps" of a row; where there are two, that with the larger `found[size]` stays."""
         config, machines = report["config"], report["machines"]
         device = machines[0].get("card") or f"{machines[0]['processor']}, {machines[0]['cores']} cores"
@@ -106,9 +106,9 @@ class Page:
         key = (config["model"], report["base"]["weights_fingerprint"], adapter, length, path, device, runtime)
         row = self.rows.setdefault(key, Row(config["model"], length, path, evidence, device, runtime))
         known = getattr(row, part)
-        if size in known and known[size] > found[size]:
+        if size in known and known[size] > figures[size]:
             return
-        known.update(found)
+        known.update(figures)
         row.commits |= dict.fromkeys(machine["commit"] for machine in machines if machine["commit"])
         row.reports[folder.name] = None
 
@@ -118,8 +118,8 @@ def read_matched(page: Page, folder: Path, report: dict) -> None:
     for row in report["rows"]:
         if "right" in row:
             where = (folder, report, config["length"], canonical(row["variant"]), row["evidence"])
-            found = {name: row[name] for name in ("right", "kl", "over_dense")} | {"forced": config["count"]}
-            page.add(*where, "quality", found, "forced")
+            figures = {name: row[name] for name in ("right", "kl", "over_dense")} | {"forced": config["count"]}
+            page.add(*where, "quality", figures, "forced")
             if row.get("gaps"):
                 page.add(*where, "gaps", {**row["gaps"], "prompts": config["count"]}, "prompts")
     evidence = {row["variant"]: row["evidence"] for row in report["rows"]}
@@ -127,8 +127,8 @@ def read_matched(page: Page, folder: Path, report: dict) -> None:
         name = timed["variant"]
         if name == timed["best_dense"] or not name.startswith("dense "):
             path = "dense" if name.startswith("dense ") else canonical(name)
-            found = {"ttft_s": timed["ttft_s"]["median"], "speed_up": timed["speed_up"]["value"], "rounds": timed["ttft_s"]["n"]}
-            page.add(folder, report, timed["length"], path, evidence.get(name, "dense"), "time", found, "rounds")
+            cell = {"ttft_s": timed["ttft_s"]["median"], "speed_up": timed["speed_up"]["value"], "rounds": timed["ttft_s"]["n"]}
+            page.add(folder, report, timed["length"], path, evidence.get(name, "dense"), "time", cell, "rounds")
 
 
 def read_eval(page: Page, folder: Path, report: dict) -> None:
@@ -147,8 +147,8 @@ def read_eval(page: Page, folder: Path, report: dict) -> None:
             page.add(*where, "gaps", {**gaps, "prompts": config["count"]}, "prompts")
         if name in forced:
             own = {"right": "right", "kl": "kl", "over_dense": "change"}
-            found = {ours: forced[name][theirs] for ours, theirs in own.items()} | {"forced": config["count"]}
-            page.add(*where, "quality", found, "forced")
+            figures = {ours: forced[name][theirs] for ours, theirs in own.items()} | {"forced": config["count"]}
+            page.add(*where, "quality", figures, "forced")
 
 
 def read_ttft(page: Page, folder: Path, report: dict) -> None:
@@ -167,8 +167,8 @@ def read_ttft(page: Page, folder: Path, report: dict) -> None:
         budget = budget_of(row["variant"], budget_in(config))
         path = "dense" if budget is None else f"{variant_named(row['variant']).chooser}:{spelled(budget)}"
         speed = row["speed_up"] and row["speed_up"].get("value")
-        found = {"ttft_s": row["ttft_s"]["median"], "speed_up": speed, "rounds": row["ttft_s"]["n"]}
-        page.add(folder, report, row["length"], path, row["evidence"], "time", found, "rounds")
+        figures = {"ttft_s": row["ttft_s"]["median"], "speed_up": speed, "rounds": row["ttft_s"]["n"]}
+        page.add(folder, report, row["length"], path, row["evidence"], "time", figures, "rounds")
 
 
 READERS = {"matched": read_matched, "eval": read_eval, "ttft": read_ttft}
@@ -187,10 +187,10 @@ def read_all(results: Path) -> list[Row]:
     ))  # fmt: skip
 
 
-def interval(found: dict | None, scale: float = 100, digits: int = 1) -> str:
-    if found is None:
+def interval(estimate: dict | None, scale: float = 100, digits: int = 1) -> str:
+    if estimate is None:
         return ABSENT
-    value, low, high = (scale * found[name] for name in ("value", "low", "high"))
+    value, low, high = (scale * estimate[name] for name in ("value", "low", "high"))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
@@ -219,8 +219,8 @@ def markdown(rows: list[Row]) -> str:
             if missing := [kind for kind in PATHS if kind not in {rows[n].kind for n in here}]:
                 lines.append({"model": model, "tokens": length, "prefill": "; ".join(missing), "right (of 100)": ABSENT,
                               "generated (of 100)": ABSENT, "TTFT (ms)": ABSENT})  # fmt: skip
-    order = {model: n for n, model in enumerate(dict.fromkeys(found["model"] for found in lines))}
-    lines.sort(key=lambda found: (order[found["model"]], found["tokens"]))  # stable: what is missing comes last
+    order = {model: n for n, model in enumerate(dict.fromkeys(cells["model"] for cells in lines))}
+    lines.sort(key=lambda cells: (order[cells["model"]], cells["tokens"]))  # stable: what is missing comes last
     return f"{HEAD}{markdown_table(lines, columns)}{THREATS}"
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short")
 SANITIZER = ("compute-sanitizer", "--error-exitcode", "9", "--target-processes", "all", "--tool")
-# small, and every kernel among them
+# small sizes that use every kernel
 CHECKED = "deterministic or (unlucky and 1) or (reads_no_key and not deterministic)"
 
 
@@ -85,7 +85,7 @@ def run(step: Step, directory: Path, gpu: str) -> dict:
     out = directory / step.name
     out.mkdir(parents=True, exist_ok=True)
     if step.needs and shutil.which(step.needs) is None:
-        found = {"rc": f"needs {step.needs}", "seconds": 0.0}
+        status = {"rc": f"needs {step.needs}", "seconds": 0.0}
     else:
         command = [part.replace("{out}", str(out)) for part in step.command]
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu, "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
@@ -102,9 +102,9 @@ def run(step: Step, directory: Path, gpu: str) -> dict:
                     process.kill()
                     process.wait()
                 rc = f"stopped after {step.limit_s} s"
-        found = {"rc": rc, "seconds": round(time.time() - began, 1)}
-    (out / "status.json").write_text(json.dumps(found) + "\n")
-    return found
+        status = {"rc": rc, "seconds": round(time.time() - began, 1)}
+    (out / "status.json").write_text(json.dumps(status) + "\n")
+    return status
 
 
 def is_done(step: Step, directory: Path) -> bool:
@@ -146,8 +146,8 @@ def main(arguments=None) -> int:
     def work(step: Step) -> None:
         gpu = free.get()
         try:
-            found = run(step, args.output, gpu)
-            print(f"{step.name}: {found['rc']} in {found['seconds']} s on GPU {gpu}", flush=True)
+            status = run(step, args.output, gpu)
+            print(f"{step.name}: {status['rc']} in {status['seconds']} s on GPU {gpu}", flush=True)
         finally:
             free.put(gpu)
 

@@ -26,8 +26,13 @@ import json
 import random
 import sys
 import time
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+
+from npu_sparse import cann
+
+with cann.required():
+    import torch  # noqa: F401
 
 from npu_sparse import Budget, SparsePrefill, tasks
 from npu_sparse.measure import variants
@@ -131,9 +136,14 @@ class Subject:
         return self.asked[task]
 
 
+@cache
+def documents(texts: tuple[str, ...]) -> list[tasks.Document]:
+    return tasks.documents(texts)
+
+
 def prompts_of(args, task: str, tokenizer) -> list[Forced]:
     """The prompts of a task with their answers: those in `args.prompts`, where they are kept, or made, and kept there."""
-    haystack = {"haystack": tasks.documents(tuple(args.texts))} if task_named(task).needs == "haystack" else {}
+    haystack = {"haystack": documents(tuple(args.texts))} if task_named(task).needs == "haystack" else {}
     read = hashlib.sha256(json.dumps([len(tokenizer), tokenizer(SAMPLE)["input_ids"]]).encode())
     for document in haystack.get("haystack", ()):
         read.update(document.text.encode("utf-8", "surrogatepass"))
@@ -178,8 +188,8 @@ def score(subject: Subject, directory: Path, task: str, spec: str) -> dict:
 def timing(subject: Subject, length: int) -> dict:
     """One cell of timing: seconds of every variant and dense implementation, by round, at one length."""
     args, model = subject.args, subject.loaded.model
-    documents = tasks.documents(tuple(args.texts))
-    ((_, ids),) = text_prompts(subject.loaded.tokenizer, documents, length=length, count=1, seed=args.seed)
+    texts = documents(tuple(args.texts))
+    ((_, ids),) = text_prompts(subject.loaded.tokenizer, texts, length=length, count=1, seed=args.seed)
     names = [*(f"dense {name}" for name in args.dense), *args.variants]
     seconds, shuffled = {name: [] for name in names}, random.Random(args.seed)
     for turn in range(-2, args.rounds):
@@ -262,18 +272,18 @@ def report(args, quality: Cells, timings: Cells) -> dict:
     }
 
 
-def interval(found: dict | None, scale: float = 100, digits: int = 1) -> str:
-    if found is None:
+def interval(estimate: dict | None, scale: float = 100, digits: int = 1) -> str:
+    if estimate is None:
         return ""
-    value, low, high = (scale * found[name] for name in ("value", "low", "high"))
+    value, low, high = (scale * estimate[name] for name in ("value", "low", "high"))
     return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def markdown(found: dict) -> str:
-    config, lengths = found["config"], sorted({row["length"] for row in found["timings"]})
-    clock = {(row["variant"], row["length"]): row for row in found["timings"]}
+def markdown(report: dict) -> str:
+    config, lengths = report["config"], sorted({row["length"] for row in report["timings"]})
+    clock = {(row["variant"], row["length"]): row for row in report["timings"]}
     lines = []
-    for row in found["rows"]:
+    for row in report["rows"]:
         line = {
             "prefill": row["variant"], "evidence": row["evidence"], "right (of 100)": interval(row.get("right")),
             "over dense": "" if row["variant"] == "dense" else interval(row.get("over_dense")),
@@ -283,7 +293,7 @@ def markdown(found: dict) -> str:
         for length in lengths:
             name = row["variant"]
             if name == "dense":
-                name = next(r["best_dense"] for r in found["timings"] if r["length"] == length)
+                name = next(r["best_dense"] for r in report["timings"] if r["length"] == length)
             timed = clock.get((name, length))
             line[f"TTFT {length} (ms)"] = f"{1e3 * timed['ttft_s']['median']:.1f}" if timed else ""
             line[f"over dense {length}"] = f"{timed['speed_up']['value']:.2f}x" if timed else ""
@@ -291,38 +301,38 @@ def markdown(found: dict) -> str:
     single = [
         {"prefill": row["variant"], **{
             task: f"{100 * value['right']['value']:.1f}, {value['kl']['value']:.4f}" for task, value in row["tasks"].items()
-        }} for row in found["rows"]
+        }} for row in report["rows"]
     ]  # fmt: skip
     implementations = [
         {"length": row["length"], "dense": row["variant"], "TTFT (ms)": f"{1e3 * row['ttft_s']['median']:.1f}"}
-        for row in found["timings"] if row["variant"].startswith("dense ")
+        for row in report["timings"] if row["variant"].startswith("dense ")
     ]  # fmt: skip
     place = config.get("question", "end")  # runs of before had no other
     where = "" if place == "end" else f", the question {'in' if place == 'middle' else 'at'} the {place}"
     text = (
         f"# Quality and TTFT of the same path\n\n{config['model']}, {config['dtype']}. Quality: teacher-forced, "
         f"{config['length']} tokens, {config['count']} prompts a task{where}, means over "
-        f"{', '.join(found['solved']) or 'no task that dense solves'}; 95% "
+        f"{', '.join(report['solved']) or 'no task that dense solves'}; 95% "
         f"bootstrap intervals, differences paired. TTFT: batch 1, {config['rounds']} interleaved rounds, medians; dense is the "
         f"fastest of {', '.join(config['dense'])}.\n\n{markdown_table(lines)}\n## Single tasks (right of 100, KL in nats)\n\n"
         f"{markdown_table(single)}\n"
     )
     if implementations:
         text += f"## Dense implementations\n\n{markdown_table(implementations)}\n"
-    return text + "".join(f"Measured on {machine_line(line)}.\n" for line in found["machines"])
+    return text + "".join(f"Measured on {machine_line(line)}.\n" for line in report["machines"])
 
 
 MARKERS = "osv^DPX*h"
 
 
-def figure(found: dict):
+def figure(report: dict):
     """Quality against TTFT at the length that was scored, a point a variant, and speed-ups over the fastest dense by length."""
-    length = found["config"]["length"]
+    length = report["config"]["length"]
     shown, axes = new_figure(columns=2, width=4.6, height=4.4)
     quality, speed = axes[0]
-    clock = {(row["variant"], row["length"]): row for row in found["timings"]}
-    best = next((row["best_dense"] for row in found["timings"] if row["length"] == length), None)
-    for number, row in enumerate(found["rows"]):
+    clock = {(row["variant"], row["length"]): row for row in report["timings"]}
+    best = next((row["best_dense"] for row in report["timings"] if row["length"] == length), None)
+    for number, row in enumerate(report["rows"]):
         if "right" not in row:
             continue
         score = {name: 100 * value for name, value in row["right"].items()}
@@ -383,7 +393,7 @@ def main(words=None, *, started: float = STARTED) -> int:
     args = arguments(words)
     if args.prepare:
         return prepare(args)
-    upgrade = lambda found: {"question": "end", "unsolved": "score", **found}  # noqa: E731  # runs of before had no other
+    upgrade = lambda stored: {"question": "end", "unsolved": "score", **stored}  # noqa: E731  # runs of before had no other
     directory = open_run(args.output, config_of(args), upgrade=upgrade)
     quality, timings = cells_of(args)
     subject = Subject(args)
@@ -393,10 +403,10 @@ def main(words=None, *, started: float = STARTED) -> int:
             timings.write(name, timing(subject, int(name)))
         else:
             quality.write(name, score(subject, directory, *quality.identities[name].values()))
-    found = report(args, quality, timings)
-    write_json(directory / "report.json", found)
-    write_text(directory / "report.md", markdown(found))
-    write_figure(directory / "report.png", figure(found))
+    result = report(args, quality, timings)
+    write_json(directory / "report.json", result)
+    write_text(directory / "report.md", markdown(result))
+    write_figure(directory / "report.png", figure(result))
     waiting = len(left(args))
     print((directory / "report.md").read_text() + (f"{waiting} cells are left: run the same command again\n" if waiting else ""))
     return 3 if waiting else 0

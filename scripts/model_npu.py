@@ -9,8 +9,9 @@ layer, a context and a model:
 
 * sparse_attention: cycles per query from two numbers of queries, supports of `--k` keys in runs of `--run` neighbours (the
   shipped indexers select runs of 1.7 to 2.7 keys on real text);
-* select_by_index: cycles of a tile of queries as a straight line through contexts, checked at a third one;
-* the share of reads that L2 serves: what is read again, as far as all keys and values fit into it;
+* select_by_index: cycles of one more tile of queries as a straight line through contexts, checked at a third one;
+* the share of reads that L2 serves: what is read again, as far as all keys and values fit into it beside the workspaces, which
+  its cores write and read all the time and HBM does not see;
 * dense attention: its FLOPs at `--dense-efficiency` of the peak. The rest of the model: the linear part of the dense times that
   arXiv 2606.07703 publishes for Qwen3.5-0.8B on its NPU (5.957 s at 128K, 17.928 s at 256K), taken as it is for both.
 
@@ -60,45 +61,56 @@ def trace(program: Path, *arguments) -> dict:
     return cost.load_trace(path)
 
 
-def attention_cycles(programs, dim: int, k: int, block: int, run: float, scale: float, l2_hit: float) -> dict:
-    """Cycles per query and KV head of sparse_attention on one AI core, and its cube's utilisation, tiles back to back."""
+def attention_traces(programs, dim: int, k: int, block: int, run: float) -> list[dict]:
+    """sparse_attention for 256 and for 512 queries of one KV head on one AI core."""
     key = (dim, k, block, run)
     if key not in _TRACES:
         _TRACES[key] = [trace(programs["sparse_attention"], 4, dim, n, max(16384, 2 * k), k, block, run, 0) for n in (256, 512)]
+    return _TRACES[key]
+
+
+def attention_cycles(traces: list[dict], scale: float, l2_hit: float) -> dict:
+    """Cycles per query and KV head of `attention_traces`, and its cube's utilisation, tiles back to back."""
     rates = cost.Rates().scaled(scale)
-    few, many = (cost.simulate(found, rates, l2_hit=l2_hit) for found in _TRACES[key])
+    few, many = (cost.simulate(traced, rates, l2_hit=l2_hit) for traced in traces)
     cycles = many.cycles - few.cycles
     busy = {pipe: (many.busy[pipe] - few.busy[pipe]) / cycles for pipe in many.busy}
-    return {"cycles_per_query": cycles / 256, "busy": busy, "gm_bytes_per_query": (many.gm_read - few.gm_read) / 256}
+    tensors = [timing.gm_read - timing.workspace_read for timing in (few, many)]
+    return {"cycles_per_query": cycles / 256, "busy": busy, "gm_bytes_per_query": (tensors[1] - tensors[0]) / 256}
 
 
 def selection_line(programs, dim: int, k: int, block: int, partition: bool, scale: float) -> dict:
-    """Cycles of select_by_index for `queries` queries on one AI core: intercept + slope x keys, and what a third point says."""
+    """Cycles of select_by_index on one AI core for one more tile of `queries` queries: intercept + slope x keys, and what a third
+    point says; `once`: the cycles that a core's first tile takes longer."""
     queries, lengths = max(256, 4 * block), (16384, 32768, 65536)  # as many as fill both vector cores' sub-tiles
     key = (dim, k, block, partition)
     if key not in _TRACES:
-        _TRACES[key] = [trace(programs["select_by_index"], dim, queries, n, k, block, 1, int(partition), 0) for n in lengths]
+        sizes = [(tiles * queries, n) for n in lengths for tiles in (1, 2)]
+        _TRACES[key] = [trace(programs["select_by_index"], dim, *size, k, block, 1, int(partition), 0) for size in sizes]
     rates = cost.Rates().scaled(scale)
-    found = [cost.simulate(each, rates, l2_hit=1.0) for each in _TRACES[key]]  # all index keys fit into L2
-    slope = (found[2].cycles - found[0].cycles) / (lengths[2] - lengths[0])
-    intercept = found[0].cycles - slope * lengths[0]
-    keys, cycles = lengths[2] - lengths[0], found[2].cycles - found[0].cycles
+    timings = [cost.simulate(each, rates, l2_hit=1.0) for each in _TRACES[key]]  # all index keys fit into L2
+    # a core begins with the tile that has the most keys, so the second one ends where the first began
+    more = [two.cycles - one.cycles for one, two in zip(timings[::2], timings[1::2])]
+    keys = lengths[2] - lengths[0]
+    slope = (more[2] - more[0]) / keys
+    intercept = more[0] - slope * (lengths[0] - queries)
+    last = timings[4]
     return {
-        "queries": queries, "intercept": intercept, "slope": slope,
-        "off_the_line": found[1].cycles / (intercept + slope * lengths[1]) - 1,
-        "busy": {pipe: (found[2].busy[pipe] - found[0].busy[pipe]) / cycles for pipe in found[2].busy},
-        "cube_cycles_per_key": (found[2].mac - found[0].mac) / 4096 / keys,
+        "queries": queries, "intercept": intercept, "slope": slope, "once": timings[0].cycles - (intercept + slope * lengths[0]),
+        "off_the_line": more[1] / (intercept + slope * (lengths[1] - queries)) - 1,
+        "busy": {pipe: (last.busy[pipe] - timings[0].busy[pipe]) / (last.cycles - timings[0].cycles) for pipe in last.busy},
     }  # fmt: skip
 
 
 _TRACES: dict[tuple, list[dict]] = {}
 
 
-def l2_share(chip: cost.Chip, length: int, k: int, block: int) -> float:
-    """The share of gathered bytes that L2 serves: repeated reads, as far as the layer's keys and values fit."""
+def l2_share(chip: cost.Chip, length: int, k: int, block: int, workspace: int) -> float:
+    """The share of gathered bytes that L2 serves: repeated reads, as far as the layer's keys and values fit beside the cores'
+    `workspace` bytes."""
     footprint = 2 * length * KV_HEADS * DIM * 2
     repeats = max(0.0, 1 - length / max(length, length / block * k))
-    return repeats * min(1.0, chip.l2 / footprint)
+    return repeats * min(1.0, (chip.l2 - chip.cores * workspace) / footprint)
 
 
 def exact_end_cycles(programs, chip: cost.Chip, rows: int, length: int, scale: float, hit: float) -> float:
@@ -116,19 +128,22 @@ def exact_end_cycles(programs, chip: cost.Chip, rows: int, length: int, scale: f
 def layer(programs, chip: cost.Chip, length: int, args, scale: float, budget: Budget) -> dict:
     """Modelled seconds of one layer's attention stage at a context. softmax_max is with learned log-partitions."""
     k = budget.k
-    hit = l2_share(chip, length, k, budget.block)
-    gather = attention_cycles(programs, DIM, k, budget.block, args.run, scale, hit)
+    traces = attention_traces(programs, DIM, k, budget.block, args.run)
+    workspace = traces[0]["workspace"]  # dense_rows has the same
+    hit = l2_share(chip, length, k, budget.block, workspace)
+    gather = attention_cycles(traces, scale, hit)
     line = selection_line(programs, args.dim, k, budget.block, budget.reduce == "softmax_max", scale)
     hertz = chip.ghz * 1e9
     attention_s = gather["cycles_per_query"] * length * KV_HEADS / chip.cores / hertz
     missed = gather["gm_bytes_per_query"] * length * KV_HEADS * (1 - hit)
     attention_s = max(attention_s, missed / chip.hbm)
     tiles = length / line["queries"]
-    selection_s = tiles * (line["intercept"] + line["slope"] * length / 2) / chip.cores / hertz
+    selection_s = (tiles * (line["intercept"] + line["slope"] * length / 2) / chip.cores + line["once"]) / hertz
     projection_s = 2 * length * 1024 * 2 * args.dim / (0.5 * chip.peak_flops)  # W_Q and W_K, one index head, half the peak
     exact_s = 0.0
     if budget.exact_last:
-        exact_s = exact_end_cycles(programs, chip, budget.exact_last, length, scale, l2_share(chip, length, length, 64)) / hertz
+        all_keys = l2_share(chip, length, length, 64, workspace)
+        exact_s = exact_end_cycles(programs, chip, budget.exact_last, length, scale, all_keys) / hertz
     launches = (3 + bool(budget.exact_last)) * cost.Rates().launch_us * 1e-6
     total = attention_s + selection_s + projection_s + exact_s + launches
     return {
@@ -144,8 +159,8 @@ def scored_as_published(programs, chip: cost.Chip) -> list[dict]:
     rows = []
     for shape in LIGHTNING_INDEXER:
         sizes = (shape.queries, shape.keys, min(shape.k, shape.keys), 1, shape.heads)
-        found = trace(programs["select_by_index"], 128, *sizes, 0, 0)
-        timing = cost.simulate(found)
+        traced = trace(programs["select_by_index"], 128, *sizes, 0, 0)
+        timing = cost.simulate(traced)
         turns = -(-shape.batch // chip.cores)
         rows.append({
             "name": shape.name, "lightning_indexer_us": shape.microseconds,
@@ -199,8 +214,8 @@ def main(arguments=None) -> int:
 def check_against_published(programs) -> dict:
     """4096 more contiguous keys for 128 rows of D = 128, modelled, beside what another kernel was measured to take."""
     chip = cost.CHIPS["910B2"]
-    found = [trace(programs["sparse_attention"], 4, 128, 32, 16384, k, 32, k, 0) for k in (4096, 8192)]
-    cycles = [cost.simulate(each, l2_hit=1.0).cycles for each in found]
+    traces = [trace(programs["sparse_attention"], 4, 128, 32, 16384, k, 32, k, 0) for k in (4096, 8192)]
+    cycles = [cost.simulate(each, l2_hit=1.0).cycles for each in traces]
     modelled = (cycles[1] - cycles[0]) / chip.ghz / 1e3
     return {"modelled_us": modelled, "published_us": PUBLISHED_FA_US, "error": modelled / PUBLISHED_FA_US - 1}
 
@@ -294,10 +309,10 @@ Modelled on {machine_line(result["machine"])}.
 
 
 def _layers(rows: list[dict]) -> list[dict]:
-    found = []
+    layers = []
     for row in rows:
         spread = row["speed_up_if_overheads"]
-        found.append({
+        layers.append({
             "tokens": row["length"], "dense (ms)": 1e3 * row["dense_s"], "projection (ms)": 1e3 * row["projection_s"],
             "scoring + top-k (ms)": 1e3 * row["selection_s"], "gather attention (ms)": 1e3 * row["attention_s"],
             **({"exact end (ms)": 1e3 * row["exact_s"]} if row["exact_s"] else {}),
@@ -305,7 +320,7 @@ def _layers(rows: list[dict]) -> list[dict]:
             "at the model's error": " - ".join(f"{each:.1f}" for each in row["speed_up_at_error"]),
             "with overheads x 0.5 / x 2": f"{spread['0.5']:.2f} / {spread['2.0']:.2f}", "L2 hits": f"{row['l2_hit']:.2f}",
         })  # fmt: skip
-    return found
+    return layers
 
 
 def _figure(result: dict):

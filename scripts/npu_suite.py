@@ -7,8 +7,8 @@ Each step is a process of its own; its log and its results are in a folder of it
 again: the same command goes on after an interruption or a failure, and steps that cannot run do not keep the others from it.
 --only names steps; --list shows them with the commands and their time limits.
 
-At the end runs/npu.tar.gz holds all logs, reports and profiles but files over 32 MiB, which manifest.json names. It has nothing
-of your models or prompts in it; look it through, and attach it to an issue.
+At the end runs/npu.tar.gz holds all logs, reports and profiles except files over 32 MiB, which manifest.json names. It contains
+nothing of your models or prompts. Look through it, and attach it to an issue.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST_BYTES = 32 << 20  # of a file in the report
+MOST_BYTES = 32 << 20  # the largest file that the report takes
 PYTEST = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short", "-rfEs")
 
 
@@ -70,9 +70,9 @@ def run(step: Step, directory: Path) -> dict:
         rc = f"stopped after {step.limit_s} s"
     except FileNotFoundError:
         rc = f"needs {command[0]}"
-    found = {"rc": rc, "seconds": round(time.time() - began, 1)}
-    (out / "status.json").write_text(json.dumps(found) + "\n")
-    return found
+    status = {"rc": rc, "seconds": round(time.time() - began, 1)}
+    (out / "status.json").write_text(json.dumps(status) + "\n")
+    return status
 
 
 def is_done(step: Step, directory: Path) -> bool:
@@ -117,8 +117,8 @@ def main(arguments=None) -> int:
         return 0
     for step in chosen:
         if not is_done(step, args.output):
-            found = run(step, args.output)
-            print(f"{step.name}: {found['rc']} in {found['seconds']} s", flush=True)
+            status = run(step, args.output)
+            print(f"{step.name}: {status['rc']} in {status['seconds']} s", flush=True)
     failed = [step.name for step in chosen if not is_done(step, args.output)]
     print(f"{len(chosen) - len(failed)} of {len(chosen)} steps done" + (f"; not done: {', '.join(failed)}" if failed else ""))
     print(f"the report to send back is {pack(args.output, list(STEPS))}")

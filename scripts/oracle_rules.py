@@ -10,12 +10,15 @@ intervals. Everything is eager and [heads, rows, keys] at a time: it is for look
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
+
 from torch import Tensor
 
 from npu_sparse import checkpoints, tasks
@@ -25,7 +28,7 @@ from npu_sparse.runs import stats
 from npu_sparse.runs.machine import machine as this_machine
 from npu_sparse.runs.machine import machine_line
 from npu_sparse.runs.page import markdown_table, say
-from npu_sparse.runs.store import open_run, write_json, write_text
+from npu_sparse.runs.store import Cells, check, open_run, write_json, write_text
 
 ROWS = 512
 MOST_NEW = 24
@@ -173,8 +176,8 @@ class Lab:
         if after.shape[1] > 1:
             logits = torch.cat([logits, self.model(after[:, :-1], **{name: cache}).logits], 1)
         logits = logits[0].float()
-        found = torch.log_softmax(logits, -1).gather(-1, after[0][:, None]).sum()
-        return float(found), bool((logits.argmax(-1) == after[0]).all())
+        likelihood = torch.log_softmax(logits, -1).gather(-1, after[0][:, None]).sum()
+        return float(likelihood), bool((logits.argmax(-1) == after[0]).all())
 
 
 def dense_answer(model, tokenizer, example) -> Tensor | None:
@@ -190,13 +193,13 @@ def dense_answer(model, tokenizer, example) -> Tensor | None:
 def cells(model, k: int) -> dict[str, dict]:
     """What is measured: every rule everywhere, and the paper's in one layer or part of the queries only."""
     paper = by_mean(k)
-    found = {"dense": {}} | {name: {"rule": rule} for name, rule in rules(k).items()}
+    wanted = {"dense": {}} | {name: {"rule": rule} for name, rule in rules(k).items()}
     layers = sorted(attention_modules(model))
     for layer in layers if len(layers) <= 6 else ():
-        found[f"mean over heads, {k}, in layer {layer} only"] = {"rule": paper, "layers": {layer}}
-    found[f"mean over heads, {k}, for the last 64 queries only"] = {"rule": paper, "rows": lambda t, T: t >= T - 64}
-    found[f"mean over heads, {k}, for all but the last 64 queries"] = {"rule": paper, "rows": lambda t, T: t < T - 64}
-    return found
+        wanted[f"mean over heads, {k}, in layer {layer} only"] = {"rule": paper, "layers": {layer}}
+    wanted[f"mean over heads, {k}, for the last 64 queries only"] = {"rule": paper, "rows": lambda t, T: t >= T - 64}
+    wanted[f"mean over heads, {k}, for all but the last 64 queries"] = {"rule": paper, "rows": lambda t, T: t < T - 64}
+    return wanted
 
 
 def main(arguments=None) -> int:
@@ -220,31 +223,44 @@ def main(arguments=None) -> int:
         args.task, tokenizer, length=args.length, count=args.count, seed=args.seed,
         haystack=tasks.documents(args.texts.split(",")) if needs_text else None,
     )  # fmt: skip
-    (directory / "cells").mkdir(exist_ok=True)
     wanted = cells(model, args.k)
-    for example in examples:
-        path = directory / "cells" / f"{example.index:04d}.json"
-        if path.exists():
-            continue
+    prompts = {f"{example.index:04d}": example for example in examples}
+    done = records(directory, list(prompts), list(wanted))
+
+    def measure(name: str) -> dict:
+        example = prompts[name]
         after = dense_answer(model, tokenizer, example)
-        found = {}
+        results = {}
         if after is not None:
             ids = torch.tensor([tasks.encode(tokenizer, example)], device=model.device)
             lab = Lab(model)
             try:
-                found = {name: lab.follow(ids, after, **options) for name, options in wanted.items()}
+                results = {rule: lab.follow(ids, after, **options) for rule, options in wanted.items()}
             finally:
                 model.set_attn_implementation(attention_selection(model, "sdpa"))
-        write_json(path, found)
-        say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in found.values())}")
-    return summarise(directory, config, list(wanted))
+        say(f"prompt {example.index}: {'not solved' if after is None else sum(same for _, same in results.values())}")
+        return {"rules": results}
+
+    done.compute(measure)
+    return summarise(directory, config, [record["rules"] for record in done.records().values()], list(wanted))
 
 
-def summarise(directory: Path, config: dict, names: list[str]) -> int:
-    found = [json.loads(path.read_text()) for path in sorted((directory / "cells").glob("*.json"))]
-    solved = [cell for cell in found if cell]
+def records(directory: Path, prompts: list[str], rules: list[str]) -> Cells:
+    """A cell a prompt: of every rule the log-likelihood and whether the answer is the same; none where dense fails."""
+
+    def upgrade(name: str, record: dict) -> dict:
+        """Until version 0.1 a record held nothing but the rules."""
+        record = record if "rules" in record else {"rules": record, "prompt": name}
+        check(record["rules"], {rule: [(float, bool), 2] for rule in rules} if record["rules"] else {})
+        return record
+
+    return Cells(directory / "cells", {name: {"prompt": name} for name in prompts}, upgrade=upgrade)
+
+
+def summarise(directory: Path, config: dict, records: list[dict], names: list[str]) -> int:
+    solved = [cell for cell in records if cell]
     if not solved:
-        raise ValueError(f"dense attention must solve at least one of {len(found)} prompts, got none")
+        raise ValueError(f"dense attention must solve at least one of {len(records)} prompts, got none")
     rows = []
     for name in names:
         shortfall = stats.macro_mean([[cell["dense"][0] - cell[name][0] for cell in solved]])
@@ -264,7 +280,7 @@ def summarise(directory: Path, config: dict, names: list[str]) -> int:
     ]
     text = (
         f"# What should an oracle keep, and what becomes of the rest?\n\n{config['model']}, {config['task']}, {config['length']} "
-        f"tokens, {config['dtype']}: the {len(solved)} of {len(found)} prompts that dense attention solves. Evidence: oracle. "
+        f"tokens, {config['dtype']}: the {len(solved)} of {len(records)} prompts that dense attention solves. Evidence: oracle. "
         "Prefill by each rule in all full-attention layers (or where it says), then dense attention's own answer, densely. 95% "
         f"bootstrap intervals over prompts.\n\n{markdown_table(table)}\nMeasured on {machine_line(machine)}.\n"
     )

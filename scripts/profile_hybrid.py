@@ -22,7 +22,10 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import FastHybrid
 from npu_sparse.measure.clocks import stage_timer
@@ -92,8 +95,8 @@ def check(args, size: str) -> dict:
     with FastHybrid.attach(model):
         after, pieces = run(module, hidden), run(module, hidden, (args.check // 3, args.check // 3 + 3))
 
-    def parts(found):
-        out, cache = found
+    def parts(result):
+        out, cache = result
         held = cache.layers[0]
         states = [states[0] if isinstance(states, dict) else states for states in (held.conv_states, held.recurrent_states)]
         return {"output": out, "convolution's state": states[0], "recurrent state": states[1]}
@@ -102,7 +105,7 @@ def check(args, size: str) -> dict:
     for name, whole in parts(exact).items():
         size_ = float(whole.double().square().mean().sqrt())
         kinds = {"before": before, "after": after, "after, in three pieces": pieces}
-        errors[name] = {kind: rms_error(parts(found)[name], whole) / size_ for kind, found in kinds.items()}
+        errors[name] = {kind: rms_error(parts(result)[name], whole) / size_ for kind, result in kinds.items()}
         errors[name]["between"] = rms_error(parts(after)[name], parts(before)[name]) / size_
         floor = 1e-5 if args.dtype == "float32" else 0.0
         errors[name]["passed"] = max(errors[name][kind] for kind in kinds) <= max(1.1 * errors[name]["before"], floor)
@@ -154,32 +157,32 @@ def measure(args, size: str, length: int) -> dict:
                         stack.enter_context(staged(module, clock))
                     with clock("layer"):
                         run(module, hidden)
-                found = milliseconds(clock)
+                measured = milliseconds(clock)
                 if round_ >= 0:
                     if staged_run:
-                        rest = found["layer"] - sum(found.get(name, 0.0) for name in STAGES)
-                        stages[way].append({**{name: found.get(name) for name in STAGES}, "rest": rest})
+                        rest = measured["layer"] - sum(measured.get(name, 0.0) for name in STAGES)
+                        stages[way].append({**{name: measured.get(name) for name in STAGES}, "rest": rest})
                     else:
-                        totals[way].append(found["layer"])
+                        totals[way].append(measured["layer"])
     return {
         "length": length,
         "layer_ms": {way: statistics.median(times) for way, times in totals.items()},
         "layer_all_ms": totals,
-        "stages_ms": {way: median_of(found) for way, found in stages.items()},
+        "stages_ms": {way: median_of(records) for way, records in stages.items()},
         "others_ms": others(args, model, hidden),
     }
 
 
-def median_of(found: list[dict]) -> dict:
+def median_of(records: list[dict]) -> dict:
     return {
-        name: None if found[0][name] is None else statistics.median(one[name] for one in found) for name in found[0]
+        name: None if records[0][name] is None else statistics.median(one[name] for one in records) for name in records[0]
     }  # fmt: skip
 
 
 def others(args, model, hidden) -> dict:
     """Milliseconds of one norm of hidden states and of one feed-forward, before and after."""
     norm, mlp = norm_modules(model)[0], gated_mlp_modules(model)[0]
-    found = {"norm": {"before": [], "after": []}, "feed-forward": {"before": [], "after": []}}
+    samples = {"norm": {"before": [], "after": []}, "feed-forward": {"before": [], "after": []}}
     with torch.inference_mode():
         for round_ in range(-args.warmup, args.runs):
             for way in ("before", "after"):
@@ -193,8 +196,8 @@ def others(args, model, hidden) -> dict:
                         mlp(hidden)
                 if round_ >= 0:
                     for name, took in milliseconds(clock).items():
-                        found[name][way].append(took)
-    return {name: {way: statistics.median(times) for way, times in ways.items()} for name, ways in found.items()}
+                        samples[name][way].append(took)
+    return {name: {way: statistics.median(times) for way, times in ways.items()} for name, ways in samples.items()}
 
 
 def work(size: str, model_config, length: int) -> dict[str, dict[str, float]]:
@@ -238,7 +241,7 @@ def roofline(args) -> dict:
 
 def tiles(args, size: str, length: int) -> list[dict]:
     """Milliseconds of the kernels under other tiles, `(elements or tokens, warps)`; the shipped one is marked."""
-    from npu_sparse.models.hybrid import triton as kernels
+    from npu_sparse.ops.hybrid import triton as kernels
 
     model, module = layer(args, size)
     module.model_config = model.config
@@ -292,15 +295,15 @@ def markdown(result: dict) -> str:
         f"weights. Copy {roof['bytes_per_s'] / 1e12:.2f} TB/s, matmul {roof['flops_per_s'] / 1e12:.0f} TFLOP/s. Before: "
         f"transformers {result['before']}.\n\n"
     )
-    for size, found in result["sizes"].items():
+    for size, measured in result["sizes"].items():
         text += f"## Qwen3.5-{size}: numbers\n\nRMS error relative to the fp32 layer, {result['config']['check']} tokens.\n\n"
-        text += markdown_table([{"of": name, **errors} for name, errors in found["errors"].items()])
-        for entry in found["timings"]:
+        text += markdown_table([{"of": name, **errors} for name, errors in measured["errors"].items()])
+        for entry in measured["timings"]:
             text += f"\n## Qwen3.5-{size}, {entry['length']} tokens\n\n" + markdown_table(table(entry, roof))
             others_ = [{"module": name, **ways} for name, ways in entry["others_ms"].items()]
             text += "\nOf the other modules (ms):\n\n" + markdown_table(others_)
-        if found["tiles"]:
-            rows = [{**row, "tile": str(row["tile"]), "ms": str(row["ms"])} for row in found["tiles"]]
+        if measured["tiles"]:
+            rows = [{**row, "tile": str(row["tile"]), "ms": str(row["ms"])} for row in measured["tiles"]]
             text += f"\n## Qwen3.5-{size}: tiles\n\n" + markdown_table(rows)
         text += "\n"
     return text

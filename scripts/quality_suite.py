@@ -29,7 +29,8 @@ import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from npu_sparse.runs.store import open_run
+from npu_sparse import cann
+from npu_sparse.runs.store import open_run, write_json, write_text
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -155,7 +156,7 @@ def job_tests(output: Path, count: int) -> None:
     except ImportError:
         pass
     passed = subprocess.run(command, cwd=ROOT).returncode == 0
-    (output / "impl").write_text("auto\n" if passed else "reference\n")
+    write_text(output / "impl", "auto\n" if passed else "reference\n")
     print("operators:", (output / "impl").read_text())
 
 
@@ -163,7 +164,7 @@ def job_prepare(output: Path, count: int, model: str) -> None:
     from npu_sparse import checkpoints
 
     checkpoints.prepare(model)
-    (output / f"{model}.ready").write_text("")
+    write_text(output / f"{model}.ready", "")
 
 
 def job_train(output: Path, count: int, candidate: str) -> None:
@@ -204,7 +205,7 @@ def job_choose(output: Path, count: int) -> None:
 
         source = SHIPPED / source
     shutil.copytree(source, output / "chosen", dirs_exist_ok=True)
-    (output / "chosen.json").write_text(json.dumps({"chosen": best, "scores": scores}) + "\n")
+    write_json(output / "chosen.json", {"chosen": best, "scores": scores})
 
 
 def job_rules(output: Path, count: int) -> None:
@@ -309,9 +310,6 @@ def publish(output: Path) -> None:
             archive.add(path, name)
 
 
-# Carrying
-
-
 def pack(directory: Path, count: int, models: tuple[str, ...]) -> list[Path]:
     """Writes numbered pieces of at most PIECE_BYTES, of which each can be unpacked alone; returns them."""
     from npu_sparse.checkpoints import DEMOS
@@ -411,9 +409,9 @@ def unpack(directory: Path, store: Path, output: Path, models: tuple[str, ...]) 
             missing.append(name)
     site = Path(next(path for path in sys.path if path.endswith("site-packages")))
     for package in PACKAGES:
-        found = sorted((store / "wheels").glob(f"{package}-*.whl"))
-        if found:
-            with zipfile.ZipFile(found[0]) as wheel:
+        packed = sorted((store / "wheels").glob(f"{package}-*.whl"))
+        if packed:
+            with zipfile.ZipFile(packed[0]) as wheel:
                 wheel.extractall(site)
         else:
             missing.append(package)
@@ -438,8 +436,8 @@ def main(arguments=None) -> int:
     args = parser.parse_intermixed_args(arguments)
     models = tuple(filter(None, args.models.split(",")))
     candidates = tuple(filter(None, args.candidates.split(",")))
-    for name, found, known in (("models", models, MODELS), ("candidates", candidates, CANDIDATES)):
-        if unknown := set(found) - set(known):
+    for name, named, known in (("models", models, MODELS), ("candidates", candidates, CANDIDATES)):
+        if unknown := set(named) - set(known):
             raise ValueError(f"{name} must be among {', '.join(known)}, got {sorted(unknown)[0]!r}")
     output = args.output.resolve()
     if args.what == "job":
@@ -455,7 +453,8 @@ def main(arguments=None) -> int:
         print("missing: " + ", ".join(missing) if missing else "nothing is missing")
         return 0
     output.mkdir(parents=True, exist_ok=True)
-    import torch
+    with cann.required():
+        import torch
 
     stated = os.environ.get("CUDA_VISIBLE_DEVICES")
     gpus = stated.split(",") if stated else [str(n) for n in range(torch.cuda.device_count())]

@@ -5,8 +5,8 @@
 
 Slots of shared memory are handed back through mbarriers. In the shipped kernel one thread arrives for its warp, after __syncwarp;
 racecheck (version 2025.3.1) does not follow that and reports races between the copies into a slot and the warp's earlier reads.
-So the check runs the same kernel with all 32 threads arriving: nothing may be reported then. With a wait left out, one at a time,
-the tool must report: a check that cannot fail says nothing. Exit status 0: clean, and both planted races were found.
+So the check runs the same kernel with all 32 threads arriving: then nothing may be reported. To show that the check can fail,
+each of two waits is left out in turn, and the tool must report a race. Exit status 0: clean, and both planted races reported.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def run(planted: int, names: list[str]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--planted", type=int, help=argparse.SUPPRESS)  # in the process that is looked at
+    parser.add_argument("--planted", type=int, help=argparse.SUPPRESS)  # for the process that the tool watches
     args = parser.parse_args()
     if args.planted is not None:
         run(args.planted, list(CASES) if args.planted == 0 else ["shared"])
@@ -59,7 +59,7 @@ def main() -> int:
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
             output, status = done.stdout, done.returncode
-        except subprocess.TimeoutExpired as stopped:  # a kernel that nobody waits for need not end
+        except subprocess.TimeoutExpired as stopped:  # with a wait left out the kernel may never end
             output, status = (stopped.stdout or b"").decode(), None
         reported = "Race reported" in output or "hazard detected" in output
         right = reported if planted else status == 0 and not reported

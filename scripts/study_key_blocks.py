@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What should stand for a block of keys when blocks are ranked before keys are scored (`Budget(candidates=...)`)?
+"""What should represent a block of keys when blocks are ranked before keys are scored (`Budget(candidates=...)`)?
 
     python scripts/study_key_blocks.py smollm2-135m --adapter smollm2-135m --texts bible-kjv-text --output runs/key-blocks
 
@@ -7,7 +7,7 @@ One prefill of real text and of two task prompts. In some layers and for some gr
 are ranked in several ways, the best are kept with those that always belong, and of their keys the k best are compared with the k
 best of all keys (one level, same indexer):
 
-    key recall     how many of the k best are found
+    key recall     the share of the k best that is chosen
     mass kept      the attention mass of the k that are chosen over that of the k best; 100 = nothing lost
 
 Ways: mean and bound (per-channel maxima and minima: what Quest does) of a block's keys; between them at a quarter, half and three
@@ -20,7 +20,10 @@ import json
 import sys
 from pathlib import Path
 
-import torch
+from npu_sparse import cann
+
+with cann.required():
+    import torch
 
 from npu_sparse import Budget, Indexer, SparsePrefill, checkpoints, ops
 from npu_sparse.measure.prompts import text_prompts
@@ -74,12 +77,12 @@ def ranks(q, keys, w, z, key_block: int) -> dict:
     blocks = keys.unflatten(0, (-1, key_block))
     mean, high, low = blocks.mean(1), blocks.amax(1), blocks.amin(1)
     farthest = blocks[torch.arange(len(blocks)), (blocks - mean[:, None]).norm(dim=-1).argmax(1)]
-    found = {name: between(q, mean, low, high, share, w) for name, share in
+    scores = {name: between(q, mean, low, high, share, w) for name, share in
              (("mean", 0), ("a quarter", 0.25), ("half way", 0.5), ("three quarters", 0.75), ("bound", 1))}  # fmt: skip
-    found["mean or farthest key"] = torch.maximum(found["mean"], products(q, farthest, w))
-    found["best key"] = z.unflatten(-1, (-1, key_block)).amax(-1)
-    found["most recent"] = torch.arange(len(blocks), dtype=torch.float32).expand(len(q[0]), -1)
-    return found
+    scores["mean or farthest key"] = torch.maximum(scores["mean"], products(q, farthest, w))
+    scores["best key"] = z.unflatten(-1, (-1, key_block)).amax(-1)
+    scores["most recent"] = torch.arange(len(blocks), dtype=torch.float32).expand(len(q[0]), -1)
+    return scores
 
 
 def look(args, inputs, start: int) -> list[dict]:
@@ -123,7 +126,7 @@ def members(scores, k: int):
 
 def study(args, model, indexer, prompts) -> list[dict]:
     """Means over layers, groups and prompts, a row for every way, key block, b_sel and number of candidates."""
-    found, layers = [], indexer.config.layers[:: args.every]
+    samples, layers = [], indexer.config.layers[:: args.every]
 
     def observe(inputs, support, out):
         if inputs.layer not in layers:
@@ -131,7 +134,7 @@ def study(args, model, indexer, prompts) -> list[dict]:
         T = inputs.q.shape[2]
         step = T // 2 // args.groups // GROUP * GROUP
         for n in range(args.groups):
-            found.extend(look(args, inputs, T // GROUP * GROUP - GROUP - n * step))
+            samples.extend(look(args, inputs, T // GROUP * GROUP - GROUP - n * step))
 
     for name, ids in prompts:
         attached = SparsePrefill.attach(model, indexer, Budget(args.k), impl="reference", observe=observe)
@@ -139,7 +142,7 @@ def study(args, model, indexer, prompts) -> list[dict]:
             model(ids[None], logits_to_keep=1)
         say(f"{name}: {len(ids)} tokens")
     groups: dict[tuple, list[dict]] = {}
-    for row in found:
+    for row in samples:
         groups.setdefault((row["block"], row["key_block"], row["candidates"], row["way"]), []).append(row)
     return [
         {
@@ -152,12 +155,12 @@ def study(args, model, indexer, prompts) -> list[dict]:
 
 def prompts_of(args, tokenizer) -> list[tuple[str, torch.Tensor]]:
     texts = documents(args.texts.split(","))
-    found = [("text", text_prompts(tokenizer, texts, length=args.length, count=1, seed=args.seed)[0][1])]
+    prompts = [("text", text_prompts(tokenizer, texts, length=args.length, count=1, seed=args.seed)[0][1])]
     for task in TASKS:
         needed = texts if task != "vt" else None
         example = generate(task, tokenizer, length=args.length, count=1, seed=args.seed, haystack=needed, max_new_tokens=16)[0]
-        found.append((task, torch.tensor(encode(tokenizer, example))))
-    return found
+        prompts.append((task, torch.tensor(encode(tokenizer, example))))
+    return prompts
 
 
 def markdown(result: dict) -> str:

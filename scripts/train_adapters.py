@@ -4,8 +4,8 @@
     python scripts/train_adapters.py --out runs/adapters --only qwen2.5-coder-0.5b
 
 Each run is one `npu-sparse distill` with the options below: called again, it resumes. The texts are the Debian packages
-`anarchism` and `python3.11-doc`. On one H200 each takes about five minutes; what it gave is in docs/results/distill-*. The
-budgets that the adapters of the two Qwens recommend were chosen by scripts/matched.py.
+`anarchism` and `python3.11-doc`. Each run takes about five minutes on one H200; the reports are in docs/results/distill-*.
+scripts/matched.py chose the budgets that the adapters of the two Qwens recommend.
 """
 
 import argparse

@@ -4,7 +4,7 @@
     python scripts/ttft_qwen35.py --device cuda --size 0.8b --dense fa2,cudnn,fa3 --sparse 2048:64,2048:16 --output runs/ttft-0.8b
     python scripts/ttft_qwen35.py --device npu --size 0.8b --lengths 32768,65536,131072 --output runs/ttft-0.8b
 
-`npu-sparse ttft --shape qwen3.5-0.8b` with the arguments that such a run wants; what it does and writes is said there. The model
+This is `npu-sparse ttft --shape qwen3.5-0.8b` with the arguments for such runs; its help says what it does and writes. The model
 has Qwen3.5's true shape and, without --model, random weights: times are those of the real checkpoint, quality is not, and every
 row says so (evidence "untrained" where no adapter is given). Dense attention (each implementation in --dense) and sparse prefill
 (each budget in --sparse) run interleaved in one process, with the same other layers: --hybrid fast attaches FastHybrid to dense
@@ -24,10 +24,8 @@ from pathlib import Path
 
 from npu_sparse import cann
 
-try:
-    import torch  # noqa: F401  - here, because it imports torch_npu, which wants CANN's libraries
-except RuntimeError as error:
-    sys.exit(f"error: {cann.explained(error) or error}")
+with cann.required():
+    import torch  # noqa: F401
 
 from npu_sparse.errors import FAILURE, UNFINISHED
 from npu_sparse.measure.ttft import TtftConfig, baselines, run_ttft
@@ -86,8 +84,8 @@ def parse(arguments) -> argparse.Namespace:
 
 def budgets(text: str) -> dict[str, str]:
     """`{variant of `npu-sparse ttft`: its name here}` of the budgets in --sparse."""
-    found = [spelled(budget) for budget in budgets_of(text)]
-    return {f"indexer-shared:{one}": "sparse " + one.replace("block=", "b_sel=").translate({61: " ", 44: ", "}) for one in found}
+    spelt = [spelled(budget) for budget in budgets_of(text)]
+    return {f"indexer-shared:{one}": "sparse " + one.replace("block=", "b_sel=").translate({61: " ", 44: ", "}) for one in spelt}
 
 
 def config(args) -> TtftConfig:
@@ -114,14 +112,14 @@ def renamed(result: dict, names: dict[str, str]) -> dict:
 def flat(row: dict, ceilings: dict) -> dict:
     """A row with the fields that this script writes."""
     kept = ("length", "evidence", "layers", "over", "over_best_dense", "peak_bytes", "stages_s")
-    found = {name: row[name] for name in kept}
+    record = {name: row[name] for name in kept}
     seconds = row["ttft_s"]
-    found |= {"variant": row["label"], "ttft_s": seconds["median"], "q1_s": seconds["q1"], "q3_s": seconds["q3"]}
+    record |= {"variant": row["label"], "ttft_s": seconds["median"], "q1_s": seconds["q1"], "q3_s": seconds["q3"]}
     if row["peak_over_best_dense"] is not None:
-        found["peak_over_best_dense"] = row["peak_over_best_dense"]
+        record["peak_over_best_dense"] = row["peak_over_best_dense"]
     if (row["length"], row["label"]) in ceilings:
-        found["amdahl_ceiling"] = ceilings[row["length"], row["label"]]
-    return found
+        record["amdahl_ceiling"] = ceilings[row["length"], row["label"]]
+    return record
 
 
 def main(arguments=None) -> int:

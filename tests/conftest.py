@@ -6,23 +6,31 @@ import signal
 import pytest
 import torch
 from hypothesis import settings
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
-from npu_sparse import ascendc
+from npu_sparse import Indexer, ascendc
 from npu_sparse.ops import dispatch
-from npu_sparse.testing import BACKENDS, Backend, open_backend, tiny_model, tokens
+from npu_sparse.testing import BACKENDS, Backend, open_backend, tiny_model, tiny_tokenizer, tokens
 
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in a shell's background jobs; tests interrupt what they start
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background jobs ignore it, but tests interrupt what they start
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Set by `make test-npu`: the directory of the runtime stub's libraries, where torch_npu runs without a card
 RUNTIME_STUB = os.environ.get("NPU_SPARSE_RUNTIME_STUB")
 
-ONLY_ELSEWHERE = ": it has kernels for "  # of the sentence that names the devices an operator has kernels for
-NEEDS_CANN = "needs CANN"  # of the sentence of a test that the runtime stub cannot run
+ONLY_ELSEWHERE = ": it has kernels for "  # begins the list of devices that an operator has kernels for
+NEEDS_CANN = "needs CANN"  # begins the reason of a test that the runtime stub cannot run
+
+TASK_LINES = [
+    "Some special magic numbers are hidden within the following text. Make sure to memorize it.",
+    "What are all the special magic numbers for one key mentioned in the provided text? The numbers for that key are",
+    "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.",
+    "Memorize and track the chain(s) of variable assignment hidden in the following text. VAR ABCDE = 12345",
+    "Question: Find all variables that are assigned the value 12345 in the text above. Answer:",
+]
 
 # the same examples on every run and every machine; `--hypothesis-profile=explore` looks for new ones
 settings.register_profile("fixed", derandomize=True, deadline=None, max_examples=30, database=None)
@@ -129,6 +137,26 @@ def models():
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of 600 tokens, trained on lines of the tasks, so that prompts of a few hundred tokens hold a task."""
+    return tiny_tokenizer(TASK_LINES, special=("<eos>",), begins=False, eos_token="<eos>")
+
+
+@pytest.fixture(scope="session")
+def model(tokenizer):
+    """A tiny Llama for `tokenizer`, with weights as small as those of an untrained checkpoint."""
+    return tiny_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        max_position_embeddings=4096, initializer_range=0.02, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def indexer(model) -> Indexer:
+    return Indexer.for_model(model, dim=64)
 
 
 @pytest.fixture

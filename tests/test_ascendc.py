@@ -79,7 +79,7 @@ def test_a_library_that_does_not_fit_is_not_loaded_and_is_built_again(compiler, 
     damage(path)
     with pytest.raises(ascendc.BuildError, match=rf"must not be loaded, because it .*{why}.*: run `npu-sparse build emulated`"):
         ascendc.load("emulated")
-    assert ascendc.load_if_built("cpu") == {}  # as if it were not there
+    assert ascendc.load_if_built("cpu") == {}  # it counts as not built
     said = []
     assert ascendc.build("emulated", report=said.append) == path
     assert said[0].startswith(f"{path} ") and said[0].endswith(": it is built again")
@@ -171,22 +171,22 @@ def test_the_npu_library_is_compiled_with_these_flags_and_no_others(toolkit, tmp
     path = ascendc.build("npu", report=lambda line: None)
     assert path.read_text() == "made\n"
     root, out, sources = tmp_path / "cann-9.1.0", path.parent, ascendc.SOURCES
-    found = {made_by(line): line.split() for line in calls(record)}
+    commands = {made_by(line): line.split() for line in calls(record)}
     acl = [f"-I{tmp_path}/torch_npu/include", f"-I{tmp_path}/torch_npu/include/third_party/acl/inc", f"-I{root}/include"]
-    assert found.pop("libnpu_sparse_kernels.so") == [
+    assert commands.pop("libnpu_sparse_kernels.so") == [
         "bisheng", "-x", "asc", "--npu-arch=dav-2201", "-std=c++17", "-O3", "--cce-auto-sync=off", "-shared", "-fPIC",
         f"-I{sources}/ascendc", f"-I{root}/include", f"{sources}/torch/launch_npu.cpp", f"-L{root}/lib64", "-lascendcl", "-o",
         f"{out}/libnpu_sparse_kernels.so",
     ]  # fmt: skip
     host = ["-std=c++20", "-O1", "-fPIC", "-fvisibility=hidden"]
-    assert found.pop("card.o") == [
+    assert commands.pop("card.o") == [
         *host, f"-I{sources}/ascendc", *acl, "-c", f"{sources}/torch/card.cpp", "-o", f"{out}/card.o"
     ]  # fmt: skip
-    assert found.pop("binding.o") == [
+    assert commands.pop("binding.o") == [
         *host, "-DNPU_SPARSE_NAMESPACE=npu_sparse_npu", f"-I{tmp_path}/torch/include", f"-I{sources}/ascendc", "-c",
         f"{sources}/torch/binding.cpp", "-o", f"{out}/binding.o", "-DNPU_SPARSE_ON_CARD", *acl,
     ]  # fmt: skip
-    (link,) = found.values()
+    (link,) = commands.values()
     torch_lib = f"{tmp_path}/torch/lib"
     assert link[:-1] == [
         "-shared", f"{out}/binding.o", f"{out}/card.o", f"-L{torch_lib}", "-ltorch", "-ltorch_cpu", "-lc10",
@@ -261,14 +261,14 @@ def preprocessed(tmp_path):
 
 def test_every_entry_has_its_attributes_and_its_tiling_by_value(preprocessed):
     text = preprocessed()
-    found = {}
+    entries = {}
     for attributes, op, parameters, body in ENTRY.findall(text):
         *addresses, tiling = [" ".join(parameter.split()) for parameter in parameters.split(",")]
         assert all(address.startswith("GM_ADDR ") for address in addresses) and "KERNEL_TASK_TYPE" not in body
-        found[op] = (" ".join(attributes.split()), len(addresses), tiling.removeprefix("npu_sparse_ascendc::").split()[0])
+        entries[op] = (" ".join(attributes.split()), len(addresses), tiling.removeprefix("npu_sparse_ascendc::").split()[0])
         launch = re.search(rf"npu_sparse_{op}<<<blocks, nullptr, stream>>>\((.*?), tiling\);", text).group(1)
         assert launch.split(", ") == [f"static_cast<GM_ADDR>(arguments[{i}].data)" for i in range(len(addresses))]
-    assert found == ENTRIES and set(found) == set(ascendc.OPERATORS)
+    assert entries == ENTRIES and set(entries) == set(ascendc.OPERATORS)
 
 
 def test_kernels_whose_blocks_wait_for_each_other_start_together():

@@ -195,3 +195,16 @@ def test_every_field_says_what_it_does():
     told = Budget.field_help()
     assert list(told) and set(told) == set(Budget.__dataclass_fields__)
     assert told["sink"] == "the first `sink` valid keys are always kept."
+
+
+def test_a_grid_gives_its_axes_and_the_rest():
+    axes = {"k": (256, 512), "block": (1, 64)}
+    assert Budget.grid("k=256|512, block=1|64 ,sink=4,tail", ("k", "block")) == (axes, "sink=4,tail")
+    assert Budget.grid("reduce=max|mean", ("reduce",)) == ({"reduce": ("max", "mean")}, "")
+    assert Budget.grid("tail=true, sink = 4", ()) == ({}, "tail,sink=4")  # one text for one meaning
+    assert Budget.grid("k=8", ("block",)) == ({}, "k=8") and Budget.grid(" ", ("k",)) == ({}, "")
+    for text, said in (("k=8,k=9", "k must be given once"), ("k=8|", "k must have a value"), ("k=1|0:2", "of a grid must")):
+        with pytest.raises(ValueError, match=said):
+            Budget.grid(text, ("k",))
+    with pytest.raises(TypeError, match="budget must be a text"):
+        Budget.grid(Budget(), ("k",))

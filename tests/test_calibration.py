@@ -39,23 +39,23 @@ def modelled(crossing, tried):
 @pytest.mark.parametrize("crossing", [1, 700, 1024, 1025, 1536, 1537, 2048, 3000, 5000, 9000, 40000, 100000])
 def test_the_search_brackets_where_the_two_cross(crossing):
     tried = []
-    found = calibration.search(modelled(crossing, tried), calibration.lengths(1 << 20))
-    assert sorted(tried) == list(found)
-    first = calibration.first_faster(found)
+    timings = calibration.search(modelled(crossing, tried), calibration.lengths(1 << 20))
+    assert sorted(tried) == list(timings)
+    first = calibration.first_faster(timings)
     assert first >= crossing  # nothing below it is slower than dense
     assert first <= max(1024, 1.5 * crossing)
     assert max(tried) <= max(2048, 4 * crossing)  # and no time is spent far beyond
 
 
 def test_a_budget_that_never_pays_is_dense_everywhere():
-    found = calibration.search(lambda length: (1.0, 1.1), calibration.lengths(10_000))
-    assert list(found) == [1024, 2048, 4096, 8192] and calibration.first_faster(found) == crossover.NEVER
+    timings = calibration.search(lambda length: (1.0, 1.1), calibration.lengths(10_000))
+    assert list(timings) == [1024, 2048, 4096, 8192] and calibration.first_faster(timings) == crossover.NEVER
 
 
 def test_a_length_where_sparse_is_slower_again_counts():
     slower = {1024: 0.9, 2048: 1.1}
-    found = calibration.search(lambda length: (1.0, slower.get(length, 0.9)), calibration.lengths(1 << 20))
-    assert calibration.first_faster(found) == 3072
+    timings = calibration.search(lambda length: (1.0, slower.get(length, 0.9)), calibration.lengths(1 << 20))
+    assert calibration.first_faster(timings) == 3072
 
 
 def test_where_memory_runs_out_the_search_ends():
@@ -64,8 +64,8 @@ def test_where_memory_runs_out_the_search_ends():
             raise torch.OutOfMemoryError("out of memory")
         return 1.0, 0.9 if length > 3000 else 2.0
 
-    found = calibration.search(measure, calibration.lengths(1 << 20))
-    assert list(found) == [1024, 2048, 3072, 4096] and calibration.first_faster(found) == 3072
+    timings = calibration.search(measure, calibration.lengths(1 << 20))
+    assert list(timings) == [1024, 2048, 3072, 4096] and calibration.first_faster(timings) == 3072
     with pytest.raises(torch.OutOfMemoryError):
         calibration.search(lambda length: (_ for _ in ()).throw(torch.OutOfMemoryError("out of memory")), [1024])
     with pytest.raises(RuntimeError, match="lost"):
@@ -75,8 +75,8 @@ def test_where_memory_runs_out_the_search_ends():
 def test_no_length_is_begun_after_its_time(monkeypatch):
     clock = iter(range(0, 1000, 40))
     monkeypatch.setattr(calibration.time, "monotonic", lambda: next(clock))
-    found = calibration.search(lambda length: (1.0, 2.0), calibration.lengths(1 << 20))
-    assert list(found) == [1024]
+    timings = calibration.search(lambda length: (1.0, 2.0), calibration.lengths(1 << 20))
+    assert list(timings) == [1024]
 
 
 @pytest.mark.parametrize(
@@ -118,8 +118,8 @@ def test_a_calibration_runs_both_ways_and_leaves_the_model_as_it_was(monkeypatch
 
     monkeypatch.setattr(calibration, "seconds_of", watched)
     monkeypatch.setattr(calibration, "RUNS", 2)
-    found = calibration.calibrate(model, selector, BUDGET.replace(exact_last=4), attach=attach)
-    assert list(found) == [512] and all(seconds > 0 for seconds in found[512])  # what these models serve at most
+    timings = calibration.calibrate(model, selector, BUDGET.replace(exact_last=4), attach=attach)
+    assert list(timings) == [512] and all(seconds > 0 for seconds in timings[512])  # the longest context of these models
     assert sorted(sparse for _, _, sparse in ran) == [False] * 4 + [True] * 4
     assert {(length, count) for length, count, _ in ran} == {(512, 3 if name == "qwen2" else 4)}
     assert decoder(model).layers is layers

@@ -1,8 +1,15 @@
 """CANN's toolkit and the chips that the kernels are for."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from npu_sparse import ascendc, cann
+
+ROOT = Path(__file__).parents[1]
 
 SERVED = ["Ascend910B1", "Ascend910B2", "Ascend910B2C", "Ascend910B3", "Ascend910B4", "Ascend910B4-1", "Ascend 910B3"]
 SERVED += ["Ascend910_9391", "Ascend910_9372", "Ascend910C"]
@@ -108,3 +115,31 @@ def test_only_what_cann_would_mend_is_explained_by_cann():
     assert cann.explained(failing(missing, RuntimeError("of something else"))) is None
     assert cann.explained(failing(ValueError("torch_npu is odd"), torch)) is None
     assert cann.explained(ValueError("torch_npu must have torch")) is None
+
+
+WITHOUT_CANN = """
+try:
+    raise ImportError("libhccl.so: cannot open shared object file: No such file or directory")
+except ImportError as error:
+    raise RuntimeError("Failed to load the backend extension: torch_npu. You can disable extension auto-loading") from error
+"""
+SCRIPTS = sorted(path for path in (ROOT / "scripts").glob("*.py") if "torch" in path.read_text())
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[path.stem for path in SCRIPTS])
+def test_without_cann_a_script_that_wants_torch_ends_with_a_sentence(tmp_path, script):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch/__init__.py").write_text(WITHOUT_CANN)
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    ended = subprocess.run([sys.executable, script, "--help"], env=env, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in ended.stderr
+    if ended.returncode:
+        (sentence,) = ended.stderr.splitlines()
+        assert sentence.startswith("error: torch_npu must find CANN, got none in this shell (libhccl.so is missing): run")
+    else:  # torch is imported when the work begins
+        assert ended.stdout.startswith("usage: ")
+
+
+def test_other_failures_of_an_import_stay_what_they_are():
+    with pytest.raises(ImportError, match="no such module"), cann.required():
+        raise ImportError("no such module")

@@ -77,14 +77,14 @@ def captured(monkeypatch):
     """`captured(name, *options)` gives the config with which a stage would run."""
 
     def capture(name: str, *options: str):
-        found = []
+        configs = []
 
         def stub(config, output):
-            found.append(config)
+            configs.append(config)
 
         monkeypatch.setattr(import_module(cli.COMMANDS[name].module), cli.COMMANDS[name].run, stub)
         assert cli.main([name, "tiny", *options]) == 0
-        return found[0]
+        return configs[0]
 
     return capture
 
@@ -134,9 +134,6 @@ def test_doctor_says_what_runs_here(capsys):
     assert isinstance(json.loads(capsys.readouterr().out), (dict, list))
 
 
-# Options
-
-
 @pytest.mark.parametrize("name", STAGES)
 def test_options_are_the_fields_of_the_config(name):
     command = typer.main.get_command(cli._app([name])).commands[name]
@@ -165,6 +162,10 @@ def test_options_reach_the_config_with_their_types(captured):
     config = captured("distill", *options, "--steps", "7")
     assert (config.lengths, config.texts, config.lr) == ((64, 128), ("a", "b"), 0.01)
     assert (config.loss, config.tasks, config.steps) == ("sparse", ("vt",), 7)
+    gridded = captured("oracle", "--budget", "k=8|16,block=1,tail")
+    assert (gridded.budgets, gridded.blocks, gridded.budget) == ((8, 16), (1,), "tail")
+    assert captured("oracle", "--budgets", "8,16", "--blocks", "1", "--tail") == gridded
+    assert captured("distill", "--budget", "k=8|16") == captured("distill", "--budgets", "8,16")
     oracle = captured("oracle", "--chat", "--budgets", "8", "--tasks", "", "--controls", "random")
     assert (oracle.chat, oracle.budgets, oracle.tasks, oracle.controls) == (True, (8,), (), ("random",))
     assert captured("eval", "--qa-files", "qa_1=x.json,qa_2=y.json").qa_files == {"qa_1": "x.json", "qa_2": "y.json"}

@@ -13,8 +13,8 @@ TORCHS = {"triton"}  # torch's CUDA build pins it
 
 
 def requirements(lines):
-    found = (packaging.Requirement(line.partition(" #")[0]) for line in lines if line.strip() and not line.startswith("#"))
-    return {requirement.name.lower().replace("_", "-"): requirement for requirement in found}
+    parsed = (packaging.Requirement(line.partition(" #")[0]) for line in lines if line.strip() and not line.startswith("#"))
+    return {requirement.name.lower().replace("_", "-"): requirement for requirement in parsed}
 
 
 def pinned():
@@ -48,4 +48,4 @@ def test_transformers_is_bounded_on_both_sides():
     (tested,) = pinned()["transformers"].specifier
     assert int(tested.version.split(".")[0]) < int(upper.version)
     makefile = (ROOT / "Makefile").read_text()
-    assert f"transformers=={lower.version}.0" in makefile  # what `make test-oldest` installs
+    assert f"transformers=={lower.version}.0" in makefile  # the version that `make test-oldest` installs

@@ -48,12 +48,12 @@ class Block:
 
 def blocks(page: Path, *languages: str) -> list[Block]:
     text = page.read_text()
-    found = [
+    fenced = [
         Block(page, text.count("\n", 0, m.start()) + 1, m[3], inspect.cleandoc("\n" + m[4]) + "\n",
               bool(NOT_RUN.search(text[: m.start()])))
         for m in FENCE.finditer(text)
     ]  # fmt: skip
-    return [block for block in found if block.language in languages]
+    return [block for block in fenced if block.language in languages]
 
 
 def prose(page: Path) -> str:
@@ -62,7 +62,7 @@ def prose(page: Path) -> str:
 
 def commands() -> list[tuple[str, list[str]]]:
     """`(place, words)` of every shell command, without variables set in front of it."""
-    found = []
+    listed = []
     for block in itertools.chain.from_iterable(blocks(page, "console", "bash", "sh") for page in PAGES):
         text = block.text.replace("\\\n", " ")
         lines = text.splitlines()
@@ -73,16 +73,16 @@ def commands() -> list[tuple[str, list[str]]]:
             while words and re.match(r"[A-Z_]+=", words[0]):
                 words.pop(0)
             if words:
-                found.append((str(block), words))
+                listed.append((str(block), words))
             if words[:1] == ["make"]:
-                found += [(f"{block} make {words[1]}", step) for step in recipe(words[1])]
-    return found
+                listed += [(f"{block} make {words[1]}", step) for step in recipe(words[1])]
+    return listed
 
 
 def recipe(target: str) -> list[list[str]]:
     """The words of every command that `make target` runs itself."""
-    found = re.search(rf"^{re.escape(target)}:.*\n((?:\t.*\n)*)", (ROOT / "Makefile").read_text(), re.M)
-    return [shlex.split(line.strip().lstrip("@-")) for line in (found[1].splitlines() if found else [])]
+    match = re.search(rf"^{re.escape(target)}:.*\n((?:\t.*\n)*)", (ROOT / "Makefile").read_text(), re.M)
+    return [shlex.split(line.strip().lstrip("@-")) for line in (match[1].splitlines() if match else [])]
 
 
 def arguments_of(words: list[str]) -> list[str] | None:

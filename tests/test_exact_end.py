@@ -158,17 +158,17 @@ def test_the_exact_end_is_the_same_in_chunks_of_whole_blocks(models, name, kind,
     model, ids, budget = models(name), tokens(), SPARSE.replace(exact_last=n)
     whole, logits = in_chunks(model, attached(model, budget, kind), ids, [(0, T)])
     for chunks in ([(0, 32), (32, 72), (72, T)], [(0, 64), (64, T)]):
-        found, ours = in_chunks(model, attached(model, budget, kind), ids, chunks, length=T)
-        close(found, whole, 1e-3)
+        chunked, ours = in_chunks(model, attached(model, budget, kind), ids, chunks, length=T)
+        close(chunked, whole, 1e-3)
         close(ours, logits, 1e-3)
 
 
 def test_chunks_without_a_known_length_end_with_each_forward(models):
     model, ids, budget = models("llama"), tokens(), SPARSE.replace(exact_last=5)
     dense, _ = first_layer(model, nullcontext(), ids)
-    found, _ = in_chunks(model, attached(model, budget), ids, [(0, 32), (32, T)])
+    logits, _ = in_chunks(model, attached(model, budget), ids, [(0, 32), (32, T)])
     for rows in (slice(27, 32), slice(T - 5, T)):
-        close(found[:, rows], dense[:, rows])
+        close(logits[:, rows], dense[:, rows])
     known, _ = in_chunks(model, attached(model, budget), ids, [(0, 32), (32, T)], length=T)
     assert not torch.allclose(known[:, 27:32], dense[:, 27:32], atol=1e-2)
 
@@ -180,14 +180,14 @@ def test_a_prefix_hit_keeps_the_keys_and_values_it_finds(models):
     with attached(model, budget):
         model(ids[:, :40], past_key_values=prefix)
         hit, later = copy.deepcopy(prefix), DynamicCache(config=model.config)
-        found = model(ids[:, 40:], past_key_values=hit).logits
+        continued = model(ids[:, 40:], past_key_values=hit).logits
         model(ids[:, :40], past_key_values=later)  # the same history, computed anew
         replayed = model(ids[:, 40:], past_key_values=later).logits
         once = model(ids).logits[:, 40:]
-    assert torch.equal(found, replayed)
+    assert torch.equal(continued, replayed)
     for mine, theirs in zip(prefix.layers, hit.layers):
         assert torch.equal(mine.keys, theirs.keys[:, :, :40]) and torch.equal(mine.values, theirs.values[:, :, :40])
-    assert not torch.allclose(found, once, atol=1e-3)  # rows 34 to 39 were dense in the history, and are not in one prefill
+    assert not torch.allclose(continued, once, atol=1e-3)  # rows 34 to 39 were dense in the history, and are not in one prefill
 
 
 def test_an_exact_end_longer_than_what_follows_a_prefix_reaches_no_further_than_the_forward(models):
@@ -196,9 +196,9 @@ def test_an_exact_end_longer_than_what_follows_a_prefix_reaches_no_further_than_
     cache = DynamicCache(config=model.config)
     with attached(model, SPARSE):
         model(ids[:, :40], past_key_values=cache)
-    found, _ = in_chunks(model, attached(model, budget), ids, [(40, T)], cache=cache)
-    assert found.shape[1] == T - 40
-    close(found, dense[:, 40:])  # the first layer's keys do not depend on what was sparse before
+    logits, _ = in_chunks(model, attached(model, budget), ids, [(40, T)], cache=cache)
+    assert logits.shape[1] == T - 40
+    close(logits, dense[:, 40:])  # the first layer's keys do not depend on what was sparse before
 
 
 def test_decoding_and_generation_are_dense_with_an_exact_end(models):
@@ -247,19 +247,19 @@ def inputs(valid=None, queries=20, keys=50):
     ],
 )
 def test_rows_of_a_chunk_that_are_exact(prompt_length, n, first):
-    found = exact_end(inputs(), ForwardContext(30, 20, prompt_length, 0), Budget(exact_last=n))
-    assert (None if found is None else found.first) == first
-    if found is not None:
-        assert found.positions.tolist() == [list(range(30 + first, 50))]
+    end = exact_end(inputs(), ForwardContext(30, 20, prompt_length, 0), Budget(exact_last=n))
+    assert (None if end is None else end.first) == first
+    if end is not None:
+        assert end.positions.tolist() == [list(range(30 + first, 50))]
 
 
 def test_rows_of_a_padded_chunk_are_exact_where_they_hold_tokens():
     valid = torch.ones(1, 50, dtype=torch.bool)
     valid[0, 40:] = False
-    found = exact_end(inputs(valid), ForwardContext(30, 20, None, 0), Budget(exact_last=4))
-    assert sorted(p for p in found.positions[0].tolist() if p >= 0) == [36, 37, 38, 39]
-    found = exact_end(inputs(valid), ForwardContext(30, 20, None, 0), Budget(exact_last=15))
-    assert sorted(p for p in found.positions[0].tolist() if p >= 0) == list(range(30, 40))  # 25 to 29 are another chunk's
+    end = exact_end(inputs(valid), ForwardContext(30, 20, None, 0), Budget(exact_last=4))
+    assert sorted(p for p in end.positions[0].tolist() if p >= 0) == [36, 37, 38, 39]
+    end = exact_end(inputs(valid), ForwardContext(30, 20, None, 0), Budget(exact_last=15))
+    assert sorted(p for p in end.positions[0].tolist() if p >= 0) == list(range(30, 40))  # 25 to 29 are another chunk's
 
 
 # Bad input
@@ -292,12 +292,12 @@ def test_the_ascendc_kernels_serve_an_exact_end(emulated_library, monkeypatch):
     served, dense_rows = [], ops.dense_rows
 
     def watched(q, k, v, positions, **options):
-        found = dense_rows(q, k, v, positions, **options)
+        actual = dense_rows(q, k, v, positions, **options)
         served.append((positions.tolist(), options["impl"]))
         plain = {**options, "impl": "reference"}
         exact = dense_rows(q.float(), k.float(), v.float(), positions, **plain).double()
-        assert_accurate(found, exact, dense_rows(q, k, v, positions, **plain))
-        return found
+        assert_accurate(actual, exact, dense_rows(q, k, v, positions, **plain))
+        return actual
 
     monkeypatch.setattr(ops, "dense_rows", watched)
     with torch.no_grad(), SparsePrefill.attach(model, selectors.Local(), Budget(k=8, block=8, exact_last=5), impl="kernel"):

@@ -126,9 +126,6 @@ def test_a_broken_geometry_is_refused(fields, message):
         IndexerConfig(**{"hidden_size": 16, "layers": (0, 1), "rotary_dim": 8, **fields})
 
 
-# Adapters
-
-
 def test_a_saved_adapter_loads_as_its_bf16_weights(indexer, adapter):
     loaded = Indexer.from_pretrained(adapter)
     assert loaded.config == indexer.config and loaded.base == indexer.base
@@ -245,8 +242,8 @@ def test_weights_in_a_dtype_that_casting_would_ruin_are_refused(adapter, dtype):
 def test_weights_in_another_floating_dtype_are_taken(adapter, dtype):
     expected = Indexer.from_pretrained(adapter).state_dict()
     restored(adapter, lambda weights: weights.update({name: tensor.to(dtype) for name, tensor in weights.items()}))
-    found = Indexer.from_pretrained(adapter).state_dict()
-    assert all(torch.allclose(found[name], expected[name], atol=1e-7) for name in expected)
+    loaded = Indexer.from_pretrained(adapter).state_dict()
+    assert all(torch.allclose(loaded[name], expected[name], atol=1e-7) for name in expected)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
@@ -379,7 +376,7 @@ def test_a_backbone_with_a_lora_merged_into_v_proj_is_another_base(model, adapte
 
 def test_an_adapter_says_what_of_its_base_it_checks(model, indexer):
     assert indexer.checks == "the geometry and every weight matrix"
-    del indexer.base["backbone_fingerprint"]  # as adapters were before
+    del indexer.base["backbone_fingerprint"]  # older adapters have none
     assert indexer.checks == "the geometry, the embedding and one query projection"
     indexer.check_base(model)
     with pytest.raises(AdapterError, match="weights_fingerprint must be"):

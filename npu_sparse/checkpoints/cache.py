@@ -65,7 +65,7 @@ def locked(path: Path, name: str, progress: bool) -> Iterator[int]:
 
 
 def swept(partial: Path) -> Path:
-    """`partial`, without what a killed process left half-done in it."""
+    """`partial`, cleaned of half-written files that a killed process left behind."""
     for scratch in partial.glob("scratch-*"):
         shutil.rmtree(scratch)
     return partial
@@ -113,7 +113,7 @@ def bytes_under(directory: Path) -> int:
 
 @contextlib.contextmanager
 def progress_bar(description: str, total_bytes: int | None, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yields the function that is told how many bytes are done; without a total the bar only moves."""
+    """Yields a function to call with the number of bytes done; without a total the bar only moves."""
     if not shown:
         yield lambda done_bytes: None
         return

@@ -85,7 +85,7 @@ def write_bf16(gguf: Path, target: Path) -> dict[str, str]:
     return {"torch": torch.__version__, "transformers": transformers.__version__}
 
 
-_DIRECT = ("llama", "qwen2", "qwen3", "gemma3")  # whose weights are transformers' own under another name, see `_weight`
+_DIRECT = ("llama", "qwen2", "qwen3", "gemma3")  # transformers has their weights under other names, see `_weight`
 
 
 def _unpacked(header: Header, target: Path):

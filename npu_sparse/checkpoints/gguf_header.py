@@ -1,7 +1,7 @@
 """The header of a GGUF file (version 2 or 3, little-endian): metadata and the table of tensors, with every length checked.
 
-Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers' own reader takes a header at its word, and takes
-ten seconds a reading for a vocabulary of 150,000 tokens; a conversion reads it three or four times.
+Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md. transformers' own reader trusts the header, and needs ten seconds for a
+vocabulary of 150,000 tokens; a conversion would read it three or four times.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Header:
     metadata: dict[str, Any]
     tensors: dict[str, Tensor]
     entries: tuple[tuple[str, bytes], ...]  # (key, the entry as stored) of the metadata, without the vocabulary
-    table: bytes  # of the tensors, as stored
+    table: bytes  # the table of tensors as stored
     data_start: int
     version: int
 
@@ -54,7 +54,7 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header of a GGUF file. Raises CheckpointError with one sentence for one that is none, cut off or damaged."""
+    """The header of a GGUF file. Raises CheckpointError with one sentence for a file of another kind, cut off or damaged."""
     with reading(path, CheckpointError, "its GGUF header"), open(path, "rb") as file:
         start = file.read(len(LFS_POINTER))
         if not start:
@@ -81,9 +81,9 @@ class _Cursor:
     def numbers(self, form: str, count: int = 1) -> tuple:
         width = struct.calcsize(form)
         self.need(count, width)
-        found = struct.unpack_from(f"<{count}{form}", self.data, self.at)
+        values = struct.unpack_from(f"<{count}{form}", self.data, self.at)
         self.at += count * width
-        return found
+        return values
 
     def number(self, form: str) -> Any:
         return self.numbers(form)[0]
@@ -185,7 +185,7 @@ def _bytes(path: Path, name: str, shape: tuple[int, ...], kind: int) -> int:
 
 
 def write_without_vocabulary(header: Header, path: Path) -> None:
-    """A GGUF file of the same metadata and tensors, with no vocabulary and with holes for the data: what a config is read of.
+    """A GGUF file of the same metadata and tensors, without vocabulary and with holes for the data, to read a config from.
 
     The size of the vocabulary, which a config needs, is put in where the file has it only as a list.
     """

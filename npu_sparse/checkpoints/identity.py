@@ -17,17 +17,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FINGERPRINT_SAMPLES = 4096
-BACKBONE_ROWS, BACKBONE_COLUMNS = 4, 1024  # of every matrix
+BACKBONE_ROWS, BACKBONE_COLUMNS = 4, 1024  # sampled from every matrix
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str | None:
     """16 hex digits of a SHA-256 over samples of the embedding and of the first full-attention layer's q_proj.
 
-    Weights stored in bf16 or fp16 give the same digits whichever of fp32, bf16 and fp16 they are loaded in; weights
-    stored in fp32 do in fp32 and bf16. It tells checkpoints apart and is no protection against tampering; a change of
-    another matrix, such as a LoRA merged into v_proj, it does not see: see `backbone_fingerprint`. None for weights in
-    a few bits, which those of the checkpoint they were made of cannot be compared with. Raises ValueError for a model
-    without such weights.
+    Weights stored in bf16 or fp16 give the same digits whether they are loaded in fp32, bf16 or fp16; weights stored in fp32 give
+    the same in fp32 and bf16. It tells checkpoints apart, but does not protect against tampering, and it does not see changes of
+    other matrices, such as a LoRA merged into v_proj; `backbone_fingerprint` does. None for quantised weights, which cannot be
+    compared with those they were made from. Raises ValueError for a model without such weights.
     """
     weights = base_weights(model)
     layer = first_full_attention_layer(model.config)
@@ -124,9 +123,9 @@ def _backbone_fingerprint(names: Iterable[str], rows: Callable[[str], list]) -> 
     layers = re.compile(re.escape(prefix) + r"layers\.\d+\.(?!.*\bexperts\b).*weight")
     digest = hashlib.sha256()
     for name in sorted([embedding, *(name for name in names if layers.fullmatch(name))]):
-        found = rows(name)
-        if found:  # a vector has no rows: norms are not sampled
-            digest.update(name.removeprefix(prefix).encode() + _comparable(torch.cat(found)))
+        sampled = rows(name)
+        if sampled:  # a vector has no rows: norms are not sampled
+            digest.update(name.removeprefix(prefix).encode() + _comparable(torch.cat(sampled)))
     return digest.hexdigest()[:16]
 
 
@@ -139,7 +138,7 @@ def _rows(tensor: Any, shape: tuple[int, ...]) -> list[torch.Tensor]:
 
 
 def _comparable(sample: torch.Tensor) -> bytes:
-    """The bytes of a sample that do not depend on the dtype that its weights were loaded in."""
+    """The bytes of a sample that are the same in every dtype that its weights may be loaded in."""
     import torch
 
     sample = sample.detach().to("cpu", torch.bfloat16).float()

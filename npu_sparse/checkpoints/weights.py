@@ -1,4 +1,4 @@
-"""Weight files that are whole, and hold what the model wants, in finite numbers, and nothing else."""
+"""Weight files that are complete, and hold what the model wants, in finite numbers, and nothing else."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .gguf_header import LFS_POINTER
 if TYPE_CHECKING:
     from torch import Tensor
 
-_NAMED = 4  # so many names are a sentence, the rest is a number
+_NAMED = 4  # the most names that a message lists; above that it counts them
 
 
 def check_names(source: Any, missing: Collection[str], unexpected: Collection[str]) -> None:
@@ -47,15 +47,15 @@ def check_finite(source: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
     import torch
 
     read = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-    found = [
+    broken = [
         (name, weight.dtype)
         for name, weight in weights
         if weight.dtype in read and weight.numel() and not torch.stack(torch.aminmax(weight.detach())).isfinite().all()
     ]
-    if found:
-        dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in found}))
+    if broken:
+        dtypes = ", ".join(sorted({str(dtype).removeprefix("torch.") for _, dtype in broken}))
         raise CheckpointError(
-            f"{source} must have finite weights in {dtypes}, got NaN or Inf in {_listed([name for name, _ in found])}"
+            f"{source} must have finite weights in {dtypes}, got NaN or Inf in {_listed([name for name, _ in broken])}"
         )
 
 

@@ -1,15 +1,17 @@
-"""What a distillation run is made of."""
+"""The config of a distillation run."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from ..budget import Budget
 from ..indexer import DIMS
 from ..ops.dispatch import IMPLEMENTATIONS
 from ..runs.machine import chosen_dtype
 from ..tasks.catalogue import task_named
 
-LOSSES = ("kl", "sparse", "both")
+LOSSES = ("kl", "sparse", "both", "shared")
+SHARED_BLOCK = 64  # queries that share a support at the recommended budget
 SHORTEST = 64
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -34,8 +36,12 @@ class DistillConfig:
         weight_decay, clip: of AdamW, and the largest norm of a step's gradients.
         heads, dim: geometry of the indexer.
         loss, sparse_k: "kl" over all causal keys, "sparse" (restricted to the union of the oracle's and the indexer's
-            own top `sparse_k`, both renormalised), or "both": their sum.
+            own top `sparse_k`, both renormalised), "both": their sum, or "shared": over all keys, of what 64 queries in a row
+            share at the runtime, the largest mass against the largest score less its query's log-partition.
+        lm_steps: steps after these with the language-model loss through a soft selection of `sparse_k` keys, on contexts of the
+            shortest length, at the last learning rate; in one process.
         budgets: budgets at which validation measures recall.
+        budget: the same, as `Budget.grid` spells it, in place of budgets: k=64|128|256.
         partition_steps: steps after training whose batches fit the partition heads, which predict every query's log-partition for
             Budget(reduce="softmax_max"); forward passes only, by least squares. 0 = an indexer without such heads.
         validation_fraction: share of the text that is held out, by document.
@@ -66,8 +72,10 @@ class DistillConfig:
     dim: int = 128
     loss: str = "kl"
     sparse_k: int = 512
+    lm_steps: int = 0
     partition_steps: int = 16
     budgets: tuple[int, ...] = (64, 128, 256, 512)
+    budget: str = ""
     validation_fraction: float = 0.1
     validation_length: int = 2048
     validation_prompts: int = 8
@@ -80,6 +88,11 @@ class DistillConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
+        axes, rest = Budget.grid(self.budget, ("k",))
+        if rest:
+            raise ValueError(f"budget must name k only, at which recall is measured per query, got {rest!r}")
+        object.__setattr__(self, "budgets", axes.get("k", self.budgets))
+        object.__setattr__(self, "budget", "")
         for name in ("texts", "tasks", "lengths", "budgets"):
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -88,7 +101,7 @@ class DistillConfig:
         for name, least in (
             ("tokens", 1), ("micro_batch", 1), ("rows", 0), ("segment", 1), ("steps", 1), ("warmup", 0), ("heads", 1),
             ("sparse_k", 1), ("validation_prompts", 1), ("save_every", 1), ("validate_every", 1), ("seed", 0),
-            ("partition_steps", 0),
+            ("partition_steps", 0), ("lm_steps", 0),
         ):  # fmt: skip
             _whole(name, getattr(self, name), least)
         for length in (*self.lengths, self.validation_length):
@@ -122,6 +135,11 @@ class DistillConfig:
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be >= 0, got {self.weight_decay}")
 
+    @property
+    def all_steps(self) -> int:
+        """Optimizer steps of both stages."""
+        return self.steps + self.lm_steps
+
     def lr_at(self, step: int) -> float:
         """Learning rate of 0-based `step`: linear warm-up, then cosine down to min_lr."""
         if step < self.warmup:
@@ -131,7 +149,7 @@ class DistillConfig:
 
     def to_dict(self) -> dict:
         """Plain JSON types; `from_dict` reads them back."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "budget"}  # budgets has it
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "DistillConfig":

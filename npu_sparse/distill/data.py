@@ -1,6 +1,6 @@
 """Training and validation contexts.
 
-Sequence j of a step is a function of (seed, step, j) alone: a resumed run sees the same, and so do several processes.
+Sequence j of a step is a function of (seed, step, j) alone, so that a resumed run and several processes see the same data.
 """
 
 import hashlib
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from .. import tasks
 from .config import DistillConfig
 
-CHARS_PER_TOKEN = 8  # more than any text has on average: a window is cut long and then to length
+CHARS_PER_TOKEN = 8  # more than the average of any text, so that a window is cut too long first and then to length
 TRAINING_SEED, VALIDATION_SEED = 1_000_000, 2_000_000  # task prompts of evaluation use small seeds
 
 
@@ -34,6 +34,8 @@ class Contexts:
         config = self.config
         rng = random.Random(f"{config.seed}/{step}")
         length = rng.choice(config.lengths)
+        if config.steps <= step < config.all_steps:  # of the language-model loss
+            length = min(config.lengths)
         from_tasks = rng.random() < config.task_fraction
         task = rng.choice(config.tasks) if from_tasks else None
         sequences = range(rank, config.tokens // length, world)
@@ -108,7 +110,7 @@ class _Steps(Dataset):
 
 def batches(contexts: Contexts, start: int, rank: int, world: int, workers: int) -> DataLoader:
     """The batches of steps start, start + 1, ...; `workers` processes prepare them ahead."""
-    steps = range(start, contexts.config.steps)
+    steps = range(start, contexts.config.all_steps)
     return DataLoader(_Steps(contexts, rank, world), batch_size=None, sampler=steps, num_workers=workers)
 
 

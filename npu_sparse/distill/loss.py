@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..indexer import Indexer, IndexHead
-from .config import DistillConfig
+from .config import SHARED_BLOCK, DistillConfig
 from .teacher import Tap
 
 
@@ -51,6 +51,19 @@ def sparse_kl(mass: Tensor, logits: Tensor, k: int) -> Tensor:
     return kl(inside, logits.masked_fill(~chosen, float("-inf")))
 
 
+def shared_kl(mass: Tensor, logits: Tensor, block: int) -> Tensor:
+    """KL of what a block of queries shares: `[B, rows, keys]` twice -> `[B, blocks]`, blocks counted from the first row.
+
+    The target is the largest mass that a query of the block gives a key, renormalised, and the guess is the softmax of the
+    largest score less its own query's log-partition: what the runtime ranks keys by with Budget(reduce="softmax_max").
+    """
+    log_q = torch.log_softmax(logits, -1)
+    targets = [part.amax(-2) for part in mass.split(block, -2)]
+    guesses = [part.amax(-2) for part in log_q.split(block, -2)]
+    target = torch.stack(targets, -2)
+    return kl(target / target.sum(-1, keepdim=True), torch.stack(guesses, -2))
+
+
 class DistillLoss(nn.Module):
     """The training loss of one batch of taps, as one module so that DistributedDataParallel can wrap it."""
 
@@ -78,6 +91,9 @@ class DistillLoss(nn.Module):
     def _over_top_keys(self, head, tap, masses, segments) -> Tensor:
         rows = []
         for mass, logits in zip(masses, index_logits(head, tap, segments)):
+            if self.config.loss == "shared":
+                rows.append(shared_kl(mass, logits, SHARED_BLOCK).flatten())
+                continue
             if self.config.loss == "both":
                 rows.append(kl(mass, logits).flatten())
             rows.append(sparse_kl(mass, logits, self.config.sparse_k).flatten())

@@ -12,8 +12,8 @@ from .config import DistillConfig
 from .data import Contexts, row_segments
 from .teacher import Tap, tap
 
-RIDGE = 1e-3  # of the number of rows, for features of unit variance
-BLOCK = 64  # queries among which an error can change an order
+RIDGE = 1e-3  # times the number of rows, for features of unit variance
+BLOCK = 64  # neighbouring queries whose keys compete, so that an error can change their order
 
 
 class LeastSquares:
@@ -51,7 +51,7 @@ class LeastSquares:
         varies = deviation > 1e-6 * deviation.max()
         unit = torch.where(varies, 1 / deviation.where(varies, torch.ones_like(deviation)), 0.0)
         ridge = torch.full_like(unit, RIDGE)
-        ridge[~varies] = 1.0  # what never varies stays without a coefficient
+        ridge[~varies] = 1.0  # a constant feature gets no coefficient
         solution = torch.linalg.solve(unit[:, None] * covariance * unit + ridge.diag(), unit * slope) * unit
         bias = target_mean + float(self.target_origin) - float(solution @ (mean + self.origin.double().cpu()))
         return solution[:-1], bias, float(solution[-1])
@@ -63,13 +63,13 @@ def fit_partition(model, indexer: Indexer, contexts: Contexts) -> None:
     config: DistillConfig = contexts.config
     served = indexer.copy_for(model)
     fits = {layer: LeastSquares() for layer in indexer.config.layers}
-    for step in range(config.steps, config.steps + config.partition_steps):
+    for step in range(config.all_steps, config.all_steps + config.partition_steps):
         batch = contexts.batch(step)
         segments = row_segments(config, batch.shape[1], step)
 
-        def receive(found: Tap, segments=segments):
-            for hidden, seen, exact in exact_partitions(served.layers[str(found.layer)], found, segments):
-                fits[found.layer].add(hidden.flatten(0, 1), seen.expand(exact.shape).flatten(), exact.flatten())
+        def receive(tapped: Tap, segments=segments):
+            for hidden, seen, exact in exact_partitions(served.layers[str(tapped.layer)], tapped, segments):
+                fits[tapped.layer].add(hidden.flatten(0, 1), seen.expand(exact.shape).flatten(), exact.flatten())
 
         for part in batch.split(config.micro_batch):
             tap(model, part.to(model.device), receive)
@@ -80,17 +80,17 @@ def fit_partition(model, indexer: Indexer, contexts: Contexts) -> None:
         head.line.copy_(torch.tensor([bias, growth]))
 
 
-def exact_partitions(head: IndexHead, found: Tap, segments) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+def exact_partitions(head: IndexHead, tapped: Tap, segments) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
     """`(hidden [B, rows, H], seen [1, rows], exact log-partition [B, rows])` of every segment of rows."""
-    qi, ki, w = head(found.hidden, found.cos, found.sin)
+    qi, ki, w = head(tapped.hidden, tapped.cos, tapped.sin)
     ki = ki.to(qi.dtype)
-    # where training has kernels, so has this; elsewhere nobody needs to build any for a run that is nearly done
+    # kernels where training has them; elsewhere a run that is nearly done should not need a build
     impl = "auto" if dispatch.has_kernels_for("index_kl", qi.device.type) else "reference"
     for start, stop in segments:
         exact = ops.index_partition(
             qi[:, :, start:stop], ki[:, :stop], None if w is None else w[:, start:stop], impl=impl
         )
-        yield found.hidden[:, start:stop], torch.arange(start + 1, stop + 1, device=qi.device)[None], exact
+        yield tapped.hidden[:, start:stop], torch.arange(start + 1, stop + 1, device=qi.device)[None], exact
 
 
 @torch.no_grad()
@@ -104,14 +104,14 @@ def partition_residuals(model, indexer: Indexer, contexts) -> dict:
     served = indexer.copy_for(model)
     records: list[dict] = []
 
-    def receive(found: Tap):
-        head, T = served.layers[str(found.layer)], found.q.shape[2]
-        ((hidden, seen, exact),) = exact_partitions(head, found, [(0, T)])
+    def receive(tapped: Tap):
+        head, T = served.layers[str(tapped.layer)], tapped.q.shape[2]
+        ((hidden, seen, exact),) = exact_partitions(head, tapped, [(0, T)])
         error = head.partition(hidden, seen) - exact  # [B, T]
         within = torch.cat([part - part.mean(-1, keepdim=True) for part in error.split(BLOCK, 1)], 1)
         squares = (error, within, exact - exact.mean(-1, keepdim=True))
         names = ("residual", "residual_in_block", "spread")
-        records.append({"layer": found.layer} | {n: float(x.square().mean()) for n, x in zip(names, squares)})
+        records.append({"layer": tapped.layer} | {n: float(x.square().mean()) for n, x in zip(names, squares)})
 
     for _, ids in contexts:
         tap(model, ids.to(model.device), receive)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import statistics
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..runs.page import markdown_table
 from ..runs.store import RunError, check, open_stage, write_bytes, write_json, write_text
 from .config import DistillConfig
 from .data import Contexts, batches, row_segments
+from .language import language_loss
 from .loss import DistillLoss
 from .partition import fit_partition, partition_residuals
 from .teacher import tap
@@ -27,8 +29,9 @@ from .validate import validate
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
+PROJECTED = 1e8  # tokens: what an adapter's distillation is said to cost for
 RECOMMENDED = Budget(k=512, block=64, dense_below=1024)
-WITH_HEADS = dict(k=1024, reduce="softmax_max", exact_last=128)  # what hard retrieval asks of shared supports
+WITH_HEADS = dict(k=1024, reduce="softmax_max", exact_last=128)  # hard retrieval with shared supports wants this
 BACKENDS = {"cuda": "nccl", "npu": "hccl"}
 
 
@@ -76,13 +79,14 @@ def _run(config: DistillConfig, output: Path, model, tokenizer, workers, progres
         write_text(output / METRICS, "".join(json.dumps(record) + "\n" for record in state["metrics"]))
     if world > 1:
         loss_module = torch.nn.parallel.DistributedDataParallel(loss_module)
-    with _progress(config.steps, state["step"], progress) as advance:
+    with _progress(config.all_steps, state["step"], progress) as advance:
         ahead = batches(contexts, state["step"], rank, world, workers)
         for step, batch in enumerate(ahead, start=state["step"]):
             began = time.perf_counter()
             loss, per_layer = _step(model, loss_module, optimizer, batch.to(model.device), config, step, world)
-            last = step + 1 == config.steps
+            last = step + 1 == config.all_steps
             record = {"step": step, "loss": loss, "lr": config.lr_at(step), "by_layer": per_layer}
+            record["tokens"] = batch.numel() * world
             record["seconds"] = time.perf_counter() - began
             if rank == 0 and (last or (step + 1) % config.validate_every == 0):
                 record["validation"] = validate(model, indexer, contexts.held_out(), config.budgets)
@@ -108,11 +112,17 @@ def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -
         group["lr"] = config.lr_at(step)
     optimizer.zero_grad(set_to_none=True)
     total, layers = 0.0, 0.0
-    parts = batch.split(config.micro_batch)
+    language = step >= config.steps
+    parts = batch.split(1 if language else config.micro_batch)  # its forward keeps every layer's activations
     for n, part in enumerate(parts):
+        share = part.shape[0] / batch.shape[0]
+        if language:
+            loss = language_loss(model, loss_module.indexer, part, config.sparse_k)
+            (loss * share).backward()
+            total = total + loss.detach() * share
+            continue
         taps = []
         tap(model, part, taps.append)
-        share = part.shape[0] / batch.shape[0]
         waiting = world > 1 and n + 1 < len(parts)
         with loss_module.no_sync() if waiting else nullcontext():
             with torch.autocast(model.device.type, torch.bfloat16, enabled=model.dtype == torch.bfloat16):
@@ -127,6 +137,8 @@ def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -
             f"gradients must be finite, got a norm of {float(norm)} at step {step}: try a smaller lr"
         )
     optimizer.step()
+    if language:
+        return float(total), []
     if world > 1:
         distributed.all_reduce(total)
         distributed.all_reduce(layers)
@@ -135,7 +147,7 @@ def _step(model, loss_module, optimizer, batch, config, step: int, world: int) -
 
 
 def _save(output: Path, indexer: Indexer, optimizer, state: dict) -> None:
-    """One file that is replaced atomically: weights, optimizer moments and the loss curve always belong together."""
+    """Replaces one file atomically, so that weights, optimizer moments and the loss curve always belong together."""
     from safetensors.torch import save
 
     tensors = {f"indexer.{name}": tensor.detach().cpu().contiguous() for name, tensor in indexer.state_dict().items()}
@@ -155,7 +167,7 @@ def _digest(tensors: dict, curve: str = "") -> str:
 
 
 def _append(path: Path, record: dict) -> None:
-    """One more line for whoever watches; a line that a kill cuts short is rewritten from the checkpoint."""
+    """Appends a line for people who watch the run. If a kill cuts it short, it is rewritten from the checkpoint."""
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         with open(descriptor, "a") as file:
@@ -165,7 +177,7 @@ def _append(path: Path, record: dict) -> None:
 
 
 def _resume(output: Path, indexer: Indexer, optimizer) -> dict:
-    """Where the run goes on: `{"step", "metrics"}` and, where something was trained, what it was trained on as "inputs"."""
+    """Where the run resumes: `{"step", "metrics"}` and, once something was trained, its "inputs"."""
     from safetensors import SafetensorError, safe_open
 
     path = output / CHECKPOINT
@@ -209,8 +221,9 @@ def _check_metrics(state, config: DistillConfig) -> None:
     check(state.get("inputs", {}), {str: str})
     validations = [record["validation"] for record in state["metrics"] if "validation" in record]
     check(validations, [{**part, "by_kind": {str: part}, "by_layer": [{"layer": int, **part}]}])
-    ended = state["step"] == config.steps
-    if not 0 <= state["step"] == len(state["metrics"]) <= config.steps or (ended and "validation" not in state["metrics"][-1]):
+    ended = state["step"] == config.all_steps
+    whole = 0 <= state["step"] == len(state["metrics"]) <= config.all_steps
+    if not whole or (ended and "validation" not in state["metrics"][-1]):
         raise ValueError(f"its curve must have a record for each of {state['step']} steps, got {len(state['metrics'])}")
 
 
@@ -228,16 +241,20 @@ def _finish(
     output: Path, config: DistillConfig, indexer: Indexer, state: dict, residuals: dict | None, device: str
 ) -> dict:
     last = state["metrics"][-1]["validation"]
+    divergences, language = state["metrics"][: config.steps], state["metrics"][config.steps :]
+    timed = [m["tokens"] / m["seconds"] for m in divergences[1:] if "tokens" in m]  # the first compiles; 0.1 did not count
     result = {
         "stage": "distill",
         "evidence": "distilled",
         "config": config.to_dict(),
         "machine": machine(device),
         "parameters": sum(p.numel() for p in indexer.parameters()),
-        "final_loss": state["metrics"][-1]["loss"],
+        "final_loss": divergences[-1]["loss"],
+        "tokens_per_s": statistics.median(timed) if timed else None,
         "validation": last,
         "partition": residuals,
-        "curve": [{"step": m["step"], "loss": m["loss"]} for m in state["metrics"]],
+        "curve": [{"step": m["step"], "loss": m["loss"]} for m in divergences],
+        "language_curve": [{"step": m["step"], "loss": m["loss"]} for m in language],
         "validations": [{"step": m["step"], **m["validation"]} for m in state["metrics"] if "validation" in m],
     }
     indexer.evidence = "distilled"
@@ -262,24 +279,44 @@ def _markdown(result: dict) -> str:
         f"# npu-sparse indexer for {config['model']} (evidence: distilled)\n\n"
         f"{config['heads']} index head(s) x {config['dim']}, {result['parameters']:,} parameters, distilled from the "
         f"model's own dense attention with a frozen backbone: {config['steps']} steps of {config['tokens']} tokens, "
-        f"lengths {', '.join(map(str, config['lengths']))}, loss {config['loss']}, seed {config['seed']}. Texts: "
+        f"lengths {', '.join(map(str, config['lengths']))}, loss {config['loss']}{_language_words(result)}, "
+        f"seed {config['seed']}. Texts: "
         f"{', '.join(config['texts'])}; tasks mixed in ({config['task_fraction']:.0%} of steps): "
         f"{', '.join(config['tasks']) or 'none'} (other seeds and documents than evaluation).\n\n"
         f"Validation at {config['validation_length']} tokens on held-out documents, measured: KL {last['kl']:.4f} "
         "nats; recall of the oracle's top k, per query, as attention mass and as share of its keys:\n\n"
-        f"{markdown_table(rows)}{_partition_words(result)}\nMachine: {machine_line(result['machine'])}.\n"
+        f"{markdown_table(rows)}{_partition_words(result)}\n{_speed_words(result)}Machine: {machine_line(result['machine'])}.\n"
+    )
+
+
+def _language_words(result: dict) -> str:
+    curve = result["language_curve"]
+    if not curve:
+        return ""
+    return (
+        f", then {len(curve)} steps of language-model loss through a soft selection ({curve[0]['loss']:.3f} to "
+        f"{curve[-1]['loss']:.3f} nats a token)"
     )
 
 
 def _partition_words(result: dict) -> str:
-    found = result["partition"]
-    if found is None:
+    partition = result["partition"]
+    if partition is None:
         return "\nIt has no partition heads.\n"
     return (
         f"\nPartition heads, by least squares over {result['config']['partition_steps']} more steps' batches: on the same "
-        f"held-out documents they miss the exact log-partition by {found['residual']:.3f} nats (root mean square; "
-        f"{found['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {found['spread']:.3f}.\n"
+        f"held-out documents they miss the exact log-partition by {partition['residual']:.3f} nats (root mean square; "
+        f"{partition['residual_in_block']:.3f} within 64 neighbouring queries), which varies by {partition['spread']:.3f}.\n"
     )
+
+
+def _speed_words(result: dict) -> str:
+    rate = result["tokens_per_s"]
+    if rate is None:
+        return ""
+    hours = PROJECTED / rate / 3600
+    said = f"{PROJECTED / 1e6:.0f}M tokens project to {hours:.2g} hours"
+    return f"Median {rate:,.0f} tokens of context a second in training; {said}.\n\n"
 
 
 def _kinds(validation: dict) -> list[tuple[str, dict]]:
@@ -308,6 +345,8 @@ def _processes(config: DistillConfig):
     if world == 1:
         yield 0, 1, config.device
         return
+    if config.lm_steps:
+        raise ValueError(f"lm_steps must be 0 under torchrun, got {config.lm_steps}: run that stage in one process")
     uneven = [length for length in config.lengths if config.tokens // length % world]
     if uneven:
         raise ValueError(
@@ -324,7 +363,7 @@ def _processes(config: DistillConfig):
     if joined:
         distributed.init_process_group(BACKENDS.get(config.device, "gloo"))
     yield distributed.get_rank(), world, device
-    if joined:  # after an error the others may be waiting: the end of this process ends them
+    if joined:  # not reached after an error, when the others may be waiting: the end of this process ends them
         distributed.barrier()  # a process that ends while its last collective is being freed is aborted by the interpreter
         distributed.destroy_process_group()
 

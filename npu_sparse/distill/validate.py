@@ -21,8 +21,8 @@ def validate(model, indexer: Indexer, contexts, budgets: tuple[int, ...]) -> dic
     records: list[dict] = []
     served = indexer.copy_for(model)
     for kind, ids in contexts:
-        def receive(found: Tap, kind=kind):
-            records.append({"kind": kind, "layer": found.layer, **_layer_metrics(served, found, budgets)})
+        def receive(tapped: Tap, kind=kind):
+            records.append({"kind": kind, "layer": tapped.layer, **_layer_metrics(served, tapped, budgets)})
 
         tap(model, ids.to(model.device), receive)
 
@@ -44,17 +44,17 @@ def validate(model, indexer: Indexer, contexts, budgets: tuple[int, ...]) -> dic
     }
 
 
-def _layer_metrics(indexer: Indexer, found: Tap, budgets) -> dict:
-    T = found.q.shape[2]
-    head = indexer.layers[str(found.layer)]
-    qi, ki, w = head(found.hidden, found.cos, found.sin)
+def _layer_metrics(indexer: Indexer, tapped: Tap, budgets) -> dict:
+    T = tapped.q.shape[2]
+    head = indexer.layers[str(tapped.layer)]
+    qi, ki, w = head(tapped.hidden, tapped.cos, tapped.sin)
     divergence, rows = 0.0, 0
     kept = {k: [0.0, 0.0, 0] for k in budgets}  # mass ratio, share found, rows
     for start in range(0, T, ROWS):
         segment = (start, min(start + ROWS, T))
         start, stop = segment
-        mass = teacher_mass(found, segment)  # [B, rows, stop]
-        divergence += float(kl(mass, index_logits(head, found, [segment])[0]).sum())
+        mass = teacher_mass(tapped, segment)  # [B, rows, stop]
+        divergence += float(kl(mass, index_logits(head, tapped, [segment])[0]).sum())
         rows += mass.shape[0] * mass.shape[1]
         scores = ops.index_scores(
             qi[:, :, start:stop], ki[:, :stop], None if w is None else w[:, start:stop], impl="reference"

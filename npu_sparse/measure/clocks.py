@@ -36,7 +36,7 @@ class StageTimer:
 
 
 class EventTimer:
-    """`StageTimer` by events on an accelerator: nothing waits before `seconds` is read, so that short stages overlap as ever."""
+    """`StageTimer` by events on an accelerator: nothing waits before `seconds` is read, so that short stages overlap as usual."""
 
     def __init__(self, device: torch.device):
         self.device, self._marks = device, []
@@ -52,10 +52,10 @@ class EventTimer:
     @property
     def seconds(self) -> dict[str, float]:
         synchronize(self.device)
-        found: dict[str, float] = defaultdict(float)
+        totals: dict[str, float] = defaultdict(float)
         for name, started, ended in self._marks:
-            found[name] += started.elapsed_time(ended) / 1e3
-        return found
+            totals[name] += started.elapsed_time(ended) / 1e3
+        return totals
 
     def _mark(self):
         event = getattr(torch, self.device.type).Event(enable_timing=True)
@@ -192,13 +192,8 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory is full; libraries say it in words of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
 def release_memory(device: torch.device) -> None:
-    """Gives back what nobody holds any more: Python's circles, and the blocks that the allocator keeps."""
+    """Frees unused memory: Python's reference cycles, and the blocks that the allocator keeps."""
     gc.collect()
     if device.type != "cpu":
         getattr(torch, device.type).empty_cache()
@@ -206,7 +201,7 @@ def release_memory(device: torch.device) -> None:
 
 @contextmanager
 def collected_often():
-    """Makes `gc.collect` cheap within: it looks at what came since, and not at all the modules that are loaded."""
+    """Makes `gc.collect` cheap within this block: it looks only at newer objects, and not at all the loaded modules."""
     gc.collect()
     gc.freeze()
     try:

@@ -62,8 +62,8 @@ def _reading(tokenizer, examples, prompt_tokens: int, ends: list[int]):
                 if ended := tokens[-1] in ends:
                     tokens = tokens[:-1]
                 self.texts[row] = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                found = never_falls(examples[row]) and score(examples[row], self.texts[row]) == 1
-                full = found or len(tokens) >= examples[row].max_new_tokens
+                correct = never_falls(examples[row]) and score(examples[row], self.texts[row]) == 1
+                full = correct or len(tokens) >= examples[row].max_new_tokens
                 self.done[row] = ended or full
             return torch.tensor(self.done, device=input_ids.device)
 

@@ -1,4 +1,4 @@
-"""Budgets fitted, not guessed: `npu-sparse fit`. Where do a layer's keys keep attention that another layer's would not?
+"""Budgets fitted, not guessed: `npu-sparse fit`. In which layers are keys worth most?
 
 Every full-attention layer is measured on the dense trajectory: the *lost mass* of a query at k is the attention mass outside
 the keys that the adapter selects for its block at that k, as deployed (sharing, reduction, partition), mean over heads. Fitting
@@ -7,7 +7,7 @@ square (queries that lose much weigh more: hard retrieval fails there first), at
 With several lengths the fit is over lengths instead: the smallest k that loses no more than `budget.k` loses at the first one.
 
 A run directory holds config.json, records/<length>-<prompt>.json, report.json, report.md and adapter/, the adapter that
-recommends the fitted budget. Running again resumes. What is fitted is mass and not answers: judge it with `npu-sparse eval`.
+recommends the fitted budget. Running again resumes. The fit is by attention mass, not answers: judge it with `npu-sparse eval`.
 """
 
 import json
@@ -159,12 +159,12 @@ def run_fit(config: FitConfig, output, *, model=None, tokenizer=None, indexer=No
 
 def _prompts(config: FitConfig, tokenizer, length: int) -> list[Tensor]:
     """Prompts of all tasks at one length, int64 `[T]` each."""
-    found = []
+    prompts = []
     for task in config.tasks:
         haystack = {"haystack": documents(config.texts)} if task_named(task).needs == "haystack" else {}
         examples = generate(task, tokenizer, length=length, count=config.count, seed=config.seed, **haystack)
-        found += [torch.tensor(encode(tokenizer, example)) for example in examples]
-    return found
+        prompts += [torch.tensor(encode(tokenizer, example)) for example in examples]
+    return prompts
 
 
 @torch.no_grad()
@@ -281,13 +281,13 @@ def _tabulate(config: FitConfig, start: Budget, records: Mapping[str, Mapping]) 
     by_length: dict[int, list[Mapping]] = {}
     for name, record in records.items():
         by_length.setdefault(int(name.split("-")[0]), []).append(record)
-    losses = {length: _losses(found, config.objective) for length, found in by_length.items()}
-    tails = {length: _losses(found, "p95") for length, found in by_length.items()}
+    losses = {length: _losses(samples, config.objective) for length, samples in by_length.items()}
+    tails = {length: _losses(samples, "p95") for length, samples in by_length.items()}
     first = config.lengths[0]
     ladder = sorted(next(iter(losses[first].values())))
     seconds = {k: median(record["seconds"][str(k)] for record in by_length[first]) for k in ladder}
     costs = {k: float(k) for k in ladder} if config.cost == "keys" else _ascending(seconds)
-    whole = {length: {k: fmean(of[k] for of in found.values()) for k in ladder} for length, found in losses.items()}
+    whole = {length: {k: fmean(of[k] for of in lost.values()) for k in ladder} for length, lost in losses.items()}
     if len(config.lengths) == 1:
         chosen = spend(losses[first], costs, costs[start.k] * len(losses[first]))
         rows = [
@@ -312,7 +312,7 @@ def _tabulate(config: FitConfig, start: Budget, records: Mapping[str, Mapping]) 
         spent = {"before": costs[start.k], "after": costs[enough[config.lengths[-1]]]}
     return {
         "stage": "fit", "config": config.to_dict(), "start": str(start), "budget": str(budget), "rows": rows, "cost": spent,
-        "lost": {str(length): {str(k): value for k, value in found.items()} for length, found in whole.items()},
+        "lost": {str(length): {str(k): value for k, value in lost.items()} for length, lost in whole.items()},
         "seconds": {str(k): value for k, value in seconds.items()},
         "base": next(iter(records.values()))["base"], "adapter": next(iter(records.values()))["adapter"],
         "machines": list({json.dumps(record["machine"]): record["machine"] for record in records.values()}.values()),
@@ -325,16 +325,16 @@ def _losses(records: list[Mapping], statistic: str) -> dict[int, dict[int, float
     for record in records:
         for row in record["layers"]:
             samples.setdefault(row["layer"], {}).setdefault(row["k"], []).append(row[statistic])
-    return {layer: {k: fmean(values) for k, values in sorted(found.items())} for layer, found in samples.items()}
+    return {layer: {k: fmean(values) for k, values in sorted(by_k.items())} for layer, by_k in samples.items()}
 
 
 def _ascending(seconds: Mapping[int, float]) -> dict[int, float]:
     """No k is cheaper than a smaller one: clocks are noisy."""
-    found, highest = {}, 0.0
+    ascending, highest = {}, 0.0
     for k in sorted(seconds):
         highest = max(highest, seconds[k])
-        found[k] = highest
-    return found
+        ascending[k] = highest
+    return ascending
 
 
 def _markdown(result: Mapping) -> str:
@@ -353,5 +353,5 @@ def _markdown(result: Mapping) -> str:
         f"{loss[0].upper() + loss[1:]}, sum over {what}s: {totals[0]:.5f} before, {totals[1]:.5f} after; "
         f"cost {result['cost']['before']:.6g} before, {result['cost']['after']:.6g} after.",
         markdown_table(rows, columns),
-        *(f"Measured on {machine_line(found)}." for found in result["machines"]),
+        *(f"Measured on {machine_line(one)}." for one in result["machines"]),
     ]) + "\n"  # fmt: skip

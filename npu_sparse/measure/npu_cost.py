@@ -14,9 +14,9 @@ and reports when each pipe is busy. The constants are public figures where there
 * `Rates.dma`, `Rates.burst`, `Rates.issue`: assumptions, chosen so that 16 KB copies run near full rate and 512 B gathers do
   not, as the vendor's guides say. `scripts/model_npu.py` reports how much the result moves when they are halved and doubled.
 
-What is not modelled: contention of cores for L2 banks, instruction cache misses, clock throttling, the scalar unit's
-arithmetic. Times are therefore on the optimistic side, for dense and sparse alike: `npu_published.against_published` says by
-how much for a kernel that was timed, and no modelled time is published without it.
+Contention of cores for L2 banks, instruction cache misses, clock throttling and the scalar unit's arithmetic are not modelled.
+Times are therefore too short, for dense and sparse alike. `npu_published.against_published` says by how much for a kernel that
+was timed, and no modelled time is published without it.
 """
 
 import json
@@ -102,6 +102,7 @@ class Timing:
     cycles: float
     busy: dict[str, float]  # "M", "FIX", ... of the AIC; "V", ... of an AIV, with the kind in front: "AIC.M"
     gm_read: int
+    workspace_read: int  # the part of gm_read that comes from workspaces
     gm_written: int
     mac: int
 
@@ -116,7 +117,7 @@ class Timing:
 
 
 def load_trace(path) -> dict:
-    """A trace file of the emulation, `{"kernel", "columns", "spaces", "cores"}`."""
+    """A trace file of the emulation, `{"kernel", "workspace", "columns", "spaces", "cores"}`."""
     return json.loads(Path(path).read_text())
 
 
@@ -145,7 +146,7 @@ def simulate(trace: dict, rates: Rates = Rates(), *, l2_hit: float = 0.0) -> Tim
             busy[name] = max(busy[name], cycles)
     return Timing(
         max((core.end for core in cores), default=0.0), dict(busy), sum(core.gm_read for core in cores),
-        sum(core.gm_written for core in cores), sum(core.mac for core in cores),
+        sum(core.workspace_read for core in cores), sum(core.gm_written for core in cores), sum(core.mac for core in cores),
     )  # fmt: skip
 
 
@@ -164,7 +165,7 @@ class _Core:
         self.busy: dict[str, float] = defaultdict(float)
         self.done: list[float] = []
         self.end = 0.0
-        self.gm_read = self.gm_written = self.mac = 0
+        self.gm_read = self.workspace_read = self.gm_written = self.mac = 0
 
     def advance(self, cores: list["_Core"]) -> bool:
         """Replays steps until one waits for another core's step that has no time yet; True if any step was replayed."""
@@ -216,6 +217,7 @@ class _Core:
         read, written = step[self.columns["read"]], step[self.columns["written"]]
         bursts, repeats = step[self.columns["bursts"]], step[self.columns["repeats"]]
         self.gm_read += read[self.gm]
+        self.workspace_read += read[self.workspace]
         self.gm_written += written[self.gm]
         if pipe == "M":
             m, n, k = (step[self.columns[axis]] for axis in "mnk")

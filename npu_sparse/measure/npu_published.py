@@ -1,7 +1,7 @@
-"""The published lightning_indexer's instruction stream, written down from its public tiling, for `npu_cost.simulate`.
+"""The published lightning_indexer's instruction stream, reconstructed from its public tiling, for `npu_cost.simulate`.
 
-Why: `npu_cost` says how long our kernels would take, and there is no card here. What can be checked is whether it says the
-right thing of a kernel that somebody has timed. Tile-lang's comparison (tile-ai/tilelang-ascend, pull request 1476: 910B3,
+`npu_cost` says how long our kernels would take, and no card has run them. This checks it against a kernel with published
+timings. Tile-lang's comparison (tile-ai/tilelang-ascend, pull request 1476: 910B3,
 `msprof op` task durations) gives four shapes of the vendor's lightning_indexer, and the vendor's own repository
 (ops-transformer, attention/lightning_indexer, 910B) its tiling: base blocks of 8 queries x 512 keys, dealt to the cores in
 order; products of 128 x 128 x 128 with keys of 256 rows in L1; scores in a workspace, two blocks deep; 16 heads at a time
@@ -9,8 +9,8 @@ weighted and added in UB; a sort of 512 per query and block, merged into a list 
 dealt to several cores merged after SyncAll. The stream here has those instructions, sizes and waits. It computes nothing, and
 no line of it is the vendor's.
 
-Left out, because it is not public or no instruction: scalar arithmetic of the tiling, instruction cache misses, the order in
-which cores start.
+Left out, because they are not public or no instructions: scalar arithmetic of the tiling, instruction cache misses, the order
+in which cores start.
 """
 
 import math
@@ -77,7 +77,7 @@ def error_sentence(rows: list[dict]) -> str:
 
 
 class Stream:
-    """The steps of one core as a trace has them; every method returns the step's `(core, index)`, to be waited for."""
+    """The steps of one core in a trace; every method returns its step as `(core, index)`, for others to wait for."""
 
     def __init__(self, core: int, name: str, cube: bool):
         self.core, self.name, self.cube, self.steps = core, name, cube, []
@@ -109,11 +109,11 @@ class Stream:
 
     def vector(self, opcode: str, elements: int, barrier: bool = True):
         """One vector instruction over fp32 elements, and the barrier that the next one needs if it depends on it."""
-        found = self._step("instruction", "V", opcode, repeats=math.ceil(elements / LANES))
-        return self._step("barrier", "V") if barrier else found
+        step = self._step("instruction", "V", opcode, repeats=math.ceil(elements / LANES))
+        return self._step("barrier", "V") if barrier else step
 
     def flag(self, source: str, target: str):
-        """What `target` does next waits for what `source` has done."""
+        """The next step of `target` waits for all earlier steps of `source`."""
         return self.wait(target, [self.set(source)])
 
     def set(self, pipe: str, kind: str = "set"):
@@ -133,12 +133,12 @@ def dealt(shape: Published, cores: int) -> list[list[_Block]]:
     """Base blocks of every core: in order, as many for each, one more for the first ones."""
     blocks = [_Block(s, b) for s in range(shape.batch) for b in range(math.ceil(shape.keys / BLOCK_KEYS))]
     least, more = divmod(len(blocks), cores)
-    found, at = [], 0
+    shares, at = [], 0
     for core in range(cores if least else more):
         count = least + (core < more)
-        found.append(blocks[at : at + count])
+        shares.append(blocks[at : at + count])
         at += count
-    return found
+    return shares
 
 
 def lightning_indexer(shape: Published, cores: int) -> dict:
@@ -154,7 +154,7 @@ def lightning_indexer(shape: Published, cores: int) -> dict:
         aic = Stream(3 * core, f"AIC {core}", True)
         aivs = [Stream(3 * core + 1 + sub, f"AIV {core}.{sub}", False) for sub in range(2)]
         taken = [_start(aiv) for aiv in aivs]
-        free: list[list] = [[None, None], [None, None]]  # what frees the two buffers of scores of either AIV
+        free: list[list] = [[None, None], [None, None]]  # for each AIV, the steps that free its two buffers of scores
         cube = _Cube(aic, shape)
         for number, block in enumerate(blocks):
             aic.wait("S", [each[number] for each in taken], "cross_wait")

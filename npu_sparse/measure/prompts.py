@@ -33,9 +33,9 @@ def text_prompts(
 ) -> list[tuple[str, Tensor]]:
     """`count` prompts of exactly `length` tokens, int64 `[length]`, with the names of the documents they come from.
 
-    Documents are taken in an order that follows from the seed; one that is too short is continued by the next. Each
-    prompt starts where a document starts; only where there are too few documents, prompts continue one another. All
-    start with the tokenizer's beginning-of-sequence token, where it adds one. ValueError where the texts are too short.
+    The seed decides the order of documents; the next one continues a document that is too short. Each prompt starts at the start
+    of a document, unless there are too few documents: then prompts continue one another. All start with the tokenizer's
+    beginning-of-sequence token, where it adds one. ValueError where the texts are too short.
     """
     import torch
 

@@ -1,16 +1,15 @@
-"""Teacher-forced answers: what a prefill does to the answer that is known, without generating.
+"""Teacher-forced answers: how a prefill changes the likelihood of the known answer, without generating.
 
-A prompt is prefilled as a variant says, and the tokens of its answer then go through one dense continuation on the cache that the
-prefill left, as decoding would: the variant's supports belong to the prompt alone. The first answer token is read from the
-prompt's last row, every other from the row of the token before it. A prompt counts as right where every answer token is the most
-likely one (of several answers, the tokens of the answers themselves and not those between them: models begin a list differently);
-beside it stands KL(dense || variant) in nats, the mean over the answer's positions.
+A variant prefills the prompt. The tokens of its answer then go through one dense continuation on the cache that the prefill left,
+as in decoding, so only the prompt is sparse. The first answer token is read from the prompt's last row, every other from the row
+of the token before it. A prompt counts as right where every answer token is the most likely one. Tokens between several answers
+do not count, because models write lists differently. KL(dense || variant) in nats is the mean over the answer's positions.
 
-Generated scores flatter sparse prefill where decoding is dense: the first token generated is often only a space, and what follows
-is found by queries that read every key. One forward judges all positions, and the KL moves long before an answer is lost.
+Generated scores flatter sparse prefill where decoding is dense: the first generated token is often only a space, and the queries
+after it read every key. Teacher forcing judges all positions in one forward, and the KL moves long before an answer is lost.
 
-Under stress, prompt and answer go through one forward of the variant, so that the answer's own rows are sparse, too: no
-deployment does that, and the figures have a column of their own.
+Under stress, prompt and answer go through one forward of the variant, so that the answer's rows are sparse too. No deployment
+does that, so these figures have columns of their own.
 """
 
 import json
@@ -123,7 +122,7 @@ def stressed_states(model, asked: Forced, attach: Callable[[], AbstractContextMa
 
 @torch.no_grad()
 def judge(model, asked: Forced, states: Tensor, dense: Tensor) -> dict:
-    """What a variant's rows say of the answer, beside dense ones, both `[A, hidden]`; logits and all after them in fp32.
+    """How well a variant's rows predict the answer, against dense rows, both `[A, hidden]`; logits and all after them are fp32.
 
     `right`: 1.0 where every token that counts is the most likely one, else 0.0; `tokens`: the share of them that is; `kl`:
     KL(dense || variant) in nats, the mean over all of the answer's positions.
@@ -134,14 +133,14 @@ def judge(model, asked: Forced, states: Tensor, dense: Tensor) -> dict:
     if states.shape != dense.shape or len(states) != len(answer):
         raise ValueError(f"states must have {len(answer)} rows, one a token, got {len(states)} and {len(dense)} dense ones")
     rows = max(1, LOGIT_ELEMENTS // len(weight))
-    found, kl = [], []
+    hits, kl = [], []
     for start in range(0, len(states), rows):
         part = slice(start, start + rows)
         q = functional.linear(states[part].float(), weight, bias)  # [rows, vocabulary]
         p = functional.linear(dense[part].to(states.device).float(), weight, bias).log_softmax(-1)
-        found.append(q.argmax(-1) == answer[part])
+        hits.append(q.argmax(-1) == answer[part])
         kl.append((p.exp() * (p - q.log_softmax(-1))).sum(-1))
-    equal = torch.cat(found).double()
+    equal = torch.cat(hits).double()
     if asked.counts is not None:
         equal = equal[torch.tensor(asked.counts, device=equal.device)]
     divergence = torch.cat(kl).clamp_(min=0.0)  # rounding can leave -1e-7 where the two are equal
@@ -200,12 +199,12 @@ def read_questions(path: Path, identity: Mapping[str, object]) -> list[Forced]:
             made = json.loads((file.metadata() or {}).get("identity", "null"))
             if made != json.loads(json.dumps(identity)):
                 raise ValueError(f"{path} must hold prompts of {dict(identity)}, got {made}: delete it to make them again")
-            found = {name: file.get_tensor(name).tolist() for name in file.keys()}
+            kept = {name: file.get_tensor(name).tolist() for name in file.keys()}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read ({error}): delete it to make it again") from error
-    numbers = range(len(found) // 3)
+    numbers = range(len(kept) // 3)
     return [
-        Forced(tuple(found[f"{n}.prompt"]), tuple(found[f"{n}.answer"]), tuple(map(bool, found[f"{n}.counts"]))) for n in numbers
+        Forced(tuple(kept[f"{n}.prompt"]), tuple(kept[f"{n}.answer"]), tuple(map(bool, kept[f"{n}.counts"]))) for n in numbers
     ]
 
 
@@ -222,8 +221,8 @@ def read_states(path: Path) -> list[Tensor]:
     """What `write_states` wrote."""
     from safetensors.torch import load
 
-    found = load(Path(path).read_bytes())
-    return [found[str(n)] for n in range(len(found))]
+    stored = load(Path(path).read_bytes())
+    return [stored[str(n)] for n in range(len(stored))]
 
 
 @contextmanager

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 
-from ..budget import Budget
+from ..budget import FORMER, Budget
 from ..runs.machine import chosen_dtype
 
 LOCAL_SINK = 4
 EVIDENCE = {"dense", "oracle", "distilled", "untrained", "control", "training-free"}
-FORMER = ("k", "block", "reduce", "sink", "recent", "share_layers", "candidates", "key_block", "tail")  # fields of configs once
 _FLAGS_LAST = sorted(fields(Budget), key=lambda f: isinstance(f.default, bool))
 WHERE = ("dense_below", "per_layer")  # of a device and of a model's layers: spelled by a colon only
 OPTIONS = tuple(f.name for f in _FLAGS_LAST if f.name not in WHERE)  # of variants
@@ -106,14 +105,14 @@ def in_order(names) -> list[str]:
 
 def split_names(text: str) -> tuple[str, ...]:
     """The variants that a comma-separated list names; the fields of a variant's Budget are separated by commas, too."""
-    found: list[str] = []
+    names: list[str] = []
     for part in filter(None, text.split(",")):
         begins = re.split("[+:]", part, maxsplit=1)[0] in VARIANTS
-        if begins or not found or ":" not in found[-1]:
-            found.append(part)
+        if begins or not names or ":" not in names[-1]:
+            names.append(part)
         else:
-            found[-1] += f",{part}"
-    return tuple(found)
+            names[-1] += f",{part}"
+    return tuple(names)
 
 
 def check_names(names: tuple[str, ...]) -> None:
@@ -168,12 +167,12 @@ def budgets_of(text: str) -> list[Budget]:
     """
     if not re.match(r"\s*\d+\s*:", text):
         return [Budget.parse(part) for part in text.split(";")]
-    found = []
+    budgets = []
     for part in text.split(","):
         k, block, *rest = part.split(":")
         fields = [f"candidates={field}" if field.isdigit() else field for field in rest]
-        found.append(Budget.parse(",".join([f"k={k}", f"block={block}", *fields])))
-    return found
+        budgets.append(Budget.parse(",".join([f"k={k}", f"block={block}", *fields])))
+    return budgets
 
 
 def former_fields_as_budget(config: Mapping) -> dict:

@@ -1,4 +1,4 @@
-"""The only file that knows model classes: what is a full-attention or a linear-attention layer, and what is refused and why."""
+"""The only file that knows model classes: where their full and linear attention is, and which models are refused and why."""
 
 from dataclasses import asdict, dataclass
 
@@ -172,12 +172,12 @@ def gated_mlp_modules(model) -> list:
     """The feed-forward modules of a loaded model that compute `down(silu(gate(x)) * up(x))`."""
     from torch import nn
 
-    found = []
+    modules = []
     for module in decoder(model).modules():
         if all(isinstance(getattr(module, name, None), nn.Module) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")):
             if type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
-                found.append(module)
-    return found
+                modules.append(module)
+    return modules
 
 
 def decoder(model):
@@ -215,8 +215,8 @@ def unwrapped(model):
 
 
 def _max_positions(text) -> int:
-    """The longest context in tokens: what `max_position_embeddings` means depends on the kind of rotary scaling, by
-    transformers' conventions.
+    """The longest context in tokens. By transformers' conventions, `max_position_embeddings` means different lengths for
+    different kinds of rotary scaling.
 
     "linear" and "dynamic" stretch it by their factor, "yarn" stretches `original_max_position_embeddings` (where that is not
     given, the config's); "longrope" and "llama3" name the stretched length, and so do configs that scale some layers only.

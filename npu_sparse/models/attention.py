@@ -1,7 +1,7 @@
-"""The seam to transformers: every attention and mask function that this package registers, and when which of them runs.
+"""The seam to transformers: every attention and mask function that this package registers, and when each of them runs.
 
-A model is told the name of a registered pair by `set_attn_implementation`. What a forward and a layer of it know, transformers
-hands down as keywords: a ForwardContext, and a SparseLayer with one method, which this file calls and does not look into.
+`set_attn_implementation` tells a model the name of a registered pair. transformers hands the state of a forward and of a layer
+down as keywords: a ForwardContext, and a SparseLayer, of which this file only calls its one method.
 """
 
 import sys
@@ -15,7 +15,7 @@ from ..ops.slices import upto
 from .forward import ForwardContext, is_capturing, is_sparse
 
 LAYER = "npu_sparse_layer"  # the keyword under which an attention function receives its SparseLayer
-PREFIX = "npu_sparse"  # of the names that attached models select their attention and mask functions by
+PREFIX = "npu_sparse"  # the names of registered attention and mask functions begin with it
 _UNHOOKED = object()
 
 
@@ -29,7 +29,7 @@ class SparseLayer(Protocol):
 def register_sparse(implementation: str, dense_below: int) -> str:
     """Registers the attention and mask functions that fall back to `implementation`; returns their name.
 
-    The functions hold no model: what they need to know is in their name, and torch.compile can follow them.
+    The functions hold no model: their name says all they need to know, so that torch.compile can trace them.
     """
     name = f"{PREFIX}_{implementation}_from_{dense_below}"
 
@@ -61,7 +61,7 @@ def register_sparse(implementation: str, dense_below: int) -> str:
 
 
 def register_around(implementation: str, label: str, around: Callable) -> str:
-    """Registers `implementation` with something around it; returns its name. Masks are those of `implementation`.
+    """Registers `implementation` wrapped in `around`; returns its name. Masks are those of `implementation`.
 
     around: called as `around(dense, module, q, k, v, mask, **kwargs)`, where `dense(module, q, k, v, mask, **kwargs)` is the
     model's own attention; returns what that returns.
@@ -136,7 +136,7 @@ def _mask(implementation: str, dense_below: int, **kwargs):
 def _late_mask(implementation: str, module, forward: ForwardContext, query: Tensor, key: Tensor, padding: Tensor | None):
     """The mask that `implementation` takes for the queries after the prompt's end, where `_mask` left only the padding.
 
-    The same for all layers of a forward: made once.
+    It is made once, because it is the same for all layers of a forward.
     """
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
@@ -153,6 +153,6 @@ def _late_mask(implementation: str, module, forward: ForwardContext, query: Tens
 
 
 def _only_padding(**kwargs):
-    """None, or the 2-D padding mask where something is padded: no mask is ever Tq x Tk."""
+    """The 2-D padding mask, or None where nothing is padded; no mask is ever Tq x Tk."""
     padding = kwargs.get("attention_mask")
     return None if padding is None or bool(padding.all()) else padding

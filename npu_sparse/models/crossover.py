@@ -14,7 +14,7 @@ from .architectures import describe
 
 PATH = Path(__file__).with_name("crossover.json")
 KEY = ("device", "query_heads", "kv_heads", "head_dim", "k", "block")
-NEVER = 1 << 30  # of a budget that was slower than dense at every measured length
+NEVER = 1 << 30  # for a budget that was slower than dense at every measured length
 
 
 def entries(path: Path = PATH) -> list[dict]:
@@ -32,15 +32,15 @@ def dense_below(model, budget: Budget, measured: Sequence[dict] | None = None) -
     device, architecture = device_name(model.device), describe(model.config)
     k = max(budget.k.values()) if isinstance(budget.k, Mapping) else budget.k
     k = max([k, *budget.per_layer.values()])
-    found = [one for one in (entries() if measured is None else measured) if one["device"] == device]
-    served = [one for one in found if one["k"] >= k and one["block"] <= budget.block]
+    of_device = [one for one in (entries() if measured is None else measured) if one["device"] == device]
+    served = [one for one in of_device if one["k"] >= k and one["block"] <= budget.block]
     heads = architecture.query_heads, architecture.kv_heads, architecture.head_dim
     own = [one for one in served if (one["query_heads"], one["kv_heads"], one["head_dim"]) == heads]
     if own:
         return min(one["dense_below"] for one in own)
     if served:  # of other heads: none of them bounds this model
         return max(one["dense_below"] for one in served)
-    have = ", ".join(f"k {one['k']} b_sel {one['block']}" for one in found) or "no budget"
+    have = ", ".join(f"k {one['k']} b_sel {one['block']}" for one in of_device) or "no budget"
     raise ValueError(
         f'dense_below="auto" must have a measured figure for k {k}, b_sel {budget.block} on {device!r}, which has {have}: pass a '
         "number of tokens, or measure one with npu-sparse ttft --crossover"
@@ -66,11 +66,11 @@ def first_faster(dense_s: Mapping[int, float], sparse_s: Mapping[int, float]) ->
     return first
 
 
-def merge(path: Path, found: Sequence[dict]) -> None:
+def merge(path: Path, measured: Sequence[dict]) -> None:
     """Adds figures to a file of them, in place of those with the same KEY."""
     from ..runs.store import write_text
 
     kept = {tuple(one[name] for name in KEY): one for one in (entries(path) if path.exists() else [])}
-    kept |= {tuple(one[name] for name in KEY): one for one in found}
+    kept |= {tuple(one[name] for name in KEY): one for one in measured}
     lines = (json.dumps(kept[key]) for key in sorted(kept))
     write_text(path, "[\n  " + ",\n  ".join(lines) + "\n]\n" if kept else "[]\n")

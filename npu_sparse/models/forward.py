@@ -1,6 +1,6 @@
-"""What one forward remembers. It is made before the decoder runs, handed down to the layers as a keyword, and gone with them.
+"""The state of one forward. It is made before the decoder runs, handed down to the layers as a keyword, and freed with them.
 
-Nothing of a forward lives on the attachment or in a thread-local: forwards run side by side in threads, and gradient
+No state of a forward lives on the attachment or in a thread-local: forwards run side by side in threads, and gradient
 checkpointing repeats a layer in autograd's own thread, with the keywords that it had.
 """
 
@@ -24,7 +24,7 @@ class ForwardContext:
     """One forward of a decoder.
 
     Attributes:
-        start: position of its first query; 0 in a decode step, which nobody asks.
+        start: position of its first query; 0 in a decode step, where it is not used.
         queries: tokens that it adds, padding included.
         prompt_length: tokens of the whole prompt, those in the cache included, where the caller said so; None: the prompt
             ends with this forward. Tokens from there on continue the prompt: they are decode steps, whatever their number.
@@ -79,7 +79,7 @@ class ForwardContext:
 
     @property
     def is_masked_sparse(self) -> bool:
-        """Whether the mask function, which knows nothing of a prompt's end, left the mask of this forward to its layers."""
+        """Whether the layers make the masks of this forward, because the mask function does not know where the prompt ends."""
         return is_sparse(self.queries, self.length, self.dense_below)
 
 
@@ -89,7 +89,7 @@ def is_sparse(queries: int, length: int, dense_below: int) -> bool:
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being recorded: nothing may wait for the device then, and what is read of it is not there yet."""
+    """Whether a CUDA graph is being recorded: then nothing may wait for the device, and there are no values to read from it."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -100,9 +100,9 @@ def cache_of(arguments: Mapping):
 
 
 def prompt_length_of(arguments: Mapping, cache, length: int) -> int | None:
-    """The prompt's length in a forward that ends at `length`, where its caller, or its cache's owner, said it; else None.
+    """The prompt's length in a forward that ends at `length`, if its caller or the owner of its cache gave it; else None.
 
-    Assisted decoding says it in its own way: it asks for the logits of its candidates by number.
+    Assisted decoding gives it implicitly: it asks for the logits of its candidates by number.
     """
     said = arguments.get(PROMPT_LENGTH)
     if said is None:
@@ -115,7 +115,7 @@ def prompt_length_of(arguments: Mapping, cache, length: int) -> int | None:
 
 @contextmanager
 def noted(cache, length: int) -> Iterator[None]:
-    """Lets a cache know the length of the prompt that it is being filled with, until the block ends."""
+    """Within this block, the cache knows the length of the prompt that it is being filled with."""
     before = getattr(cache, _NOTE, None)
     setattr(cache, _NOTE, check_prompt_length(length))
     try:
@@ -128,7 +128,7 @@ def noted(cache, length: int) -> Iterator[None]:
 
 
 def check_prompt_length(length) -> int:
-    """`length`; raises TypeError or ValueError where it is no number of tokens."""
+    """Returns `length`; raises TypeError or ValueError unless it is a number of tokens."""
     if isinstance(length, bool) or not isinstance(length, int):
         raise TypeError(f"prompt_length must be an integer, got {length!r}")
     if length < 1:

@@ -1,6 +1,6 @@
-"""Index keys of the tokens a KV cache already holds: what chunked and multi-turn prefill need from earlier forwards.
+"""Index keys of the tokens that a KV cache already holds, which chunked and multi-turn prefill need from earlier forwards.
 
-They live on the cache's own layer object, so they are reordered by beam search, cropped, reset and copied with it.
+They live on the cache's own layer object, so beam search reorders, crops, resets and copies them together with it.
 """
 
 import weakref
@@ -21,7 +21,7 @@ class KeyMaker(Protocol):
 
 
 class IndexKeyCache:
-    """Index keys `[B, T, Di]` of one layer, plus hidden states whose keys nobody has needed yet.
+    """Index keys `[B, T, Di]` of one layer, and hidden states whose index keys have not been needed yet.
 
     `maker` names the weights that the keys are made with: keys of two adapters are not comparable.
     """
@@ -76,7 +76,7 @@ class IndexKeyCache:
         return self.keys
 
     def _is_of(self, maker: str | None) -> bool:
-        """Whether what is held is this maker's; nobody's is everybody's."""
+        """Whether this maker made what is held; an empty cache fits every maker."""
         if self.keys is None and not self.pending:
             self.maker = maker
         return self.maker == maker
@@ -117,10 +117,10 @@ class IndexKeyCache:
 
 
 class _Carried:
-    """What a cache layer does to its batch or its length, done to its index keys too.
+    """A method of a cache layer that changes its batch or length, applied to its index keys as well.
 
-    Set on the layer object, so that transformers' classes stay as they are. It does not keep the layer alive: a cache is gone
-    with its last user, and not when the garbage collector comes by. A deep copy of the layer carries its own.
+    It is set on the layer object, so that transformers' classes stay as they are. It does not keep the layer alive, so a cache is
+    freed with its last user and not by the garbage collector. A deep copy of the layer has its own.
     """
 
     def __init__(self, method: Callable, layer):

@@ -1,4 +1,4 @@
-"""An index head as it serves a prefill: its projections are one product, and one operator makes of them all that a layer asks."""
+"""An index head prepared for prefill: one product computes its projections, and one operator everything that a layer needs."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..indexer import IndexHead
 
-ALIGNED = 8  # rows of a product begin at multiples of 16 bytes in 16 bits: what fast matrix products ask for
+ALIGNED = 8  # 16-bit rows then begin at multiples of 16 bytes, which fast matrix products need
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,8 +29,7 @@ class Index:
 
 
 class FusedIndexHead:
-    """An IndexHead for devices where `index_heads` has a kernel. It takes the place of the head's own weights, which become parts
-    of one matrix."""
+    """An IndexHead for devices where `index_heads` has a kernel. The head's own weights become parts of one matrix."""
 
     def __init__(self, head: IndexHead, impl: str):
         self.head, self.impl = head, impl

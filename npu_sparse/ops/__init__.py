@@ -1,7 +1,8 @@
-"""The operators of sparse prefill and of distillation, their references and the dispatcher seam."""
+"""The operators of sparse prefill, of distillation and of the layers around full attention (`ops.hybrid`), their references and
+the dispatcher seam."""
 
 from .. import ascendc
-from . import dispatch
+from . import dispatch, hybrid
 from .attention_mass import attention_mass
 from .dense_rows import dense_rows
 from .dispatch import KernelUnavailableError
@@ -20,6 +21,7 @@ __all__ = [
     "KernelUnavailableError",
     "attention_mass",
     "dense_rows",
+    "hybrid",
     "index_heads",
     "index_kl",
     "index_partition",

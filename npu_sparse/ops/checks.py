@@ -1,4 +1,4 @@
-"""What operators ask of their inputs: each raises TypeError or ValueError with the rule and what it got."""
+"""Checks of operators' inputs. Each raises TypeError or ValueError with the rule and the value that breaks it."""
 
 import torch
 from torch import Tensor
@@ -12,9 +12,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_tensor(name: str, tensor, shape: tuple, dtypes: tuple, device=None) -> None:
     """Raises TypeError or ValueError unless `tensor` has this shape (None = any), one of the dtypes and the device."""
     if isinstance(tensor, torch.Tensor) and tensor.dtype in dtypes and (device is None or tensor.device == device):
-        found = tensor.shape
-        if len(found) == len(shape):
-            for want, got in zip(shape, found):
+        sizes = tensor.shape
+        if len(sizes) == len(shape):
+            for want, got in zip(shape, sizes):
                 if want is not None and want != got:
                     break
             else:
@@ -75,7 +75,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, support: Support) -> None:
 
 
 def check_scoring(qi, ki, w, block, reduce, valid, partition):
-    """Raises TypeError or ValueError where inputs that index scores are made of break a rule."""
+    """Raises TypeError or ValueError where the inputs of index scores break a rule."""
     check_tensor("qi", qi, (None, None, None, None), FLOATS)
     B, Hi, Tq, Di = qi.shape
     check_tensor("ki", ki, (B, None, Di), (qi.dtype,), qi.device)

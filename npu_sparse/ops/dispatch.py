@@ -20,9 +20,10 @@ OPERATORS: dict[str, str] = {}  # name -> the folder that its Triton version is 
 IMPLEMENTATIONS = ("auto", "reference", "kernel")
 KERNEL_KEYS = {"cuda": "CUDA", "npu": "PrivateUse1", "cpu": "CPU"}
 _KERNELS: dict[tuple[str, str], Callable] = {}
-_DEVICES: dict[str, tuple[str, ...]] = {}  # where an operator has kernels
+_DEVICES: dict[str, tuple[str, ...]] = {}  # operator -> the device types that it has kernels for
+_NEEDS: dict[str, str] = {}  # operator -> the module that its Triton version calls beside Triton, which may be missing
 _DIFFERENTIABLE: set[str] = set()  # operators with gradients
-_LOADERS: dict[str, Callable[[], dict[str, Callable]]] = {}  # what gives a device's kernels, by operator
+_LOADERS: dict[str, Callable[[], dict[str, Callable]]] = {}  # device type -> the function that returns its kernels by operator
 _HOW = {
     "cuda": "its kernels need triton: run `pip install triton`, or pass impl='reference'",
     "npu": "the AscendC library is not built: run `npu-sparse build npu`, or pass impl='reference'",
@@ -38,7 +39,7 @@ _HOW_ELSEWHERE = "kernels exist for cuda, npu and cpu: pass impl='reference'"
 
 @dataclass(frozen=True)
 class Limits:
-    """What the kernels of a device take; the operators' own checks say the rest.
+    """The sizes and dtypes that the kernels of a device take; each operator checks the rest itself.
 
     Attributes:
         dtypes: of queries, keys, values, index queries and keys.
@@ -70,11 +71,11 @@ def uses_kernel(impl: str, device_type: str) -> bool:
 
 
 def call(op: str, impl: str, device_type: str, *args):
-    """Runs `op` through the dispatcher, as kernel or as reference. What has no gradients, such as a selection, is a constant, and
-    autocast, which would take the references' products from fp32 to 16 bits, ends here.
+    """Runs `op` through the dispatcher, as kernel or as reference. An operator without gradients, such as a selection, is a
+    constant to autograd. Autocast is off inside: it would round the references' fp32 products to 16 bits.
 
-    Where the dispatcher would do nothing but find the same kernel - no gradients, no mode, no profiler that wants its name - the
-    kernel is called at once: that takes tens of microseconds less, which short prompts are made of.
+    The kernel is called directly where the dispatcher would only look it up: without gradients, modes and profilers. That saves
+    tens of microseconds a call, which count in short prompts.
     """
     if _is_plain(device_type, args) and uses_kernel(impl, device_type):
         kernel = _KERNELS.get((op, device_type)) or _kernel(op, device_type)
@@ -89,7 +90,7 @@ def call(op: str, impl: str, device_type: str, *args):
 
 
 def _is_plain(device_type: str, args: tuple) -> bool:
-    """Whether nothing listens to what is dispatched, and the arguments are what they look like."""
+    """Whether no mode, transform or profiler would miss this call, and no argument is a tensor subclass."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or _in_mode() or _in_transform() or _is_profiled():
         return False
     if autocasts(device_type):
@@ -102,7 +103,7 @@ def _is_plain(device_type: str, args: tuple) -> bool:
 
 def autocasts(device_type: str) -> bool:
     """Whether autocast is on for this kind of device."""
-    if torch.compiler.is_compiling():  # torch 2.11 cannot trace the question whether a device has autocast; those compiled for do
+    if torch.compiler.is_compiling():  # torch 2.11 cannot trace is_autocast_available; every device it compiles for has autocast
         return torch.is_autocast_enabled(device_type)
     return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
 
@@ -114,13 +115,14 @@ def _has_autocast(device_type: str) -> bool:
 
 def define(
     op: str, signature: str, reference: Callable, fake: Callable, folder: str | None = None,
-    devices: tuple[str, ...] = tuple(KERNEL_KEYS),
+    devices: tuple[str, ...] = tuple(KERNEL_KEYS), needs: str | None = None,
 ) -> None:  # fmt: skip
     """Declares an operator's two dispatcher entries, its fake, its reference and its kernel keys.
 
-    `folder`: where it lives, if not in `op`. `devices`: where it has a kernel; elsewhere nobody can ask for one. It is a
-    constant to autograd until `differentiate` says otherwise. Both entries take one more argument than `signature` says, the
-    bytes of a slice (`workspace=`); 0, the default, means those of this thread.
+    `folder`: the folder that it lives in, if not `op`. `devices`: the devices that it has a kernel for; asking for one elsewhere
+    is refused. `needs`: a module that its kernel calls; without it there is no kernel. It is a constant to autograd until
+    `differentiate` is called. Both entries take one more argument than `signature` says: the bytes of a slice (`workspace=`).
+    0, the default, means this thread's own size.
     """
     arguments, result = signature.split(") ->")
     for name in (op, f"{op}_reference"):
@@ -131,11 +133,13 @@ def define(
         torch.library.impl(f"npu_sparse::{op}", key, _in_slices(_kernel_or_error(op, device_type)))
     OPERATORS[op] = folder or op
     _DEVICES[op] = devices
+    if needs is not None:
+        _NEEDS[op] = needs
 
 
 def differentiate(op: str, remember: Callable, backward: Callable) -> None:
-    """Gives both entries of an operator gradients: torch.library.register_autograd's `setup_context` and `backward`, the latter
-    made by `backward(suffix)` for the entry's suffix. A backward pass works in slices of its forward's size."""
+    """Gives both entries of an operator gradients, through torch.library.register_autograd's `setup_context` and `backward`.
+    `backward(suffix)` makes the latter for each entry. A backward pass works in slices of its forward's size."""
 
     def setup_context(ctx, inputs, keyword_only_inputs, output):
         ctx.workspace = keyword_only_inputs["workspace"] or workspace.size()
@@ -181,14 +185,17 @@ def register_triton(device_type: str) -> None:
     for op, folder in OPERATORS.items():
         if not has_kernels_for(op, "cuda"):
             continue
+        if op in _NEEDS and (device_type != "cuda" or importlib.util.find_spec(_NEEDS[op]) is None):
+            continue
         register_kernel(op, device_type, getattr(importlib.import_module(f"npu_sparse.ops.{folder}.triton"), op))
 
 
 def require_kernels(device_type: str) -> None:
-    """Raises KernelUnavailableError unless every operator has a kernel on this device, but for those that others stand in for or
-    that are an option of the budget (`require_kernel`)."""
+    """Raises KernelUnavailableError unless every operator has a kernel on this device. Operators without kernels for this kind of
+    device are exempt: others replace them, or they serve options of the budget (`require_kernel`). So are those whose kernel
+    needs another package."""
     for op in OPERATORS:
-        elsewhere = device_type in KERNEL_KEYS and not has_kernels_for(op, device_type)
+        elsewhere = op in _NEEDS or (device_type in KERNEL_KEYS and not has_kernels_for(op, device_type))
         if not elsewhere and _kernel(op, device_type) is None:
             raise _unavailable(op, device_type)
 
@@ -202,7 +209,7 @@ def require_kernel(op: str, device_type: str, advice: str) -> None:
 def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **dims: int) -> None:
     """Raises TypeError or ValueError where the kernels of this device do not take these sizes; `dims` by their names.
 
-    For callers who want to know before there are tensors; a kernel checks again what it gets.
+    Callers ask this before there are tensors; a kernel checks its inputs again.
     """
     limits = LIMITS.get(device_type)
     if limits is None:
@@ -225,7 +232,7 @@ def check_limits(device_type: str, *, dtype: torch.dtype, block: int, k: int, **
 def check_selection(device_type: str, *, heads: int, dim: int, k: int, block: int, reduce: str) -> None:
     """Raises ValueError where the kernels of this device cannot select by an index of these sizes, whatever the prompt.
 
-    Sizes that are served one by one may not fit together, as many index heads and a large k; the kernels' own library says it.
+    Sizes that are served one at a time may not fit together, such as many index heads and a large k. The kernels' library knows.
     """
     tell = _kernel("selection_refusal", device_type)
     if tell is not None and (refusal := tell(heads, dim, k, block, reduce)):
@@ -233,18 +240,18 @@ def check_selection(device_type: str, *, heads: int, dim: int, k: int, block: in
 
 
 def register_loader(device_type: str, load: Callable[[], dict[str, Callable]]) -> None:
-    """Tells where the kernels of a device come from: `load()` gives those there are, by operator, and may be asked again."""
+    """Registers `load`, which returns the available kernels of a device by operator and may be called again."""
     _LOADERS[device_type] = load
 
 
 def _kernel(op: str, device_type: str) -> Callable | None:
-    """The registered kernel; the first question loads what this device's kernels are in."""
+    """The registered kernel; the first call for a device loads the library of its kernels."""
     if (op, device_type) not in _KERNELS:
         if device_type == "cuda":
             register_triton(device_type)
         elif device_type in _LOADERS:
             for name, kernel in _LOADERS[device_type]().items():
-                _KERNELS.setdefault((name, device_type), kernel)  # what was registered before stays
+                _KERNELS.setdefault((name, device_type), kernel)  # a kernel that a caller registered stays
     return _KERNELS.get((op, device_type))
 
 
@@ -270,4 +277,6 @@ def _unavailable(op: str, device_type: str) -> KernelUnavailableError:
     how = _HOW.get(device_type, _HOW_ELSEWHERE)
     if device_type in KERNEL_KEYS and not has_kernels_for(op, device_type):
         how = f"it has kernels for {', '.join(_DEVICES[op])} only: pass impl='reference'"
+    elif op in _NEEDS and device_type in KERNEL_KEYS:
+        how = f"its kernel needs triton and {_NEEDS[op]}: install them, or pass impl='reference'"
     return KernelUnavailableError(f"{op} has no kernel on {device_type!r}: {how}")

@@ -1,4 +1,4 @@
-"""What the Hopper kernels of all operators ask about a device and a tensor."""
+"""Questions about a device and a tensor that the Hopper kernels of several operators share."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""The largest of several numbers in Triton, or NaN where one of them is: a score that is not a number must not look like one."""
+"""Maxima in Triton that keep NaN: a NaN among scores must not be lost in their maximum."""
 
 import triton
 import triton.language as tl

@@ -34,7 +34,7 @@ def compiled(source: str, macros: dict[str, int], architecture: str) -> bytes:
     if kept := compiled_code.read(path):
         return kept
     cubin, _ = compile_source(source, macros, architecture)
-    with suppress(OSError):  # a cache that is full, or that others may write, costs a compilation a process
+    with suppress(OSError):  # without a usable cache, every process compiles for itself
         compiled_code.write(path, cubin)
     return cubin
 
@@ -129,10 +129,10 @@ def _version(nvrtc) -> tuple[int, int]:
 def _nvrtc():
     """libnvrtc: beside torch's own CUDA libraries as a rule, else a toolkit's."""
     installed = [Path(folder) for folder in sys.path if os.path.isabs(folder)]  # never the directory that we happen to be in
-    found = [path for folder in installed for path in sorted(folder.glob("nvidia/*/lib/libnvrtc.so.1[0-9]*"))]
-    for place in (*found, *map(Path, ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"))):
+    libraries = [path for folder in installed for path in sorted(folder.glob("nvidia/*/lib/libnvrtc.so.1[0-9]*"))]
+    for place in (*libraries, *map(Path, ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"))):
         try:
-            for builtins in place.parent.glob("libnvrtc-builtins.so.*") if place in found else ():
+            for builtins in place.parent.glob("libnvrtc-builtins.so.*") if place in libraries else ():
                 ctypes.CDLL(str(builtins))  # NVRTC asks for it by name, and does not look beside itself
             return ctypes.CDLL(str(place))
         except OSError:

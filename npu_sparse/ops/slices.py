@@ -15,7 +15,7 @@ def slices(rows: int, elements: int, step: int = 1) -> list[tuple[int, int]]:
 
 
 def power_of_two(n: int) -> int:
-    """The smallest power of two that is not less than n >= 1. Triton's own is as right, and ten times as slow."""
+    """The smallest power of two that is not less than n >= 1; ten times as fast as Triton's own."""
     return 1 << (n - 1).bit_length()
 
 

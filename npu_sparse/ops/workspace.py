@@ -1,8 +1,8 @@
-"""How large the slices are that operators work in where a result would need more memory than a long context leaves.
+"""The workspace: the size of the slices in which operators work, so that a long context leaves room for them.
 
-`SparsePrefill.attach(workspace_mib=...)` makes it that of a model's forwards, each in its own thread, and of their backward
-passes. Every operator is called with it, so that a compiled graph has the size that it was traced with. No result depends on
-it. It is the size of one slice of scores; with what is made of it, an operator holds up to five times as much.
+`SparsePrefill.attach(workspace_mib=...)` sets it for a model's forwards, each in its own thread, and for their backward passes.
+It is an argument of every operator, so that a compiled graph keeps the size that it was traced with. No result depends on it.
+It is the size of one slice of scores; with intermediate results an operator holds up to five times as much.
 """
 
 from collections.abc import Iterator
@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 DEFAULT_MIB = 256
-SIZE = DEFAULT_MIB << 20  # bytes of a slice, where nobody says another
+SIZE = DEFAULT_MIB << 20  # bytes of a slice by default
 _SAID: ContextVar[int | None] = ContextVar("npu_sparse_workspace", default=None)
 
 
 @contextmanager
 def sized(size: int) -> Iterator[None]:
-    """Slices are of `size` bytes within this block, and for this thread only."""
+    """Slices have `size` bytes within this block, in this thread only."""
     token = _SAID.set(size)
     try:
         yield
@@ -25,8 +25,8 @@ def sized(size: int) -> Iterator[None]:
 
 
 def while_traced(size: int) -> int:
-    """Makes slices of `size` bytes in what torch.compile traces next, which cannot say it by `sized`; returns the size before, to
-    be given back the same way. What the compiled graph calls has its size as an argument."""
+    """Sets the slice size for what torch.compile traces next, since it cannot trace `sized`. Returns the size before, which the
+    caller restores the same way. Operators in the compiled graph have their size as an argument."""
     global SIZE
     before, SIZE = SIZE, size
     return before
@@ -46,7 +46,7 @@ def elements() -> int:
 
 
 def check(mib) -> int:
-    """`mib`; raises TypeError or ValueError where it is no size of a workspace."""
+    """Returns `mib`; raises TypeError or ValueError unless it is a valid workspace size."""
     if isinstance(mib, bool) or not isinstance(mib, int):
         raise TypeError(f"workspace_mib must be an integer, got {mib!r}")
     if mib < 1:
@@ -65,9 +65,9 @@ def is_exhausted(error: BaseException) -> bool:
 
 
 def out_of_memory(layer: int, tokens: int, rows: int) -> Exception:
-    """The error of a sparse layer that is out of memory: what to choose instead.
+    """The error for a sparse layer that runs out of memory; it says what to choose instead.
 
-    tokens: of the context; rows: the fewest 4-byte numbers of a slice, below which a smaller workspace changes nothing.
+    tokens: length of the context. rows: the fewest 4-byte numbers of a slice; a workspace smaller than that changes nothing.
     """
     import torch
 

@@ -1,9 +1,9 @@
-"""What an oracle study measures: its config, and the variants that follow from it."""
+"""The config of an oracle study, and the variants that follow from it."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
-from ..budget import BLOCKS, MASS_REDUCTIONS
+from ..budget import BLOCKS, MASS_REDUCTIONS, Budget
 from ..ops import workspace
 from ..ops.dispatch import IMPLEMENTATIONS
 from ..runs.machine import chosen_dtype
@@ -11,6 +11,8 @@ from ..runs.machine import chosen_dtype
 HEADS = ("all", "kv")
 CONTROLS = ("local", "random")
 DTYPES = ("float32", "bfloat16", "float16")
+AXES = {"k": "budgets", "block": "blocks", "reduce": "reduces", "share_layers": "share_layers"}  # of a Budget, and here
+SERVED = ("sink", "recent", "anchors", "tail")
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,13 @@ class OracleConfig:
         heads: "all" = one support for all heads, "kv" = one per KV group.
         blocks: queries that share a support (b_sel), 1 = every query has its own.
         reduces: how a block's queries become one row, "max" or "mean"; without meaning for block 1.
-        tail: as in Budget: keys outside a support are read as one, or dropped.
         share_layers: full-attention layers in a row that read the support of the first of them; 1 = every layer has its own.
             End to end only: layer by layer, every layer is measured on its own.
+        budget: what the Budgets of all rows have in common, as `Budget.parse` spells it: tail, and end to end
+            only sink, recent and anchors. The grid can be spelled here, too, in place of budgets, blocks, reduces and
+            share_layers: `k=64|128,block=1|64,reduce=max,share_layers=1|2,tail`.
         controls: "local" (`sink` first keys and the most recent) and "random", per query and at the same budgets.
-        sink: sinks of the "local" control.
+        sink: sinks of the "local" control alone.
         tasks: RULER-style tasks to score, by name; may be empty.
         task_count: examples per task.
         task_new_tokens: most new tokens per example; the task's own number where that is smaller.
@@ -55,8 +59,8 @@ class OracleConfig:
     heads: tuple[str, ...] = HEADS
     blocks: tuple[int, ...] = (1, 16, 64)
     reduces: tuple[str, ...] = MASS_REDUCTIONS
-    tail: bool = False
     share_layers: tuple[int, ...] = (1,)
+    budget: str = ""
     controls: tuple[str, ...] = CONTROLS
     sink: int = 4
     tasks: tuple[str, ...] = ()
@@ -75,6 +79,10 @@ class OracleConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "dtype", chosen_dtype(self.dtype, self.device))
+        axes, rest = Budget.grid(self.budget, AXES)
+        for axis, values in axes.items():
+            object.__setattr__(self, AXES[axis], values)
+        object.__setattr__(self, "budget", rest)
         for name in ("budgets", "texts", "heads", "blocks", "reduces", "share_layers", "controls", "tasks"):
             value = getattr(self, name)
             if isinstance(value, str) or not hasattr(value, "__iter__"):
@@ -109,6 +117,20 @@ class OracleConfig:
             raise ValueError(f"sink must be below every budget, got {self.sink} and a budget of {min(self.budgets)}")
         if self.layer_prompts > self.prompts:
             raise ValueError(f"layer_prompts must be at most prompts = {self.prompts}, got {self.layer_prompts}")
+        for name in Budget.changes(self.budget):
+            _one_of("budget: field", name, (*AXES, *SERVED))
+        for variant in variants(self, kv_heads=2):
+            self.budget_of(variant)
+
+    def budget_of(self, variant: "Variant") -> Budget:
+        """The Budget of one variant, end to end."""
+        own = Budget(variant.k, variant.block, variant.reduce or "max", share_layers=variant.share_layers)
+        return Budget.parse(self.budget, own)
+
+    @property
+    def tail(self) -> bool:
+        """As in Budget: whether keys outside a support are read as one, or dropped."""
+        return Budget.changes(self.budget).get("tail", False)
 
     @property
     def floor_dtype(self) -> str | None:
@@ -123,7 +145,10 @@ class OracleConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping) -> "OracleConfig":
-        """The OracleConfig that `to_dict` wrote; unknown fields are refused."""
+        """The OracleConfig that `to_dict` wrote, now or in version 0.1; unknown fields are refused."""
+        if "tail" in data:
+            data = {**data, "budget": data.get("budget", "tail" if data["tail"] else "")}
+            del data["tail"]
         known = [field.name for field in fields(cls)]
         if unknown := sorted(set(data) - set(known)):
             raise ValueError(f"oracle config has unknown fields {unknown}, known are {known}")
@@ -170,14 +195,14 @@ class Variant:
 
 def variants(config: OracleConfig, kv_heads: int) -> list[Variant]:
     """Every variant of a study, budgets in the outer loop. With one KV head, "kv" is "all" and is left out."""
-    found = []
+    chosen = []
     for k in config.budgets:
         for layers in config.share_layers:
             for heads, block, reduce in granularities(config, kv_heads):
-                found.append(Variant("oracle", "oracle", k, heads, block, reduce, share_layers=layers))
+                chosen.append(Variant("oracle", "oracle", k, heads, block, reduce, share_layers=layers))
         for control in config.controls:
-            found.append(Variant("control", control, k, sink=config.sink if control == "local" else 0))
-    return found
+            chosen.append(Variant("control", control, k, sink=config.sink if control == "local" else 0))
+    return chosen
 
 
 def granularities(config: OracleConfig, kv_heads: int) -> list[tuple[str, int, str | None]]:

@@ -10,28 +10,28 @@ BLOCK_COLOURS = ("#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#E69F00
 CONTROL_STYLES = {"local": ("#555555", "X"), "random": ("#999999", "P")}
 MARKERS = {None: "o", "max": "^", "mean": "s"}
 HEAD_LINES = {"all": "-", "kv": ":"}
-LAYER_LINES = ("--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))  # of two, three, ... layers that share
+LAYER_LINES = ("--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 3)))  # line styles where two, three, ... layers share a support
 MOST_ANNOTATED_LAYERS = 40
 
 
-def draw(found: dict) -> dict:
+def draw(report: dict) -> dict:
     """`{file name: figure}` of a report."""
-    drawn = {"quality.png": quality(found)}
-    if found["config"]["tasks"]:
-        drawn["tasks.png"] = tasks(found)
-    if found["layers"]:
-        drawn |= {"retained.png": retained(found), "error.png": error(found), "sharing.png": sharing(found)}
+    drawn = {"quality.png": quality(report)}
+    if report["config"]["tasks"]:
+        drawn["tasks.png"] = tasks(report)
+    if report["layers"]:
+        drawn |= {"retained.png": retained(report), "error.png": error(report), "sharing.png": sharing(report)}
     return drawn
 
 
-def quality(found: dict):
+def quality(report: dict):
     """KL and agreement against the budget, with the controls and the noise floor."""
     figure, axes = new_figure(columns=2, width=5.6, height=4.4)
     left, right = axes[0]
-    rows = [row for row in found["end_to_end"] if "kl" in row]
+    rows = [row for row in report["end_to_end"] if "kl" in row]
     for line in _lines(rows):
-        _plot_budgets(left, found, line, "kl_second_half")
-        _plot_budgets(right, found, line, "agreement_second_half", scale=100)
+        _plot_budgets(left, report, line, "kl_second_half")
+        _plot_budgets(right, report, line, "agreement_second_half", scale=100)
     floor = next((row for row in rows if row["evidence"] == "noise floor" and row["label"].startswith("dense")), None)
     if floor:
         _floor(left, floor, "kl_second_half")
@@ -39,38 +39,38 @@ def quality(found: dict):
     left.set_yscale("log")
     left.set_ylabel("KL(dense || sparse), nats per token")
     right.set_ylabel("same most likely next token as dense, %")
-    _budget_axis(left, found)
-    _budget_axis(right, found)
+    _budget_axis(left, report)
+    _budget_axis(right, report)
     _legend(figure, left)
     _title(
-        figure, found, "How close to dense does each budget come?", "second half of each prompt; bars: 95% over prompts"
+        figure, report, "How close to dense does each budget come?", "second half of each prompt; bars: 95% over prompts"
     )
     return figure
 
 
-def tasks(found: dict):
+def tasks(report: dict):
     """Task score against the budget, with dense as a line."""
     figure, axes = new_figure(width=7.2, height=4.4)
     ax = axes[0, 0]
-    for line in _lines(found["end_to_end"]):
-        _plot_budgets(ax, found, line, "score", scale=100)
-    dense = next(row for row in found["end_to_end"] if row["evidence"] == "dense")
+    for line in _lines(report["end_to_end"]):
+        _plot_budgets(ax, report, line, "score", scale=100)
+    dense = next(row for row in report["end_to_end"] if row["evidence"] == "dense")
     _floor(ax, dense, "score", scale=100)
     ax.set_ylabel("mean score, %")
-    _budget_axis(ax, found)
+    _budget_axis(ax, report)
     _legend(figure, ax)
-    config = found["config"]
+    config = report["config"]
     note = f"{', '.join(config['tasks'])}; {config['task_count']} examples each; bars: 95% over examples"
-    _title(figure, found, "Does the model still solve the tasks?", note)
+    _title(figure, report, "Does the model still solve the tasks?", note)
     return figure
 
 
-def retained(found: dict):
+def retained(report: dict):
     """Heat maps of retained attention mass, layer by budget, one per way of sharing."""
-    rows = [row for row in found["layers"] if row["heads"] == _heads(found)[0]]
+    rows = [row for row in report["layers"] if row["heads"] == _heads(report)[0]]
     labels = list(dict.fromkeys(row["label"] for row in rows))
     layers = sorted({row["layer"] for row in rows})
-    budgets = found["config"]["budgets"]
+    budgets = report["config"]["budgets"]
     height = max(3.0, 0.19 * len(layers) + 1.4)
     figure, axes = new_figure(columns=len(labels), width=max(1.9, 0.55 * len(budgets) + 0.6), height=height)
     lowest = min(row["retained_mean"] for row in rows)
@@ -89,21 +89,21 @@ def retained(found: dict):
     axes[0, 0].set_ylabel("layer")
     figure.colorbar(image, ax=list(axes[0]), label="mass kept, %", shrink=0.9, pad=0.02)
     note = "each layer on its dense inputs; mean over queries of the second half"
-    _title(figure, found, "How much of the attention mass fits in the budget?", note)
+    _title(figure, report, "How much of the attention mass fits in the budget?", note)
     return figure
 
 
-def error(found: dict):
+def error(report: dict):
     """Relative output error of every layer at each budget."""
-    budgets = found["config"]["budgets"]
+    budgets = report["config"]["budgets"]
     figure, axes = new_figure(columns=len(budgets), width=4.0, height=3.8)
-    heads = _heads(found)[0]
+    heads = _heads(report)[0]
     for ax, k in zip(axes[0], budgets):
-        for line in _lines([row for row in found["layers"] if row["k"] == k and row["heads"] == heads]):
+        for line in _lines([row for row in report["layers"] if row["k"] == k and row["heads"] == heads]):
             x = [row["layer"] for row in line]
             y = [100 * row["output_error"] for row in line]
-            ax.plot(x, y, **_style(found, line[0]), linewidth=1.3, markersize=3.5)
-        ax.set_title(f"k = {k} ({100 * sparsity(k, found['config']['length']):.0f}% of pairs skipped)", fontsize=9)
+            ax.plot(x, y, **_style(report, line[0]), linewidth=1.3, markersize=3.5)
+        ax.set_title(f"k = {k} ({100 * sparsity(k, report['config']['length']):.0f}% of pairs skipped)", fontsize=9)
         ax.set_xlabel("layer")
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_ylim(bottom=0)
@@ -111,19 +111,19 @@ def error(found: dict):
     axes[0, 0].set_ylabel("output error, % of dense (RMS)")
     _legend(figure, axes[0, 0])
     note = "each layer on its dense inputs, so errors do not add up here"
-    _title(figure, found, "Which layers does sparsity hurt?", note)
+    _title(figure, report, "Which layers does sparsity hurt?", note)
     return figure
 
 
-def sharing(found: dict):
+def sharing(report: dict):
     """What a shared support keeps relative to own supports, and how large the exact alternative, their union, is."""
     figure, axes = new_figure(columns=2, width=5.6, height=4.2)
     left, right = axes[0]
-    budgets = found["config"]["budgets"]
-    heads = _heads(found)[0]
+    budgets = report["config"]["budgets"]
+    heads = _heads(report)[0]
     shades = ("#56B4E9", "#0072B2", "#CC79A7", "#D55E00", "#E69F00", "#009E73")
     for n, k in enumerate(budgets):
-        group = [row for row in found["overlap"] if row["heads"] == heads and row["k"] == k]
+        group = [row for row in report["overlap"] if row["heads"] == heads and row["k"] == k]
         names = [name for name in group[0] if name.startswith("union")]
         sizes = [1, *[int(name.removeprefix("union_")) for name in names]]
         times = [1, *[sum(row[name] for row in group) / len(group) / k for name in names]]
@@ -136,10 +136,10 @@ def sharing(found: dict):
     left.set_ylabel("keys in the union of own supports, in k")
     left.set_title("exact: gather the union of everyone's own top-k", fontsize=10)
     left.legend(frameon=False, fontsize=9)
-    shared = [row for row in found["layers"] if row["heads"] == heads and row["block"] > 1]
+    shared = [row for row in report["layers"] if row["heads"] == heads and row["block"] > 1]
     for shift, line in enumerate(_lines(shared)):
         x = [k * 2 ** (0.07 * (shift - 1.5)) for k in budgets]  # side by side, for the whiskers
-        style = _style(found, line[0])
+        style = _style(report, line[0])
         by_k = [[row for row in line if row["k"] == k] for k in budgets]
         for name, fill, word in (("relative", "full", "k"), ("doubled", "none", "2k")):
             style_here = {**style, "label": f"{style['label'].removeprefix('oracle: ')}: {word} keys"}
@@ -152,19 +152,19 @@ def sharing(found: dict):
                 capsize=2, elinewidth=0.7, **line_style,
             )  # fmt: skip
     right.axhline(100, color="black", linewidth=0.8)
-    _budget_axis(right, found)
+    _budget_axis(right, report)
     right.set_ylabel("mass kept, % of what own top-k keeps")
     right.set_title("approximate: share one support (whisker: 5th percentile)", fontsize=10)
     if shared:
         _legend(figure, right)
     _title(
-        figure, found, "What does sharing a support among neighbours cost?", "mean over layers, on their dense inputs"
+        figure, report, "What does sharing a support among neighbours cost?", "mean over layers, on their dense inputs"
     )
     return figure
 
 
-def _heads(found: dict) -> list[str]:
-    return list(dict.fromkeys(row["heads"] for row in found["overlap"]))
+def _heads(report: dict) -> list[str]:
+    return list(dict.fromkeys(row["heads"] for row in report["overlap"]))
 
 
 def _lines(rows: list[dict]) -> list[list[dict]]:
@@ -176,11 +176,11 @@ def _lines(rows: list[dict]) -> list[list[dict]]:
     return list(groups.values())
 
 
-def _style(found: dict, row: dict) -> dict:
+def _style(report: dict, row: dict) -> dict:
     if row["evidence"] == "control":
         colour, marker = CONTROL_STYLES[row["selector"]]
         return {"color": colour, "marker": marker, "linestyle": "--", "label": f"control: {row['label']}"}
-    blocks, layers = found["config"]["blocks"], row["share_layers"]
+    blocks, layers = report["config"]["blocks"], row["share_layers"]
     return {
         "color": BLOCK_COLOURS[blocks.index(row["block"]) % len(BLOCK_COLOURS)],
         "marker": MARKERS[row["reduce"]],
@@ -189,14 +189,14 @@ def _style(found: dict, row: dict) -> dict:
     }
 
 
-def _plot_budgets(ax, found: dict, line: list[dict], name: str, scale: float = 1.0) -> None:
+def _plot_budgets(ax, report: dict, line: list[dict], name: str, scale: float = 1.0) -> None:
     values = [scale * row[name] for row in line]
     ends = [row[f"{name}_interval"] or [row[name], row[name]] for row in line]
     below = [max(0.0, value - scale * low) for value, (low, _) in zip(values, ends)]
     above = [max(0.0, scale * high - value) for value, (_, high) in zip(values, ends)]
     ax.errorbar(
         [row["k"] for row in line], values, yerr=[below, above], elinewidth=0.8, capsize=2, linewidth=1.4, markersize=5,
-        **_style(found, line[0]),
+        **_style(report, line[0]),
     )  # fmt: skip
 
 
@@ -208,8 +208,8 @@ def _floor(ax, row: dict, name: str, scale: float = 1.0) -> None:
     ax.axhline(scale * row[name], color="black", linewidth=1.0, linestyle=(0, (1, 1)), label=label)
 
 
-def _budget_axis(ax, found: dict) -> None:
-    config = found["config"]
+def _budget_axis(ax, report: dict) -> None:
+    config = report["config"]
     ax.set_xscale("log", base=2)
     ticks = [f"{k}\n{100 * sparsity(k, config['length']):.0f}%" for k in config["budgets"]]
     ax.set_xticks(config["budgets"], ticks)
@@ -230,7 +230,7 @@ def _legend(figure, ax) -> None:
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
 
 
-def _title(figure, found: dict, question: str, note: str) -> None:
-    config = found["config"]
+def _title(figure, report: dict, question: str, note: str) -> None:
+    config = report["config"]
     figure.suptitle(f"{question}\n{Path(config['model']).name}, {config['length']} tokens", fontsize=12)
-    figure.supxlabel(f"{note}\n{machine_line(found['machine'])}", fontsize=7, color="#555555")
+    figure.supxlabel(f"{note}\n{machine_line(report['machine'])}", fontsize=7, color="#555555")

@@ -1,4 +1,4 @@
-"""Layer by layer on the dense trajectory: every layer gets its inputs in the dense model, so errors do not add up."""
+"""Layer by layer on the dense trajectory: every layer is measured on its inputs in the dense model, so errors do not add up."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from .quality import compare, hidden_states
 SLICE_ELEMENTS = 1 << 22  # fp32 mass entries alive at once; sorting and gathering hold a few times as much
 NEIGHBOURS = (8, 16, 64)
 DENSE_BLOCK = 128
-LOWEST = 0.05  # the percentile that is reported, as a quantile
+LOWEST = 0.05  # the quantile that is reported as the 5th percentile
 
 Granularity = tuple[str, int, str | None]  # heads, block, reduce
 
@@ -29,14 +29,14 @@ def measure_layers(
 ) -> dict:  # fmt: skip
     """`{"layers": rows, "overlap": rows, "path": {...}}` of one prompt, int64 `[T]`, on the dense trajectory.
 
-    Rows are those of `measure_layer`, each with its layer. "path" compares this forward - every key, through the
-    sparse path - with the dense model: what the sparse path's own rounding does.
+    Rows are those of `measure_layer`, each with its layer. "path" compares this forward, which reads every key through the sparse
+    path, with the dense model: it shows the sparse path's own rounding.
     """
     rows, overlaps = [], []
 
     def observe(inputs: LayerInputs, support: Support, out: Tensor) -> None:
-        found, overlap = measure_layer(inputs, out, granularities, budgets, tail)
-        rows.extend({"layer": inputs.layer, **row} for row in found)
+        measured, overlap = measure_layer(inputs, out, granularities, budgets, tail)
+        rows.extend({"layer": inputs.layer, **row} for row in measured)
         overlaps.extend({"layer": inputs.layer, **row} for row in overlap)
 
     with SparsePrefill.attach(
@@ -90,11 +90,11 @@ def measure_layer(
                     support = _support(order, k, block, stop - start, stop)
                     sparse = attend(queries, keys, values, support, scale=inputs.scale, impl=inputs.impl)
                     measured.add_error(k, sparse.float(), exact)
-    found = [
+    records = [
         {"heads": heads, "block": block, "reduce": reduce, "k": k, **measured.row(n, k)}
         for (heads, block, reduce), measured in shared.items() for n, k in enumerate(budgets)
     ]  # fmt: skip
-    return found, [{"heads": heads, "k": k, **kept.row(k)} for heads, kept in own.items() for k in budgets]
+    return records, [{"heads": heads, "k": k, **kept.row(k)} for heads, kept in own.items() for k in budgets]
 
 
 @dataclass

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from ..measure.variants import tail_note
+from ..budget import Budget
+from ..measure.variants import budget_words
 from ..runs.machine import machine_line
 from ..runs.page import markdown_table
 
@@ -16,17 +17,18 @@ CAPTIONS = {
 }
 
 
-def markdown(found: dict, drawn: list[str]) -> str:
+def markdown(report: dict, drawn: list[str]) -> str:
     """The report as a page: what was measured, the tables, the figures, and what they do not say."""
-    config, model = found["config"], found["model"]
+    config, model = report["config"], report["model"]
     layers = f"{len(model['layers'])} of {model['num_layers']} layers are full attention"
     heads = f"{model['query_heads']} query and {model['kv_heads']} KV heads of {model['head_dim']}"
     every = f", at every {config['position_stride']}th position" if config["position_stride"] > 1 else ""
+    common = Budget.parse(config["budget"], Budget(k=max(config["budgets"]), block=1))
     lines = [
         f"# How much dense attention does {Path(config['model']).name} need at {config['length']} tokens?",
         "",
         f"{model['model_type']}, {layers}, {heads}. {config['prompts']} prompts of real text, {config['dtype']} on "
-        f"{config['device']}, operators: {config['impl']}. {machine_line(found['machine'])}.",
+        f"{config['device']}, operators: {config['impl']}. {machine_line(report['machine'])}.",
         "",
         "## End to end",
         "",
@@ -35,16 +37,16 @@ def markdown(found: dict, drawn: list[str]) -> str:
         f"{every}; agreement is the share of positions with the same most likely token; the second half leaves out the "
         "early positions, which see few more than k keys. Pairs skipped are causal (query, key) pairs. Retained is the "
         "attention mass within the support, along this trajectory, over 64 queries of each prompt's second half. "
-        f"[Brackets] are 95% bootstrap intervals over prompts.{tail_note(config['tail'])}",
+        f"[Brackets] are 95% bootstrap intervals over prompts.{budget_words(common)}",
         "",
-        _end_to_end_table(found),
+        _end_to_end_table(report),
         "The oracle selects with the attention mass itself: it tells what a budget could achieve, not what a trained "
         "indexer does. Controls choose without looking. Below the noise floor a difference means nothing.",
         "",
     ]  # fmt: skip
     if config["tasks"]:
-        lines += ["## Tasks", "", _tasks_note(config), "", _tasks_table(found)]
-    if found["layers"]:
+        lines += ["## Tasks", "", _tasks_note(config), "", _tasks_table(report)]
+    if report["layers"]:
         lines += [
             "## Layer by layer on the dense trajectory",
             "",
@@ -54,21 +56,21 @@ def markdown(found: dict, drawn: list[str]) -> str:
             "over layers. Output error is the RMS of the difference from the layer's dense attention output, over the "
             "RMS of that output.",
             "",
-            _layers_table(found),
+            _layers_table(report),
             "How alike are the supports that neighbouring queries choose for themselves? Unions are in keys.",
             "",
-            _overlap_table(found),
+            _overlap_table(report),
         ]  # fmt: skip
     lines += ["## Figures", ""]
     for name in drawn:
         lines += [f"**{CAPTIONS[name]}**", "", f"![{CAPTIONS[name]}]({name})", ""]
-    lines += ["## Prompts", "", *[f"- {name}" for name in found["prompts"]], ""]
+    lines += ["## Prompts", "", *[f"- {name}" for name in report["prompts"]], ""]
     return "\n".join(lines)
 
 
-def _end_to_end_table(found: dict) -> str:
+def _end_to_end_table(report: dict) -> str:
     rows = []
-    for row in found["end_to_end"]:
+    for row in report["end_to_end"]:
         if "kl" not in row:
             continue
         rows.append({
@@ -98,9 +100,9 @@ def _tasks_note(config: dict) -> str:
     )
 
 
-def _tasks_table(found: dict) -> str:
+def _tasks_table(report: dict) -> str:
     rows = []
-    for row in found["end_to_end"]:
+    for row in report["end_to_end"]:
         if "score" not in row:
             continue
         rows.append({
@@ -112,12 +114,12 @@ def _tasks_table(found: dict) -> str:
             **{task: _percent(score) for task, score in row["scores"].items()},
         })  # fmt: skip
     names = {"evidence": "evidence", "support": "support", "k": "k", "score": "mean", "difference": "minus dense"}
-    return markdown_table(rows, {**names, **{task: task for task in found["config"]["tasks"]}})
+    return markdown_table(rows, {**names, **{task: task for task in report["config"]["tasks"]}})
 
 
-def _layers_table(found: dict) -> str:
+def _layers_table(report: dict) -> str:
     rows = []
-    for (k, label), group in _grouped(found["layers"], ("k", "label")):
+    for (k, label), group in _grouped(report["layers"], ("k", "label")):
         rows.append({
             "evidence": "oracle",
             "support": label,
@@ -136,9 +138,9 @@ def _layers_table(found: dict) -> str:
     return markdown_table(rows, headings)
 
 
-def _overlap_table(found: dict) -> str:
+def _overlap_table(report: dict) -> str:
     rows = []
-    for (k, heads), group in _grouped(found["overlap"], ("k", "heads")):
+    for (k, heads), group in _grouped(report["overlap"], ("k", "heads")):
         unions = {
             name: f"{_mean(group, name):.0f} ({_mean(group, name) / k:.1f}k)" for name in group[0] if "union" in name
         }

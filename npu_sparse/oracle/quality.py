@@ -44,7 +44,7 @@ def measure(
         prompts: int64 `[T]` each.
         dense: `hidden_states` of `dense_model` for the same prompts and stride.
     """
-    found = []
+    results = []
     for ids, reference in zip(prompts, dense):
         retained: dict[int, float] = {}
 
@@ -58,11 +58,11 @@ def measure(
             )
         with attached:
             hidden = hidden_states(model, ids, stride)
-        found.append({
+        results.append({
             **compare(dense_model, reference, model, hidden),
             "retained_by_layer": [retained[layer] for layer in sorted(retained)] if retained else None,
         })  # fmt: skip
-    return found
+    return results
 
 
 @torch.no_grad()

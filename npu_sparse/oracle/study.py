@@ -158,16 +158,16 @@ OVERLAP_FORM = {"layer": int, "heads": {"all", "kv"}, "k": int, "jaccard": float
 def _measures(study: Study) -> dict[str, Callable[[], dict]]:
     """What measures each cell, by name, the floor and the layers first."""
     config = study.config
-    found: dict[str, Callable[[], dict]] = {}
+    measures: dict[str, Callable[[], dict]] = {}
     if config.tasks:
-        found["dense"] = lambda: {"scores": _scores(study, study.model)}
+        measures["dense"] = lambda: {"scores": _scores(study, study.model)}
     if config.floor_dtype:
-        found[f"noise-{config.floor_dtype}"] = lambda: _noise_floor(study)
+        measures[f"noise-{config.floor_dtype}"] = lambda: _noise_floor(study)
     for n in range(config.layer_prompts):
-        found[f"layers-{n}"] = lambda n=n: _layers(study, n)
+        measures[f"layers-{n}"] = lambda n=n: _layers(study, n)
     for variant in variants(config, study.architecture.kv_heads):
-        found[variant.cell] = lambda variant=variant: _end_to_end(study, variant)
-    return found
+        measures[variant.cell] = lambda variant=variant: _end_to_end(study, variant)
+    return measures
 
 
 def _cells(study: Study, directory: Path) -> Cells:
@@ -193,7 +193,7 @@ def _cells(study: Study, directory: Path) -> Cells:
 
 
 def _measure(study: Study, cells: Cells, shard: tuple[int, int]) -> None:
-    """Measures this shard's cells that are not there."""
+    """Measures the unfinished cells of this shard."""
     measures = _measures(study)
     if there := _records(study, cells):
         say(f"oracle: {len(there)} of {len(measures)} cells are there already")
@@ -228,9 +228,7 @@ def _first_figures(cell: dict) -> str:
 def _end_to_end(study: Study, variant: Variant) -> dict:
     config = study.config
     selector = _selector(variant, config)
-    budget = Budget(
-        variant.k, variant.block, variant.reduce or "max", share_layers=variant.share_layers, tail=config.tail
-    )  # fmt: skip
+    budget = config.budget_of(variant)
     prompts = quality.measure(
         study.model, study.ids, study.dense, study.model, selector=selector, budget=budget, impl=config.impl,
         stride=config.position_stride, workspace_mib=config.workspace_mib,
@@ -275,7 +273,7 @@ def _layers(study: Study, n: int) -> dict:
 
 
 def _write(study: Study, cells: dict[str, dict], output: Path) -> dict:
-    found = {
+    report = {
         "stage": "oracle",
         "config": study.config.to_dict(),
         "model": {**checkpoints.identity(study.model), **study.architecture.to_dict()},
@@ -285,10 +283,10 @@ def _write(study: Study, cells: dict[str, dict], output: Path) -> dict:
         "seconds": round(sum(cell["seconds"] for cell in cells.values()), 1),
         **summarise(study.config, study.architecture.kv_heads, cells),
     }
-    write_json(output / "report.json", found)
-    drawn = figures.draw(found)
+    write_json(output / "report.json", report)
+    drawn = figures.draw(report)
     for name, figure in drawn.items():
         write_figure(output / name, figure)
-    write_text(output / "report.md", page.markdown(found, list(drawn)))
+    write_text(output / "report.md", page.markdown(report, list(drawn)))
     say(f"oracle: wrote {output / 'report.md'}")
-    return found
+    return report

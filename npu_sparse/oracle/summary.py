@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from ..runs.stats import Estimate, macro_difference, macro_mean
 from .config import OracleConfig, Variant, sparsity, variants
 
-LEAST_VALUES = 3  # fewer have no interval
+LEAST_VALUES = 3  # fewer values get no interval
 AVERAGED = ("kl", "agreement", "kl_second_half", "agreement_second_half")
 
 

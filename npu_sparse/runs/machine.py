@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor or card, versions, commit."""
+"""The machine that a figure was measured on: processor or card, versions, commit."""
 
 import os
 import platform
@@ -10,17 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FORM = {"processor": str, "cores": (int, None), "commit": str, "dirty": bool, "date": str}  # of `machine()`, as a record has it
+FORM = {"processor": str, "cores": (int, None), "commit": str, "dirty": bool, "date": str}  # how a record keeps `machine()`
 
 
 def machine(device: str = "cpu") -> dict:
-    """What a figure was measured on: processor or card, versions, commit and whether the tree was changed.
+    """The machine that a figure is measured on: processor or card, versions, commit and whether the tree was changed.
 
     The commit is this project's: "" where the package is installed, whatever repository that installation lies in. Where the tree
     travels without its history, `NPU_SPARSE_COMMIT` says which commit it is.
     """
     stated = os.environ.get("NPU_SPARSE_COMMIT")
-    found = {
+    facts = {
         "processor": _processor(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),
@@ -32,21 +32,21 @@ def machine(device: str = "cpu") -> dict:
     }
     for package in ("torch", "transformers", "triton", "npu-sparse", "fla-core", "fa3-fwd"):
         try:
-            found[package] = version(package)
+            facts[package] = version(package)
         except PackageNotFoundError:
             pass
     if device.startswith("cuda"):
         import torch
 
-        found["card"] = torch.cuda.get_device_name(device)
-    return found
+        facts["card"] = torch.cuda.get_device_name(device)
+    return facts
 
 
 @cache
 def fast_dtype(device: str = "cpu") -> str:
-    """"bfloat16", or "float32" on a processor that multiplies no faster in bfloat16: there it can be tens of times slower.
+    """"bfloat16", or "float32" on a processor that is not faster in bfloat16, where it can be tens of times slower.
 
-    Decided by one small product in each, once a process, because flags of a processor do not say what a library makes of them.
+    One small product in each dtype decides, once a process, because a processor's flags do not say whether a library uses them.
     """
     if not device.startswith("cpu"):
         return "bfloat16"
@@ -70,11 +70,11 @@ def chosen_dtype(dtype: str, device: str) -> str:
     return fast_dtype(device) if dtype == "auto" else dtype
 
 
-def machine_line(found: dict) -> str:
+def machine_line(facts: dict) -> str:
     """One sentence of `machine()` for a caption."""
-    where = found.get("card") or f"{found['processor']}, {found['cores']} cores"
-    commit = f"{found['commit'] or 'unknown'}{'+changes' if found['dirty'] else ''}"
-    return f"{where}; torch {found.get('torch')}, transformers {found.get('transformers')}; commit {commit}; {found['date']}"
+    where = facts.get("card") or f"{facts['processor']}, {facts['cores']} cores"
+    commit = f"{facts['commit'] or 'unknown'}{'+changes' if facts['dirty'] else ''}"
+    return f"{where}; torch {facts.get('torch')}, transformers {facts.get('transformers')}; commit {commit}; {facts['date']}"
 
 
 def _processor() -> str:

@@ -1,8 +1,7 @@
 """Run directories: config.json first, named cells, everything written atomically; resumed by the same config, refused by another.
 
-A run is a list of cells. A cell is finished when its record is there, is never computed again, and may be computed by any of
-several processes that share the directory. A record is accepted only as that of its own cell, and only whole: whatever is wrong
-with a file is one RunError that names it.
+A run is a list of cells. A cell with a record is finished and never computed again; several processes may share a directory and
+divide its cells. A record must be complete and belong to its cell: whatever is wrong with a file is one RunError that names it.
 """
 
 import errno
@@ -21,7 +20,7 @@ from pathlib import Path
 
 from ..errors import FAILURE, USER_ERROR, ActionableError
 
-DEEPEST = 50  # lists and objects within each other
+DEEPEST = 50  # the most lists and objects within each other
 TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
@@ -35,9 +34,6 @@ class RunError(ActionableError, ValueError):
         return FAILURE if isinstance(self.__cause__, OSError) else USER_ERROR
 
 
-# Directories
-
-
 def open_run(directory, config: Mapping, *, upgrade: Callable[[dict], dict] | None = None) -> Path:
     """The directory of a run, with `config` in config.json.
 
@@ -46,7 +42,7 @@ def open_run(directory, config: Mapping, *, upgrade: Callable[[dict], dict] | No
     RunError: nothing is ever mixed or overwritten.
 
     Args:
-        upgrade: makes the config of an earlier version one of this version; what it raises means that there is another run.
+        upgrade: turns the config of an earlier version into one of this version; an exception means that it is another run's.
     """
     directory = Path(directory)
     config = json.loads(json.dumps(config))
@@ -61,15 +57,15 @@ def open_run(directory, config: Mapping, *, upgrade: Callable[[dict], dict] | No
                 return directory
     except OSError as error:
         raise RunError(f"output directory {directory} must be writable ({error.strerror})") from error
-    found = _config(directory)
-    if upgrade is not None and found != config:
+    stored = _config(directory)
+    if upgrade is not None and stored != config:
         try:
-            found = json.loads(json.dumps(upgrade(found)))
+            stored = json.loads(json.dumps(upgrade(stored)))
         except Exception:  # whatever an unknown config raises: the comparison below says what differs
             pass
-    if found != config:
-        keys = [key for key in {**found, **config} if found.get(key, ...) != config.get(key, ...)]
-        change = ", ".join(f"{key} = {shown(found.get(key))} there, {shown(config.get(key))} now" for key in sorted(keys)[:3])
+    if stored != config:
+        keys = [key for key in {**stored, **config} if stored.get(key, ...) != config.get(key, ...)]
+        change = ", ".join(f"{key} = {shown(stored.get(key))} there, {shown(config.get(key))} now" for key in sorted(keys)[:3])
         raise RunError(f"output directory {directory} holds another run ({change}): choose another directory")
     for folder in (directory, *(entry for entry in directory.iterdir() if entry.is_dir() and not entry.is_symlink())):
         sweep(folder)
@@ -79,9 +75,9 @@ def open_run(directory, config: Mapping, *, upgrade: Callable[[dict], dict] | No
 def open_stage(directory, stage: str, config, **beside) -> Path:
     """`open_run` of a stage's config, an object with `to_dict` and `from_dict`; a field that came later has its default there."""
 
-    def upgrade(found: dict) -> dict:
-        own = {key: value for key, value in found.items() if key not in ("stage", *beside)}
-        return {"stage": found["stage"], **{key: found[key] for key in beside}, **type(config).from_dict(own).to_dict()}
+    def upgrade(stored: dict) -> dict:
+        own = {key: value for key, value in stored.items() if key not in ("stage", *beside)}
+        return {"stage": stored["stage"], **{key: stored[key] for key in beside}, **type(config).from_dict(own).to_dict()}
 
     return open_run(directory, {"stage": stage, **beside, **config.to_dict()}, upgrade=upgrade)
 
@@ -89,14 +85,14 @@ def open_stage(directory, stage: str, config, **beside) -> Path:
 def read_stage(directory, stage: str, config_class):
     """The config of a run of this stage, made by `config_class.from_dict`. RunError where config.json is none."""
     directory = Path(directory)
-    found = _config(directory)
-    if (own := found.pop("stage", None)) != stage:
+    stored = _config(directory)
+    if (own := stored.pop("stage", None)) != stage:
         raise RunError(f"{directory} must be the directory of a run of {stage}, got a config.json of stage {shown(own)}")
     try:
         for name, hint in typing.get_type_hints(config_class).items():
-            if name in found:
-                check(found[name], _form(hint), name)
-        return config_class.from_dict(found)
+            if name in stored:
+                check(stored[name], _form(hint), name)
+        return config_class.from_dict(stored)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RunError(f"{directory / 'config.json'} cannot be read ({error})") from error
 
@@ -113,15 +109,12 @@ def _form(hint):
 
 def _config(directory: Path) -> dict:
     try:
-        found = _decoded((directory / "config.json").read_bytes())
+        stored = _decoded((directory / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise RunError(f"output directory {directory}: config.json cannot be read ({_reason(error)})") from error
-    if not isinstance(found, dict):
+    if not isinstance(stored, dict):
         raise RunError(f"output directory {directory}: config.json cannot be read (it holds no object)")
-    return found
-
-
-# Cells
+    return stored
 
 
 @dataclass(frozen=True)
@@ -189,9 +182,6 @@ def check_shard(shard: tuple[int, int]) -> None:
     part, parts = shard
     if not 0 <= part < parts:
         raise ValueError(f"shard must be (i, n) with 0 <= i < n, got {shard}")
-
-
-# Reading
 
 
 def read_json(path, form=None):
@@ -285,9 +275,6 @@ def _decoded(data: bytes):
 
 def _reason(error: Exception) -> str:
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-# Writing
 
 
 def replace_files(files: Mapping[Path, bytes]) -> None:

@@ -83,7 +83,7 @@ class Choice:
 
 def ranked(scop: Scop) -> list[tuple[Choice, isl.Schedule]]:
     """Choices that schedule the scop differently, with their trees, the most promising by the model first."""
-    weights, found, seen = _weights(), [], set()
+    weights, scored, seen = _weights(), [], set()
     dependences = analyse(scop)
     for text, bonus in weights["choices"].items():
         choice = Choice.parse(text)
@@ -94,9 +94,9 @@ def ranked(scop: Scop) -> list[tuple[Choice, isl.Schedule]]:
         if str(tree) not in seen:
             seen.add(str(tree))
             value = sum(weights["features"][name] * number for name, number in zip(FEATURES, features(scop, tree)))
-            found.append((value + bonus, choice, tree))
-    found.sort(key=lambda item: -item[0])
-    return [(choice, tree) for _, choice, tree in found]
+            scored.append((value + bonus, choice, tree))
+    scored.sort(key=lambda item: -item[0])
+    return [(choice, tree) for _, choice, tree in scored]
 
 
 @cache
@@ -177,18 +177,18 @@ def _paths(tree: isl.Schedule) -> Iterator[tuple[str, list[_Loop]]]:
 def _row(row: isl.UnionPwAff, mark: str, parallel: bool) -> dict[str, _Loop]:
     pieces: list[isl.PwAff] = []
     row.foreach_pw_aff(pieces.append)
-    found = {}
+    loops = {}
     for piece in pieces:
         affs: list[isl.Aff] = []
         piece.foreach_piece(lambda _, aff, affs=affs: affs.append(aff))
         iterators = range(affs[0].dim(isl.dim_type.in_))
         coefficients = tuple(affs[0].get_coefficient_val(isl.dim_type.in_, k).sgn() for k in iterators)
         tiles = affs[0].dim(isl.dim_type.div) > 0
-        found[piece.get_tuple_id(isl.dim_type.in_).get_name()] = _Loop(coefficients, tiles, mark, parallel)
-    return found
+        loops[piece.get_tuple_id(isl.dim_type.in_).get_name()] = _Loop(coefficients, tiles, mark, parallel)
+    return loops
 
 
 def _names(domain: isl.UnionSet) -> list[str]:
-    found: list[str] = []
-    domain.foreach_set(lambda points: found.append(points.get_tuple_name()))
-    return found
+    names: list[str] = []
+    domain.foreach_set(lambda points: names.append(points.get_tuple_name()))
+    return names

@@ -64,9 +64,9 @@ def schedule_file(
         scop = parse_c(source, **options, number=number, text=generated)
         if search_s:
             known = tune.load(tuned, scop)
-            found = tune.search(scop, generated, dict(sizes), budget_s=search_s, threads=os.cpu_count() or 1, flags=flags,
+            fastest = tune.search(scop, generated, dict(sizes), budget_s=search_s, threads=os.cpu_count() or 1, flags=flags,
                                 separate=separate, start=known.choice if known else "")  # fmt: skip
-            tune.save(tuned, scop, found)
+            tune.save(tuned, scop, fastest)
         new = _by_choice(scop, tuned) if tuned else _by_strategy(scop, settings)
         violations = legality.check(scop, new.tree.get_map(), settings.relax_reductions and not tuned)
         if violations:
@@ -111,17 +111,17 @@ def _by_strategy(scop: Scop, settings: config.Config) -> _Made:
 
 
 def _by_choice(scop: Scop, tuned: Path) -> _Made:
-    found = tune.load(tuned, scop)
-    if found is None:
+    fastest = tune.load(tuned, scop)
+    if fastest is None:
         where = scop.function or scop.source
         raise ScopError(f"{tuned} must have a choice for the region of {where}, got none: --search finds one")
-    sizes = ", ".join(f"{name} = {value:g}" for name, value in found.sizes.items())
-    note = f"{found.choice}, {found.speedup:.3g}x of the original with {found.threads} threads at {sizes}"
-    failed = tuple(f"{name} was left out: {why[:200]}" for name, why in found.failures.items())
-    if found.choice == tune.ORIGINAL:
+    sizes = ", ".join(f"{name} = {value:g}" for name, value in fastest.sizes.items())
+    note = f"{fastest.choice}, {fastest.speedup:.3g}x of the original with {fastest.threads} threads at {sizes}"
+    failed = tuple(f"{name} was left out: {why[:200]}" for name, why in fastest.failures.items())
+    if fastest.choice == tune.ORIGINAL:
         plan = original(scop)
         return _Made(scop, plan.tree(), (note, *failed), plan, unchanged=True)
-    return _Made(scop, Choice.parse(found.choice).tree(scop), (note, *failed))
+    return _Made(scop, Choice.parse(fastest.choice).tree(scop), (note, *failed))
 
 
 def _whole(scops: list[Scop]) -> Scop:

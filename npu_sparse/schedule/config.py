@@ -148,16 +148,16 @@ class _Reader:
         """Reader of a list of mappings that each have a scheduling_dimension: default, 0, 1 ..."""
 
         def result(node: yaml.Node, what: str) -> dict:
-            found: dict = {}
+            dimensions: dict = {}
             for item in self.items(node, what):
                 pairs = self.pairs(item, what)
                 self.needs(item, pairs, ("scheduling_dimension",), what)
                 key = pairs.pop("scheduling_dimension")[1]
                 number = None if getattr(key, "value", None) == "default" else self.dimension_number(key)
-                if number in found:
+                if number in dimensions:
                     self.fail(key, f"{what} must have one entry per scheduling_dimension, got {key.value} twice")
-                found[number] = read(item, pairs)
-            return found
+                dimensions[number] = read(item, pairs)
+            return dimensions
 
         return result
 
@@ -185,14 +185,14 @@ class _Reader:
     def pairs(self, node: yaml.Node, what: str) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         if not isinstance(node, yaml.MappingNode):
             self.fail(node, f"{what} must be a mapping, got {_text(node)}")
-        found: dict = {}
+        entries: dict = {}
         for key, value in node.value:
             if not isinstance(key, yaml.ScalarNode):
                 self.fail(key, f"key of {what} must be a text, got {_text(key)}")
-            if key.value in found:
+            if key.value in entries:
                 self.fail(key, f"{what} must have each key once, got {key.value!r} twice")
-            found[key.value] = (key, value)
-        return found
+            entries[key.value] = (key, value)
+        return entries
 
     def only(self, pairs: dict, allowed: tuple[str, ...], what: str) -> None:
         for name, (key, _) in pairs.items():

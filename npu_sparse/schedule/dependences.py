@@ -52,7 +52,7 @@ def dependences(scop: Scop, relax_reductions: bool = False) -> list[Dependence]:
 
     Arrays whose conflicts need integer division (A[i / 2], A[2 * i] against A[j]) get all ordered pairs, not the last only.
     """
-    found, dense = [], _without_strides(scop)
+    edges, dense = [], _without_strides(scop)
     for array in scop.arrays:
         reads, writes = _uses(scop, array, "read", dense), _uses(scop, array, "write", dense)
         if not writes:
@@ -78,14 +78,14 @@ def dependences(scop: Scop, relax_reductions: bool = False) -> list[Dependence]:
                 relation = pair.factor_domain().apply_domain(dense[source.statement.name].reverse())
                 relation = relation.apply_range(dense[sink.statement.name].reverse()).intersect_params(scop.context)
                 for part in _basic_maps(relation):
-                    found.append(Dependence(kind, source.statement.name, sink.statement.name, part, array, reduction))
-    return found
+                    edges.append(Dependence(kind, source.statement.name, sink.statement.name, part, array, reduction))
+    return edges
 
 
 def updates(scop: Scop) -> list[Dependence]:
     """All pairs of updates x op= e of one element by one statement, the earlier first: where these run in any order, it is not
     enough to know those that follow each other in the order of the source."""
-    found = []
+    edges = []
     for statement in scop.statements:
         if statement.reduction is None:
             continue
@@ -94,8 +94,8 @@ def updates(scop: Scop) -> list[Dependence]:
         pairs = element.apply_range(element.reverse()).intersect_params(scop.context)
         pairs = pairs.intersect(place.lex_lt_map(place))
         for part in _basic_maps(pairs):
-            found.append(Dependence("RAW", statement.name, statement.name, part, statement.writes[0].array, True))
-    return found
+            edges.append(Dependence("RAW", statement.name, statement.name, part, statement.writes[0].array, True))
+    return edges
 
 
 def _last(scop: Scop, sources: list[_Use], sinks: list[_Use], hiding: list[_Use], reading: bool,
@@ -105,17 +105,17 @@ def _last(scop: Scop, sources: list[_Use], sinks: list[_Use], hiding: list[_Use]
     info = isl.UnionAccessInfo.from_sink(_union(scop, [use.relation for use in sinks])).set_schedule_map(schedule)
     info = info.set_may_source(_union(scop, [use.relation for use in sources]))
     info = info.set_kill(kill) if reading else info.set_must_source(kill)
-    found = []
+    flows = []
     try:
-        info.compute_flow().get_may_dependence().foreach_map(found.append)
+        info.compute_flow().get_may_dependence().foreach_map(flows.append)
     except isl.Error:  # an error inside isl 0.28, seen on domains with several bounds
         return None
-    return sorted(found, key=lambda m: (_tag(m.get_space().domain()), _tag(m.get_space().range())))
+    return sorted(flows, key=lambda m: (_tag(m.get_space().domain()), _tag(m.get_space().range())))
 
 
 def _every(sources: list[_Use], sinks: list[_Use], orders: dict) -> list[isl.Map]:
     """Pairs of a sink and all that touched the element before it, one map for each level at which their places part."""
-    found = []
+    conflicts = []
     for source in sources:
         for sink in sinks:
             touching = source.relation.apply_range(sink.relation.reverse())
@@ -123,9 +123,9 @@ def _every(sources: list[_Use], sinks: list[_Use], orders: dict) -> list[isl.Map
             before = isl.Map.universe(places)
             for level in range(places.dim(isl.dim_type.out)):
                 now = before.order_lt(isl.dim_type.in_, level, isl.dim_type.out, level)
-                found.append(touching.intersect(orders[source.tag].apply_range(now).apply_range(orders[sink.tag].reverse())))
+                conflicts.append(touching.intersect(orders[source.tag].apply_range(now).apply_range(orders[sink.tag].reverse())))
                 before = before.equate(isl.dim_type.in_, level, isl.dim_type.out, level)
-    return [pair for pair in found if not pair.is_empty()]
+    return [pair for pair in conflicts if not pair.is_empty()]
 
 
 def _without_strides(scop: Scop) -> dict[str, isl.Map]:

@@ -78,26 +78,26 @@ def _own(band: Band, shared: int, name: str, scop: Scop, gain: Gain, within: isl
 
 def _pairs(scop: Scop) -> Pairs:
     """Every pair of instances that must keep its order, by source and sink."""
-    found: Pairs = {}
+    merged: Pairs = {}
     everything: list[isl.Map] = []
     flow(scop).union(storage(scop)).foreach_map(everything.append)
     for m in everything:
         key = (m.get_tuple_name(isl.dim_type.in_), m.get_tuple_name(isl.dim_type.out))
-        found[key] = found[key].union(m) if key in found else m
-    return found
+        merged[key] = merged[key].union(m) if key in merged else m
+    return merged
 
 
 def _within(pairs: Pairs, loops: tuple[Loop, ...], names: tuple[str, ...], scop: Scop) -> Pairs:
     """The pairs of these statements in one iteration of the loops."""
-    found = {}
+    inside = {}
     for (source, sink), pair in pairs.items():
         if source in names and sink in names:
             for loop in loops:
                 there = _row(loop, scop.statement(sink), scop)
                 pair = pair.intersect(_row(loop, scop.statement(source), scop).apply_range(there.reverse()))
             if not pair.is_empty():
-                found[source, sink] = pair
-    return found
+                inside[source, sink] = pair
+    return inside
 
 
 def _order(names: list[str], within: Pairs) -> list[str] | None:

@@ -21,10 +21,10 @@ def from_isl(scop: Scop, active: Iterable[Dependence]) -> Plan | None:
     constraints = constraints.set_validity(relation).set_proximity(relation).set_coincidence(relation)
     names = tuple(statement.name for statement in scop.statements)
     try:
-        found = constraints.compute_schedule()
+        schedule = constraints.compute_schedule()
     except isl.Error:  # it cannot carry every dependence
         return None
-    root = _from_node(found.get_root(), names, scop)
+    root = _from_node(schedule.get_root(), names, scop)
     return None if root is None else Plan(scop, root, "isl's scheduler")
 
 
@@ -58,7 +58,7 @@ def _from_node(node: isl.ScheduleNode, names: tuple[str, ...], scop: Scop) -> No
 
 
 def _exprs(rows: isl.UnionPwAff, scop: Scop) -> dict[str, str] | None:
-    found: dict[str, str] = {}
+    exprs: dict[str, str] = {}
     pieces: list[isl.PwAff] = []
     rows.foreach_pw_aff(pieces.append)
     for piece in pieces:
@@ -74,8 +74,8 @@ def _exprs(rows: isl.UnionPwAff, scop: Scop) -> dict[str, str] | None:
             for kind, size in ((isl.dim_type.in_, len(statement.iterators)), (isl.dim_type.param, len(scop.parameters)))
         ]
         form = Form(values[0], values[1], aff.get_constant_val().to_python())
-        found[name] = text(form, statement.iterators, scop.parameters)
-    return found
+        exprs[name] = text(form, statement.iterators, scop.parameters)
+    return exprs
 
 
 def isl_tree(scop: Scop, tile: int | tuple[int, ...] = 0) -> isl.Schedule:

@@ -51,21 +51,21 @@ def check(scop: Scop, schedule: isl.UnionMap, relax_reductions: bool = False) ->
             the instances.
         relax_reductions: allows any order among the updates x op= e of one statement.
     """
-    found, places = [], {}
+    violations, places = [], {}
     width = _width(schedule)
     for statement in scop.statements:
         place = _of(statement, schedule, width)
         missing = statement.domain.intersect_params(scop.context).subtract(place.domain())
         if not missing.is_empty():
-            found.append(_witness("unscheduled", statement, statement, "", isl.Map.identity(
+            violations.append(_witness("unscheduled", statement, statement, "", isl.Map.identity(
                 missing.get_space().map_from_set()).intersect_domain(missing)))
         elif not place.is_single_valued():
             twice = place.intersect_params(scop.context).apply_range(_different(place)).apply_range(place.reverse())
             twice = twice.intersect(isl.Map.identity(twice.get_space()))
-            found.append(_witness("ambiguous", statement, statement, "", twice))
+            violations.append(_witness("ambiguous", statement, statement, "", twice))
         places[statement.name] = place
-    if found:
-        return found
+    if violations:
+        return violations
     length = max(len(statement.position) for statement in scop.statements)
     orders = {s.name: statement_schedule(s, length).intersect_domain(s.domain) for s in scop.statements}
     for source in scop.statements:
@@ -77,9 +77,9 @@ def check(scop: Scop, schedule: isl.UnionMap, relax_reductions: bool = False) ->
                 for first in before:
                     wrong = _not_before(conflict.intersect(first), places[source.name], places[sink.name])
                     if wrong is not None:
-                        found.append(_witness(kind, source, sink, array, wrong))
+                        violations.append(_witness(kind, source, sink, array, wrong))
                         break
-    return found
+    return violations
 
 
 def _conflicts(scop: Scop, source: Statement, sink: Statement, relax: bool):
@@ -100,12 +100,12 @@ def _conflicts(scop: Scop, source: Statement, sink: Statement, relax: bool):
 
 def _ordered(source: isl.Map, sink: isl.Map) -> list[isl.Map]:
     """Pairs of instances in which the source runs first, one map for each level at which their places part."""
-    found = []
+    ordered = []
     for level in range(source.dim(isl.dim_type.out)):
         pairs = source.apply_range(_compare(source, level, "<")).apply_range(sink.reverse())
         if not pairs.is_empty():
-            found.append(pairs)
-    return found
+            ordered.append(pairs)
+    return ordered
 
 
 def _not_before(pairs: isl.Map, source: isl.Map, sink: isl.Map) -> isl.Map | None:

@@ -11,10 +11,10 @@ from npu_sparse.schedule.scop import Scop, accumulation
 
 def union(maps: Iterable[isl.Map]) -> isl.UnionMap:
     """All of the maps together."""
-    found = isl.UnionMap.read_from_str(isl.DEFAULT_CONTEXT, "{ }")
+    joined = isl.UnionMap.read_from_str(isl.DEFAULT_CONTEXT, "{ }")
     for m in maps:
-        found = found.union(isl.UnionMap.from_map(m))
-    return found
+        joined = joined.union(isl.UnionMap.from_map(m))
+    return joined
 
 
 def _reads(scop: Scop, array: str = "") -> list[isl.Map]:
@@ -23,8 +23,8 @@ def _reads(scop: Scop, array: str = "") -> list[isl.Map]:
 
 def _writes(scop: Scop, array: str = "", may: bool = False) -> list[isl.Map]:
     """The writes that surely happen, or with `may` those that perhaps do."""
-    found = [(s, a) for s in scop.statements for a in s.writes if array in ("", a.array) and a.may == may]
-    return [a.relation.intersect_domain(s.domain) for s, a in found]
+    writes = [(s, a) for s in scop.statements for a in s.writes if array in ("", a.array) and a.may == may]
+    return [a.relation.intersect_domain(s.domain) for s, a in writes]
 
 
 def flow(scop: Scop) -> isl.UnionMap:
@@ -120,7 +120,7 @@ class Dependences:
         pairs of their instances."""
         inside = {s.get_tuple_name() for s in _sets(domain)}
         using = [s for s in self.scop.statements if s.name in inside and name in {a.array for a in (*s.reads, *s.writes)}]
-        found, pairs = [], union([])
+        names, pairs = [], union([])
         for s in using:
             if s.writes[0].array != name or not accumulation(s):
                 continue
@@ -132,21 +132,21 @@ class Dependences:
             ).intersect_domain(domain)  # fmt: skip
             alone = written.apply_range(others.reverse()).intersect(beside).is_empty()
             if alone and outer.intersect_domain(points).reverse().apply_range(written).is_single_valued():
-                found.append(s.name)
+                names.append(s.name)
                 pairs = pairs.union(isl.UnionMap.from_domain_and_range(points, points))
-        return tuple(found), pairs
+        return tuple(names), pairs
 
 
 def _sets(domain: isl.UnionSet) -> list[isl.Set]:
-    found: list[isl.Set] = []
-    domain.foreach_set(found.append)
-    return found
+    sets: list[isl.Set] = []
+    domain.foreach_set(sets.append)
+    return sets
 
 
 def _witness(pairs: isl.UnionMap) -> str:
     """A pair of statement instances, as "S0[1, 2] to S1[3]"."""
-    found: list[isl.Map] = []
-    pairs.foreach_map(found.append)
-    source = found[0].domain().sample_point()
-    sink = found[0].intersect_domain(isl.Set.from_point(source)).range().sample_point()
+    maps: list[isl.Map] = []
+    pairs.foreach_map(maps.append)
+    source = maps[0].domain().sample_point()
+    sink = maps[0].intersect_domain(isl.Set.from_point(source)).range().sample_point()
     return " to ".join(re.search(r"\w+\[[^\]]*\]", re.sub(r"^.*->", "", str(point)))[0] for point in (source, sink))

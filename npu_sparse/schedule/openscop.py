@@ -43,8 +43,8 @@ def _context(scop: Scop) -> isl.Map:
 
 
 def _scattering(statement: Statement, schedule: isl.UnionMap, scop: Scop) -> isl.Map:
-    found = isl.Map.from_union_map(schedule.intersect_domain(isl.UnionSet.from_set(statement.domain)))
-    return found.gist_domain(statement.domain.intersect_params(scop.context)).coalesce()
+    scattering = isl.Map.from_union_map(schedule.intersect_domain(isl.UnionSet.from_set(statement.domain)))
+    return scattering.gist_domain(statement.domain.intersect_params(scop.context)).coalesce()
 
 
 def _padded(relation: isl.Map, width: int) -> isl.Map:

@@ -55,15 +55,15 @@ REFERENCES = {f.__name__: f for f in (softmax, rms_norm_residual, rope, indexer,
 
 def inputs(scop: Scop, sizes: dict[str, int], seed: int = 0) -> dict[str, np.ndarray]:
     """Random fp32 arrays of the scop's shapes, in fp64. Square arrays called a, the solvers' matrices, are well conditioned."""
-    random, found = np.random.default_rng(seed), {}
+    random, arrays = np.random.default_rng(seed), {}
     for array in scop.arrays.values():
         if array.shape:
             shape = tuple(eval(extent, {}, dict(sizes)) for extent in array.shape)
             values = random.standard_normal(shape)
             if array.name == "a" and shape == shape[:1] * 2:
                 values = 0.1 * values + 4 * np.eye(len(values))
-            found[array.name] = values.astype(np.float32).astype(np.float64)
-    return found
+            arrays[array.name] = values.astype(np.float32).astype(np.float64)
+    return arrays
 
 
 def largest_error(reference, arrays: dict[str, np.ndarray], results: dict[str, np.ndarray], **scalars: float) -> float:

@@ -152,9 +152,6 @@ def _bands(node: Node, statements: tuple[str, ...]):
         yield from _bands(node.child, statements)
 
 
-# --------------------------------------------------------------------------------------------------------------------- rows
-
-
 def _rows(plan: Plan) -> tuple[Row, ...]:
     names = tuple(statement.name for statement in plan.scop.statements)
     counter = iter(range(10**9))
@@ -204,9 +201,6 @@ def _align(columns: list[list[Row]]) -> list[Row]:
             )
         )
     return merged
-
-
-# --------------------------------------------------------------------------------------------------------------------- tree
 
 
 def partial_schedule(scop: Scop, loops: list[dict[str, str]]) -> isl.MultiUnionPwAff:

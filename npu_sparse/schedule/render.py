@@ -49,17 +49,17 @@ def show_tree(tree: isl.Schedule) -> str:
 
 
 def _names(domain: isl.UnionSet) -> list[str]:
-    found: list[isl.Set] = []
-    domain.foreach_set(found.append)
-    return sorted((s.get_tuple_name() for s in found), key=lambda name: (len(name), name))
+    sets: list[isl.Set] = []
+    domain.foreach_set(sets.append)
+    return sorted((s.get_tuple_name() for s in sets), key=lambda name: (len(name), name))
 
 
 def _expressions(row: isl.UnionPwAff) -> str:
     """The loop of each statement, those with the same text together: "S0, S1: i"."""
-    found: list[isl.PwAff] = []
-    row.foreach_pw_aff(found.append)
+    pieces: list[isl.PwAff] = []
+    row.foreach_pw_aff(pieces.append)
     texts: dict[str, list[str]] = {}
-    for piece in found:
+    for piece in pieces:
         text = re.sub(r"^(\[[^\]]*\] -> )?\{ \w+\[[^\]]*\] -> \[\((.*)\)\] \}$", r"\2", str(piece))
         text = re.sub(r"floor\(\((\w+)\)/(\d+)\)", r"\1 / \2", re.sub(r"^\((floor\(.*\))\)$", r"\1", text))
         texts.setdefault(text, []).append(piece.get_tuple_id(isl.dim_type.in_).get_name())
@@ -192,21 +192,21 @@ def _fixed(scop: Scop, values: dict[str, int]) -> isl.Set:
 
 
 def _points(domain: isl.Set) -> list[tuple[int, ...]]:
-    found: list[isl.Point] = []
-    domain.foreach_point(found.append)
+    points: list[isl.Point] = []
+    domain.foreach_point(points.append)
     dims = range(domain.dim(isl.dim_type.set))
-    return sorted(tuple(p.get_coordinate_val(isl.dim_type.set, k).to_python() for k in dims) for p in found)
+    return sorted(tuple(p.get_coordinate_val(isl.dim_type.set, k).to_python() for k in dims) for p in points)
 
 
 def _pairs(relation: isl.UnionMap) -> list[tuple[tuple, tuple]]:
     maps: list[isl.Map] = []
     relation.foreach_map(maps.append)
-    found = []
+    pairs = []
     for m in maps:
         inputs = m.dim(isl.dim_type.in_)
         names = m.get_tuple_name(isl.dim_type.in_), m.get_tuple_name(isl.dim_type.out)
-        found += [((names[0], p[:inputs]), (names[1], p[inputs:])) for p in _points(m.wrap())]
-    return found
+        pairs += [((names[0], p[:inputs]), (names[1], p[inputs:])) for p in _points(m.wrap())]
+    return pairs
 
 
 def _ranks(order: isl.UnionMap, scop: Scop, values: dict[str, int]) -> dict[tuple, int]:

@@ -93,7 +93,7 @@ def _tree(group: Group) -> Node:
         allowed = "reversal, parametric shifts and coefficients up to 8 were allowed, parallelism was not required"
         group.problem.notes.append(f"{', '.join(group.names)}: no row as configured; {allowed}")
     loops, remaining = _close(full)
-    inside = replace(group, active=remaining, outer=(*group.outer, *full.band), found=full.found)
+    inside = replace(group, active=remaining, outer=(*group.outer, *full.band), directions=full.directions)
     return Band(loops, _tree(inside), permutable=len(loops) > 1)
 
 

@@ -61,24 +61,43 @@ class Statement:
 
 @dataclass(frozen=True)
 class Accumulation:
-    """A statement `element op= value;` in parts, for code that keeps the sum or product elsewhere for a while."""
+    """A statement `element op= value;` or `element = call(element, value);` in parts, for code that keeps it elsewhere."""
 
     element: str
-    assign: str  # "+=", "-=" or "*="
+    assign: str  # "+=", "-=" or "*="; "" with a call
     value: str
+    call: str = ""  # fmax, fmaxf, fmin or fminf
 
     @property
     def operator(self) -> str:
-        return "*" if self.assign == "*=" else "+"
+        """As OpenMP has it: "+", "*", "max" or "min"."""
+        return self.call[1:4] if self.call else "*" if self.assign == "*=" else "+"
+
+    @property
+    def start(self) -> str:
+        """The value of a part that holds nothing yet."""
+        return {"+": "0", "*": "1", "max": "-__builtin_inf()", "min": "__builtin_inf()"}[self.operator]
+
+    def update(self, part: str) -> str:
+        """The statement with a part in the place of the element."""
+        return f"{part} = {self.call}({part}, {self.value});" if self.call else f"{part} {self.assign} {self.value};"
+
+    def join(self, element: str, part: str) -> str:
+        """The statement by which an element takes in a part."""
+        return f"{element} = {self.call}({element}, {part});" if self.call else f"{element} {self.operator}= {part};"
 
 
 def accumulation(statement: Statement) -> Accumulation | None:
-    """The parts of an update of a sum or a product; None for other statements and ways to write it."""
-    found = re.fullmatch(r"([^=]*?)\s*([-+*]=)(?!=)\s*(.*);", statement.body.strip(), re.S)
-    if not found or statement.reduction not in ("+", "*"):
-        return None
-    parts = Accumulation(*found.groups())
-    return parts if parts.operator == statement.reduction else None
+    """The parts of an update of a sum, a product, a maximum or a minimum; None for other statements and ways to write it."""
+    body, parts = " ".join(statement.body.split()), None
+    if found := re.fullmatch(r"([^=]*?) ([-+*]=)(?!=) (.*);", body):
+        parts = Accumulation(*found.groups())
+    elif found := re.fullmatch(r"([^=]*?) = (fmaxf?|fminf?)\((.*)\);", body):
+        element, call, arguments = found.groups()
+        for value in (arguments.removeprefix(f"{element}, "), arguments.removesuffix(f", {element}")):
+            if value != arguments:
+                parts = Accumulation(element, "", value, call)
+    return parts if parts and parts.operator == statement.reduction else None
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,8 @@ class Config:
             connected components of equal depth. "parallelism": what costs no component parallel loops. "none": nothing.
         negative_coefficients: let rows reverse loops and skew both ways.
         parametric_shift: let rows contain parameters.
-        relax_reductions: let the updates x op= e of one statement run in any order, and sums and products of one element in
-            parallel or in SIMD lanes, which reassociates op.
+        relax_reductions: let the updates x op= e of one statement run in any order, and sums, products, maxima and minima of one
+            element in parallel or in SIMD lanes, which reassociates op.
         privatisation: let rows that require_parallel be sequential for the storage, not the values, of temporaries.
         code_sinking: let a statement whose own loops are all found share further loops of deeper statements; otherwise the band
             ends there and the statement goes before or after those loops.

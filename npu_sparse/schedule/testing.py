@@ -56,7 +56,7 @@ def execute(text: str, sizes: dict[str, int], function: str | None = None) -> li
 
 def instances(scop: Scop, sizes: dict[str, int]) -> list[tuple[str, Instance]]:
     """The statement instances that a scop describes, with their statements' names, in the order it describes."""
-    found = []
+    timed = []
     for statement in scop.statements:
         reads, writes = ([_elements(access.relation, len(statement.iterators), sizes) for access in accesses]
                          for accesses in (statement.reads, statement.writes))
@@ -65,37 +65,37 @@ def instances(scop: Scop, sizes: dict[str, int]) -> list[tuple[str, Instance]]:
             time = tuple(entry if isinstance(entry, int) else -place[entry[1:]] if entry[0] == "-" else place[entry]
                          for entry in statement.position)
             touched = [frozenset(e for access in group for e in access.get(iteration, ())) for group in (reads, writes)]
-            found.append((time, statement.name, Instance(statement.line, iteration, *touched)))
-    return [(name, instance) for _, name, instance in sorted(found, key=lambda item: item[0])]
+            timed.append((time, statement.name, Instance(statement.line, iteration, *touched)))
+    return [(name, instance) for _, name, instance in sorted(timed, key=lambda item: item[0])]
 
 
 def points(region: isl.Set, sizes: dict[str, int]) -> list[tuple[int, ...]]:
     """The integer points of a bounded set for given parameters."""
     for at in range(region.dim(isl.dim_type.param)):
         region = region.fix_val(isl.dim_type.param, at, sizes[region.get_dim_name(isl.dim_type.param, at)])
-    found = []
-    region.foreach_point(lambda point: found.append(tuple(
+    listed = []
+    region.foreach_point(lambda point: listed.append(tuple(
         point.get_coordinate_val(isl.dim_type.set, at).to_python() for at in range(region.dim(isl.dim_type.set)))))
-    return found
+    return listed
 
 
 def flow(trace: list[tuple[str, Instance]]) -> set[tuple]:
     """(kind, array, source, source iteration, sink, sink iteration) by remembering who touched each element last."""
-    found, writer, readers = set(), {}, {}
+    edges, writer, readers = set(), {}, {}
     for name, instance in trace:
         here = (name, instance.iteration)
         for element in instance.reads:
             if element in writer:
-                found.add(("RAW", element[0], *writer[element], *here))
+                edges.add(("RAW", element[0], *writer[element], *here))
         for element in instance.writes:
-            found.update(("WAR", element[0], *reader, *here) for reader in readers.get(element, ()))
+            edges.update(("WAR", element[0], *reader, *here) for reader in readers.get(element, ()))
             if element in writer:
-                found.add(("WAW", element[0], *writer[element], *here))
+                edges.add(("WAW", element[0], *writer[element], *here))
         for element in instance.writes:  # reads of the same instance came before its writes
             writer[element], readers[element] = here, set()
         for element in instance.reads - instance.writes:
             readers.setdefault(element, set()).add(here)
-    return found
+    return edges
 
 
 def conflicts(trace: list[tuple[str, Instance]]) -> Iterator[tuple[tuple, tuple]]:
@@ -229,10 +229,10 @@ def _value(node: c_ast.Node, values: dict[str, int]) -> int | None:
 
 def _elements(relation: isl.Map, depth: int, sizes: dict[str, int]) -> dict[tuple[int, ...], set[Element]]:
     array = relation.get_tuple_name(isl.dim_type.out)
-    found: dict[tuple[int, ...], set[Element]] = {}
+    elements: dict[tuple[int, ...], set[Element]] = {}
     for point in points(relation.wrap(), sizes):
-        found.setdefault(point[:depth], set()).add((array, point[depth:]))
-    return found
+        elements.setdefault(point[:depth], set()).add((array, point[depth:]))
+    return elements
 
 
 def function(body: str, head: str, before: str = "", after: str = "", file: str = "") -> str:

@@ -30,9 +30,6 @@ def apply(plan: Plan, config: Config) -> Plan:
     return plan.with_root(_parallelise(root, names, plan.scop, config, outer=0))
 
 
-# ---------------------------------------------------------------------------------------------------------------------- vectors
-
-
 def sink(node: Node, names: tuple[str, ...], scop: Scop, chunk: int) -> Node:
     """Bands with loops below them, with a parallel contiguous loop moved below those, into each statement.
 
@@ -116,9 +113,6 @@ def strides(statement: Statement, place: int) -> int:
     return total
 
 
-# ------------------------------------------------------------------------------------------------------------------------ tiles
-
-
 def tile(node: Node, tiling: Tiling) -> Node:
     """Permutable bands of enough loops with tile sizes, and a wavefront where no tile loop is parallel."""
     if isinstance(node, Sequence):
@@ -185,23 +179,20 @@ def _uses(statement: Statement, loops: tuple[Loop, ...]) -> list[_Use]:
     places = [statement.iterators.index(loop.exprs[statement.name]) for loop in loops]
     names = ", ".join(f"i{k}" for k in range(len(statement.iterators)))
     order = isl.Map(f"{{ {statement.name}[{names}] -> [{', '.join(f'i{k}' for k in places)}] }}")
-    found = []
+    uses = []
     for writes, accesses in ((True, statement.writes), (False, statement.reads)):
         for access in accesses:
             subscripts = range(access.relation.dim(isl.dim_type.out))
             steps = tuple(tuple(step(access.relation, place, k) for k in subscripts) for place in places)
             elements = access.relation.gist_domain(access.relation.domain()).apply_domain(order)
-            found.append(_Use(access.array, writes, steps, elements))
-    return found
+            uses.append(_Use(access.array, writes, steps, elements))
+    return uses
 
 
 def _apart(uses: list[_Use]) -> bool:
     """Whether every array that is written is used at the same elements everywhere."""
     written = {use.array: use.elements for use in uses if use.writes}
     return all(use.elements.is_equal(written[use.array]) for use in uses if use.array in written)
-
-
-# --------------------------------------------------------------------------------------------------------------------- parallel
 
 
 def _parallelise(node: Node, names: tuple[str, ...], scop: Scop, config: Config, outer: int) -> Node:

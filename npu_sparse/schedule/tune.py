@@ -133,11 +133,11 @@ def _neighbours(name: str) -> list[Choice]:
     choice = Choice.parse(name)
     if choice.strategy == PARALLEL:
         return []
-    found = [replace(choice, sizes=sizes, preset=False) for sizes in SIZES]
+    neighbours = [replace(choice, sizes=sizes, preset=False) for sizes in SIZES]
     if choice.strategy != ISL:
-        found += [replace(choice, jam=jam) for jam in JAMS if not choice.preset]
-        found += [replace(choice, fusion=fusion) for fusion in FUSIONS]
-    return [other for other in dict.fromkeys(found) if other != choice]
+        neighbours += [replace(choice, jam=jam) for jam in JAMS if not choice.preset]
+        neighbours += [replace(choice, fusion=fusion) for fusion in FUSIONS]
+    return [other for other in dict.fromkeys(neighbours) if other != choice]
 
 
 def fingerprint(scop: Scop) -> str:
@@ -163,11 +163,11 @@ def load(path: Path, scop: Scop) -> Tuned | None:
     """
     if not path.exists():
         return None
-    found = _read(path).get(fingerprint(scop))
-    if found is None:
+    stored = _read(path).get(fingerprint(scop))
+    if stored is None:
         return None
     try:
-        tuned = Tuned(**found)
+        tuned = Tuned(**stored)
         if tuned.choice != ORIGINAL:
             Choice.parse(tuned.choice)
     except (TypeError, AttributeError) as error:
@@ -177,9 +177,9 @@ def load(path: Path, scop: Scop) -> Tuned | None:
 
 def _read(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text())
+        stored = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ScopError(f"{path} must be a file of tuned schedules, got: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("regions"), dict):
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT or not isinstance(stored.get("regions"), dict):
         raise ScopError(f"{path} must be a file of tuned schedules of format {FORMAT}, got another")
-    return found["regions"]
+    return stored["regions"]

@@ -17,9 +17,8 @@ code retrieval and aggregation. Each is scored by its published rule (`rules`).
 
 Any length works from a minimum on, which depends on the tokenizer and the new tokens and which the ValueError for a
 shorter one states. With a vocabulary of 49K, 1024 is enough for every task (cwe needs 820, the others 220 to 420).
-A needle's value is a few dozen tokens at most, so for `niah_single_*` a smaller `max_new_tokens` (16 for numbers, 40
-for UUIDs) finds the same and leaves more room; a model that then repeats itself does no harm, since a score looks for
-the answer anywhere.
+A needle's value is a few dozen tokens at most, so for `niah_single_*` a smaller `max_new_tokens` (16 for numbers, 40 for UUIDs)
+gives the same scores and leaves more room. A model that repeats itself does no harm, since a score looks for the answer anywhere.
 """
 
 from npu_sparse.tasks.catalogue import MORE, TASKS, Task, task_names

@@ -17,7 +17,7 @@ COMMON_TASK = (
 COMMON_PREFIX = " Answer: The top 10 words that appear most often in the list are:"
 
 ALPHA = 2.0
-ZETA = math.pi**2 / 6  # of ALPHA
+ZETA = math.pi**2 / 6  # the zeta function at ALPHA
 CODED_LETTERS = 6
 FREQUENT = 3
 LEAST_VOCABULARY = 20

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from npu_sparse.tasks.draft import Draft, Request, insert_at
 
-LINES = range(5, 26)  # of a function
-TOLD_LINES, TOLD_CHARACTERS = 5, 300  # of a body that is to be repeated
-LEAST_LINE = 20  # characters of a line that is asked for
+LINES = range(5, 26)  # length of a function
+TOLD_LINES, TOLD_CHARACTERS = 5, 300  # limits of a body that the prompt asks to repeat
+LEAST_LINE = 20  # characters that a line needs to be asked for
 HOLDER = (
     "Below are functions of a library. Memorize them; I will ask you about them afterwards.\n\n{context}\n\n"
     "Question: Which of these functions contains the following line? Answer with its name only.\n{line}\n"
@@ -77,13 +77,13 @@ def _draft(request: Request, asked: Function, fill, prefix: str, answer: str) ->
 @cache
 def library() -> tuple[tuple[Function, ...], Counter]:
     """The functions of the running Python's library of unique names and a length in LINES; how often a line occurs."""
-    found: list[Function] = []
+    functions: list[Function] = []
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         source = path.read_text(encoding="utf-8", errors="replace")
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.FunctionDef) and node.end_lineno - node.lineno + 1 in LINES:
                 lines = source.split("\n")[node.lineno - 1 : node.end_lineno]
-                found.append(Function(node.name, textwrap.dedent("\n".join(lines))))
-    names = Counter(function.name for function in found)
-    kept = tuple(sorted((f for f in found if names[f.name] == 1), key=lambda f: f.name))
+                functions.append(Function(node.name, textwrap.dedent("\n".join(lines))))
+    names = Counter(function.name for function in functions)
+    kept = tuple(sorted((f for f in functions if names[f.name] == 1), key=lambda f: f.name))
     return kept, Counter(line.strip() for function in kept for line in function.lines)

@@ -45,8 +45,8 @@ def placed(text: str, question: str, where: str) -> str:
     if where == "front":
         return f"{question}\n{rest}"
     half = len(rest) // 2
-    found = re.compile(r"\n|[.!?]['\")]*\s").search(rest, half)
-    place = found.end() if found else half
+    sentence_end = re.compile(r"\n|[.!?]['\")]*\s").search(rest, half)
+    place = sentence_end.end() if sentence_end else half
     return f"{rest[:place].rstrip()}\n{question}\n{rest[place:]}"
 
 

@@ -14,7 +14,7 @@ DEPTH = (
 )
 PARENTS = "From which nodes does an edge lead to node {root}? Example: with the edge x -> y, x is the one for y."
 PREFIX = " Answer: The nodes are"
-WIDTHS = (2, 4)  # nodes at depth 1 and 2
+WIDTHS = (2, 4)  # number of nodes at depths 1 and 2
 NUMBER_OF_PARENTS = 4
 
 
@@ -38,8 +38,8 @@ def parents(request: Request, source: None = None) -> Draft:
     rng = request.random("graph")
     ids = _Ids(rng)
     root = ids.new()
-    found = [ids.new() for _ in range(NUMBER_OF_PARENTS)]
-    return _draft(request, PARENTS.format(root=root), [(node, root) for node in found], found, ids, ends_not_at={root})
+    nodes = [ids.new() for _ in range(NUMBER_OF_PARENTS)]
+    return _draft(request, PARENTS.format(root=root), [(node, root) for node in nodes], nodes, ids, ends_not_at={root})
 
 
 def _draft(request, question, planted, answers, ids, starts_not_at=frozenset(), ends_not_at=frozenset()) -> Draft:

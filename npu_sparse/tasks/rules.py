@@ -26,14 +26,14 @@ def set_f1(answers: Sequence[str], output: str) -> float:
 
 def nearness(answers: Sequence[str], output: str) -> float:
     """OOLONG's for numbers: 0.75 to the power of the distance of the first number in the output; 0 without one."""
-    found = re.search(r"-?\d{1,18}", output)
-    return 0.0 if found is None else 0.75 ** abs(int(found[0]) - int(answers[0]))
+    match = re.search(r"-?\d{1,18}", output)
+    return 0.0 if match is None else 0.75 ** abs(int(match[0]) - int(answers[0]))
 
 
 def first_word(answers: Sequence[str], output: str) -> float:
     """1 if the output's first word is an answer, ignoring case, else 0."""
-    found = re.search(r"[\w-]+", output)
-    return float(found is not None and found[0].lower() in {answer.lower() for answer in answers})
+    match = re.search(r"[\w-]+", output)
+    return float(match is not None and match[0].lower() in {answer.lower() for answer in answers})
 
 
 def one_place(answers: Sequence[str], output: str) -> float:

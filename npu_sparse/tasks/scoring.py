@@ -1,6 +1,6 @@
-"""Scores of outputs by each task's rule.
+"""Scores of outputs by each task's rule, and the reference answer that teacher forcing reads.
 
-And the one text of the answers that teacher forcing reads, which has to be fixed before any model has answered.
+There is one reference answer per prompt, because it has to be fixed before any model has answered.
 """
 
 import re
@@ -57,5 +57,5 @@ def reference_answer(example: "Example") -> Reference:
 
 
 def _place(answer: str, prompt: str) -> int:
-    found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt)
-    return found.start() if found else len(prompt)
+    match = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", prompt)
+    return match.start() if match else len(prompt)

@@ -6,7 +6,7 @@ Every item counts, so that what a prefill leaves out is missing from the answer:
 from npu_sparse.tasks.draft import Draft, Request
 
 LABELS = ("harvest", "weather", "travel", "music", "repairs", "letters")
-SHARES = (0.3, 0.2, 0.16, 0.14, 0.12, 0.08)  # of the items; the most common leads by half
+SHARES = (0.3, 0.2, 0.16, 0.14, 0.12, 0.08)  # shares of the labels; the most common one leads by half
 USERS = 4
 LEAST = 40
 TASK = (
@@ -34,20 +34,20 @@ def tally(kind: str, request: Request, source: None = None) -> Draft:
     def notes(n: int) -> list[tuple[int, str]]:
         counts = [int(share * n) for share in SHARES]
         counts[0] += n - sum(counts)
-        found = [label for label, count in zip(labels, counts) for _ in range(count)]
-        request.random(f"order {n}").shuffle(found)
+        ordered = [label for label, count in zip(labels, counts) for _ in range(count)]
+        request.random(f"order {n}").shuffle(ordered)
         writers = request.random(f"writers {n}")
-        return [(1 + writers.randrange(USERS), label) for label in found]
+        return [(1 + writers.randrange(USERS), label) for label in ordered]
 
     def body(n: int) -> str:
         lines = (f"Note {i}, writer {writer}: {label}" for i, (writer, label) in enumerate(notes(n), start=1))
         return TASK.format(items="\n".join(lines), question=question)
 
     def answers(n: int) -> tuple[str, ...]:
-        found = [label for writer, label in notes(n) if kind != "user" or writer == user]
+        counted = [label for writer, label in notes(n) if kind != "user" or writer == user]
         if kind == "count":
-            return (str(found.count(asked)),)
-        most = max(found.count(label) for label in labels)
-        return tuple(label for label in labels if found.count(label) == most)  # a tie has several
+            return (str(counted.count(asked)),)
+        most = max(counted.count(label) for label in labels)
+        return tuple(label for label in labels if counted.count(label) == most)  # a tie has several
 
     return Draft(body, prefix, answers=answers, least=LEAST, question=question)

@@ -70,17 +70,17 @@ def documents(sources: str | Path | Iterable[str | Path] = "builtin") -> list[Do
     FileNotFoundError says what is missing and, for a package, the command that installs it.
     """
     names = [sources] if isinstance(sources, str | Path) else list(sources)
-    found: dict[str, Document] = {}
+    unique: dict[str, Document] = {}
     for source in names:
         for file, text in _read_source(str(source)):
             for document in _parts(file, text):
-                found.setdefault(hashlib.sha256(document.text.encode()).hexdigest(), document)
-    counts = Counter(document.name for document in found.values())
+                unique.setdefault(hashlib.sha256(document.text.encode()).hexdigest(), document)
+    counts = Counter(document.name for document in unique.values())
     if twice := [name for name, count in counts.items() if count > 1]:
         raise ValueError(f"sources must give distinct names, got {twice[0]!r} twice: rename one of the folders")
-    if not found:
+    if not unique:
         raise ValueError(f"sources must hold text, got none in {', '.join(map(str, names)) or 'an empty list'}")
-    return list(found.values())
+    return list(unique.values())
 
 
 def split(

@@ -1,4 +1,4 @@
-"""What tests of operators and models need: inputs, hostile data, exact answers, the accuracy assertion, tiny models."""
+"""Tools for tests of operators and models: inputs, hostile data, exact answers, the accuracy assertion, tiny models."""
 
 from .accuracy import assert_accurate, over_seeds, plain_products, rms_error
 from .backends import BACKENDS, INTERPRETED, Backend, open_backend

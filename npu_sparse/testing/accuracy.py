@@ -53,5 +53,5 @@ def over_seeds(compute: Callable, device: str, factor: float = 2.0) -> None:
     An RMS of a few dozen numbers is noise, and so is one of many numbers that share one softmax: the same correct kernel was
     between 0.6 and 4.6 times its yardstick by seed. A CPU's order of additions is the same for both sides; one seed does there.
     """
-    found = [compute(seed) for seed in range(8 if device == "cuda" else 1)]
-    assert_accurate(*(torch.cat([x.flatten() for x in each]) for each in zip(*found)), factor=factor)
+    results = [compute(seed) for seed in range(8 if device == "cuda" else 1)]
+    assert_accurate(*(torch.cat([x.flatten() for x in each]) for each in zip(*results)), factor=factor)

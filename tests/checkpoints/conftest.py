@@ -180,7 +180,7 @@ def write_gguf(file, architecture, change=lambda tensors: None, kind="Q8_0"):
 
     rng = np.random.default_rng(0)
     hidden, vocabulary = 64, [*byte_symbols(), "he", "hel", "<eos>"]
-    width = 128 if architecture == "qwen3" else 16  # of a head; transformers' reader knows no other for Qwen3
+    width = 128 if architecture == "qwen3" else 16  # transformers' reader knows no other head width for Qwen3
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_name("tiny")
     writer.add_context_length(128)

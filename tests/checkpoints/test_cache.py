@@ -106,7 +106,7 @@ def test_process_killed_while_fetching_is_resumed_without_a_second_pip_beside_th
     killed.wait()
     (tiny.home / "tiny-part2==1.0").unlink()
     second = tiny.start()
-    tiny.wait_until(lambda: "waiting" in second[1].read_text())  # for the pip that outlives the killed process
+    tiny.wait_until(lambda: "waiting" in second[1].read_text())  # the pip that outlives the killed process holds the lock
     assert tiny.lines("calls") == ["tiny-part1==1.0", "tiny-part2==1.0"]
     (tiny.home / "release").touch()
     tiny.finish(*second)

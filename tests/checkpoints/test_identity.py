@@ -5,6 +5,7 @@ import json
 import pytest
 
 from npu_sparse import checkpoints
+from npu_sparse.testing import tiny_model
 
 
 def tiny_qwen():
@@ -29,14 +30,9 @@ def tiny_qwen():
 
 def tiny_llama():
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=False,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    changes = dict(vocab_size=300, num_hidden_layers=2, initializer_range=0.02, pad_token_id=None)
+    return tiny_model("llama", dtype=torch.bfloat16, **changes)
 
 
 def test_text_model_and_vision_model_around_it_have_one_identity_but_for_architectures():
@@ -122,6 +118,7 @@ def test_a_small_low_rank_change_of_any_matrix_changes_the_backbones_fingerprint
     model = tiny_llama()
     before = checkpoints.backbone_fingerprint(model)
     weight = model.model.get_submodule(name).weight
+    torch.manual_seed(0)
     down, up = torch.randn(2, weight.shape[1]), torch.randn(weight.shape[0], 2)
     with torch.no_grad():
         weight.add_((1e-3 * up @ down).bfloat16())  # a LoRA of rank 2, merged

@@ -3,10 +3,10 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from npu_sparse.distill import DistillConfig, run_distill
-from npu_sparse.testing import tiny_tokenizer
+from npu_sparse.testing import tiny_model, tiny_tokenizer
 
 WORDS = "river hill stone cloud ember willow lantern harbor meadow copper velvet thunder".split()
 PROMPTS = [
@@ -29,28 +29,19 @@ def bare_tokenizer() -> PreTrainedTokenizerFast:
     return tiny_tokenizer([" ".join(WORDS), *PROMPTS], begins=False, bos_token="<bos>", eos_token="<bos>")
 
 
-def tiny_llama(tokenizer) -> LlamaForCausalLM:
-    """Two layers of random weights, sharp enough that attention is not uniform."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=1024,
-            initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=None,
-        )  # fmt: skip
-        return LlamaForCausalLM(config).eval()
-
-
 @pytest.fixture(scope="session")
 def model(tokenizer) -> LlamaForCausalLM:
-    return tiny_llama(tokenizer)
+    return tiny_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=16,
+        max_position_embeddings=1024, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, tokenizer):
+def checkpoint(tmp_path_factory, model, tokenizer):
     """The tiny model and its tokenizer as a directory."""
     directory = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    tiny_llama(tokenizer).save_pretrained(directory)
+    model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

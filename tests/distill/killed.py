@@ -65,8 +65,8 @@ def kill_somewhere(child: int, output: Path, rng: random.Random) -> int:
     """Kills after one to four more records and a moment; the child's exit status."""
     goal = records(output) + rng.randint(1, 4)
     while records(output) < goal:
-        if found := os.waitpid(child, os.WNOHANG)[0]:
-            return found
+        if ended := os.waitpid(child, os.WNOHANG)[0]:
+            return ended
         time.sleep(0.002)
     time.sleep(rng.uniform(0, LONGEST_STEP_S))
     os.kill(child, signal.SIGKILL)

@@ -19,6 +19,7 @@ from npu_sparse.distill import DistillConfig
         ({"steps": 2.5}, TypeError, "steps must be a whole number, got 2.5"),
         ({"steps": True}, TypeError, "steps must be a whole number, got True"),
         ({"warmup": -1}, ValueError, "warmup must be >= 0, got -1"),
+        ({"lm_steps": -1}, ValueError, "lm_steps must be >= 0, got -1"),
         ({"sparse_k": 0}, ValueError, "sparse_k must be >= 1, got 0"),
         ({"save_every": 0}, ValueError, "save_every must be >= 1, got 0"),
         ({"validate_every": 0}, ValueError, "validate_every must be >= 1, got 0"),
@@ -27,7 +28,7 @@ from npu_sparse.distill import DistillConfig
         ({"heads": 0}, ValueError, "heads must be >= 1, got 0"),
         ({"heads": 65}, ValueError, "heads must be <= 64, got 65"),
         ({"dim": 96}, ValueError, "dim must be one of 64, 128, 256, got 96"),
-        ({"loss": "mse"}, ValueError, "loss must be one of kl, sparse, both, got 'mse'"),
+        ({"loss": "mse"}, ValueError, "loss must be one of kl, sparse, both, shared, got 'mse'"),
         ({"dtype": "int8"}, ValueError, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"impl": "fast"}, ValueError, "impl must be one of auto, reference, kernel, got 'fast'"),
         ({"impl": "kernel", "loss": "both"}, ValueError, "impl must be auto or reference for loss 'both'"),
@@ -39,6 +40,8 @@ from npu_sparse.distill import DistillConfig
         ({"budgets": ()}, ValueError, "budgets must name at least one value, got none"),
         ({"budgets": (0,)}, ValueError, "budgets must be >= 1, got 0"),
         ({"budgets": (64, 2048)}, ValueError, "budgets must be below validation_length = 2048, got 2048"),
+        ({"budget": "k=64|2048"}, ValueError, "budgets must be below validation_length = 2048, got 2048"),
+        ({"budget": "k=64,block=1"}, ValueError, "budget must name k only, at which recall is measured per query, got 'block=1'"),
         ({"texts": "builtin"}, TypeError, "texts must be a list, got 'builtin'"),
         ({"texts": ()}, ValueError, "texts must name at least one value, got none"),
         ({"tasks": ("niah_singel_1",)}, ValueError, "task must be a known name, got 'niah_singel_1'"),
@@ -70,6 +73,12 @@ def test_lists_become_tuples_and_json_gives_the_same_config():
     config = DistillConfig("tiny", texts=["a", "b"], lengths=[64, 128], budgets=[8], tasks=[], task_fraction=0)
     assert config.lengths == (64, 128)
     assert DistillConfig(**json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_budgets_of_validation_are_spelled_as_a_grid():
+    config = DistillConfig("tiny", budget="k=64|128")
+    assert config == DistillConfig("tiny", budgets=(64, 128))
+    assert "budget" not in config.to_dict()  # as runs were written before
 
 
 def test_every_field_is_explained():

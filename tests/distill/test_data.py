@@ -22,9 +22,6 @@ def task_contexts(make_config, tokenizer) -> Contexts:
     return Contexts(make_config(**TASKS, validation_prompts=4), tokenizer)
 
 
-# Batches
-
-
 def test_a_batch_is_a_function_of_seed_and_step(contexts, make_config, tokenizer):
     again = Contexts(make_config(tokens=768), tokenizer)
     for step in (5, 0, 3):

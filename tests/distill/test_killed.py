@@ -37,12 +37,12 @@ def test_a_killed_run_goes_on_to_the_same_loss_curve(runs, curve_of, name):
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_ends_with_the_same_adapter(runs, weights_of, name):
     assert weights_of(runs / name) == weights_of(runs / "whole")
-    found, expected = (json.loads((runs / run / "adapter" / "config.json").read_text()) for run in (name, "whole"))
-    assert {**found, "weights_sha256": ""} == {**expected, "weights_sha256": ""}
+    resumed, expected = (json.loads((runs / run / "adapter" / "config.json").read_text()) for run in (name, "whole"))
+    assert {**resumed, "weights_sha256": ""} == {**expected, "weights_sha256": ""}
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_ends_with_the_same_report(runs, name):
-    found, expected = (json.loads((runs / run / "report.json").read_text()) for run in (name, "whole"))
-    assert found == expected
+    resumed, expected = (json.loads((runs / run / "report.json").read_text()) for run in (name, "whole"))
+    assert resumed == expected
     assert (runs / name / "report.md").read_text() == (runs / "whole" / "report.md").read_text()

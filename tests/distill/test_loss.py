@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from npu_sparse import Indexer, IndexerConfig, ops
-from npu_sparse.distill.loss import DistillLoss, index_logits, kl, sparse_kl, teacher_mass
+from npu_sparse.distill.loss import DistillLoss, index_logits, kl, shared_kl, sparse_kl, teacher_mass
 from npu_sparse.distill.teacher import Tap
 from npu_sparse.testing import assert_accurate, attention_inputs, naive_attention_mass, naive_index_scores, normal
 
@@ -63,8 +63,8 @@ def test_kl_of_a_distribution_with_itself_is_zero():
 
 
 def test_kl_of_one_certain_key_under_a_uniform_guess_is_log_n():
-    found = kl(probabilities([1, 0, 0, 0]), probabilities([2, 2, 2, 2]))
-    torch.testing.assert_close(found, torch.tensor([math.log(4)], dtype=torch.float64))
+    actual = kl(probabilities([1, 0, 0, 0]), probabilities([2, 2, 2, 2]))
+    torch.testing.assert_close(actual, torch.tensor([math.log(4)], dtype=torch.float64))
 
 
 def test_kl_ignores_keys_that_neither_sees():
@@ -132,6 +132,34 @@ def test_sparse_kl_stays_finite_in_rows_with_fewer_keys_than_k():
 # The two sides
 
 
+# KL of what a block shares
+
+
+def test_shared_kl_compares_the_largest_mass_with_the_largest_score_less_its_log_partition():
+    mass, logits = causal_rows(5, 9)
+    actual = shared_kl(mass, logits, 2)
+    assert actual.shape == (2, 3)  # the last block has one row
+    log_q = logits - logits.logsumexp(-1, keepdim=True)
+    for b in range(2):
+        for n, rows in enumerate(([0, 1], [2, 3], [4])):
+            target = [max(float(mass[b, t, s]) for t in rows) for s in range(9)]
+            guess = [max(float(log_q[b, t, s]) for t in rows) for s in range(9)]
+            keys = [s for s in range(9) if target[s] > 0]
+            assert float(actual[b, n]) == pytest.approx(naive_kl(target, guess, keys), abs=1e-12)
+
+
+def test_shared_kl_of_the_teacher_itself_is_zero_whatever_its_queries_loudness():
+    mass, _ = causal_rows(6, 6)
+    loud = mass.log() + torch.arange(6)[:, None]
+    torch.testing.assert_close(shared_kl(mass, loud, 3), torch.zeros(2, 2, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+def test_shared_kl_has_finite_gradients_where_keys_lie_ahead():
+    mass, logits = causal_rows(6, 6)
+    shared_kl(mass, logits.requires_grad_(), 4).sum().backward()
+    assert bool(logits.grad.isfinite().all()) and bool(logits.grad.abs().sum() > 0)
+
+
 @pytest.mark.parametrize("segment", [(0, 37), (0, 1), (20, 37), (7, 24)])
 def test_teacher_mass_is_the_mean_of_the_heads_softmaxes(segment):
     tap = make_tap()
@@ -140,9 +168,9 @@ def test_teacher_mass_is_the_mean_of_the_heads_softmaxes(segment):
         naive_attention_mass(tap.q, tap.k, scale=tap.scale, dtype=dtype)[:, 0, start:stop, :stop]
         for dtype in (torch.float64, torch.float32)
     )
-    found = teacher_mass(tap, segment)
-    assert_accurate(found, exact, naive)
-    torch.testing.assert_close(found.sum(-1), torch.ones(2, stop - start))
+    actual = teacher_mass(tap, segment)
+    assert_accurate(actual, exact, naive)
+    torch.testing.assert_close(actual.sum(-1), torch.ones(2, stop - start))
 
 
 @torch.no_grad()
@@ -182,7 +210,7 @@ def test_loss_is_the_mean_over_layers_and_rows(make_config, kind):
     torch.testing.assert_close(loss, torch.stack(expected).mean())
 
 
-@pytest.mark.parametrize("kind", ["kl", "sparse", "both"])
+@pytest.mark.parametrize("kind", ["kl", "sparse", "both", "shared"])
 def test_loss_gradients_reach_every_parameter(make_config, kind):
     indexer = make_indexer(2)
     loss, by_layer = DistillLoss(indexer, make_config(loss=kind))([make_tap()], [(0, 37)])

@@ -27,7 +27,7 @@ def test_least_squares_find_what_is_linear():
     a[3] = 0
     for n in range(4):
         hidden, seen = normal(500, 12, seed=n), torch.arange(1 + 500 * n, 501 + 500 * n)
-        hidden[:, 3] = 300.0  # as some channels of real models are: large, and nearly constant
+        hidden[:, 3] = 300.0  # some channels of real models are large and nearly constant
         fit.add(hidden, seen, hidden @ a + 2.5 + 0.7 * seen.log())
     direction, bias, growth = fit.solve()
     torch.testing.assert_close(direction, a.double(), rtol=1e-2, atol=1e-2)
@@ -47,9 +47,9 @@ def test_a_channel_that_never_varies_gets_no_coefficient():
 
 
 def test_targets_are_the_exact_partitions_of_the_rows_that_are_supervised(model):
-    indexer, found = loud_indexer(model), []
-    tap(model, torch.arange(1, 61)[None].repeat(2, 1), found.append)
-    for seen_layer in found:
+    indexer, taps = loud_indexer(model), []
+    tap(model, torch.arange(1, 61)[None].repeat(2, 1), taps.append)
+    for seen_layer in taps:
         head = indexer.layers[str(seen_layer.layer)]
         with torch.no_grad():
             qi, ki, w = head(seen_layer.hidden, seen_layer.cos, seen_layer.sin)

@@ -40,13 +40,13 @@ def test_taps_give_the_attention_weights_of_the_model(name):
     for handle in handles:
         handle.remove()
     taps = taps_of(model)
-    assert tuple(found.layer for found in taps) == describe(model.config).layers
-    for found in taps:
-        torch.testing.assert_close(found.hidden, hidden[found.layer], rtol=0, atol=0)
-        mass = naive_attention_mass(found.q, found.k, scale=found.scale)[:, 0]
-        torch.testing.assert_close(mass.float(), weights[found.layer].mean(1), rtol=1e-4, atol=1e-6)
-        assert found.cos.shape == found.sin.shape == (found.cos.shape[0], 33, describe(model.config).rotary_dim)
-        assert found.cos.shape[0] in (1, 2)
+    assert tuple(one.layer for one in taps) == describe(model.config).layers
+    for one in taps:
+        torch.testing.assert_close(one.hidden, hidden[one.layer], rtol=0, atol=0)
+        mass = naive_attention_mass(one.q, one.k, scale=one.scale)[:, 0]
+        torch.testing.assert_close(mass.float(), weights[one.layer].mean(1), rtol=1e-4, atol=1e-6)
+        assert one.cos.shape == one.sin.shape == (one.cos.shape[0], 33, describe(model.config).rotary_dim)
+        assert one.cos.shape[0] in (1, 2)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -66,7 +66,7 @@ def test_tapping_leaves_the_model_as_it_was(name, implementation):
 def test_an_interrupted_tap_restores_the_model(error):
     model = tiny_model("qwen2")
 
-    def fail(found):
+    def fail(one):
         raise error("stop")
 
     before = model(IDS).logits
@@ -88,7 +88,7 @@ def test_a_tapped_forward_computes_what_the_model_computes():
 
 
 def test_taps_record_no_graph():
-    assert all(not found.q.requires_grad and found.hidden.grad_fn is None for found in taps_of(tiny_model("llama")))
+    assert all(not one.q.requires_grad and one.hidden.grad_fn is None for one in taps_of(tiny_model("llama")))
 
 
 def test_one_token_is_a_context():

@@ -140,7 +140,9 @@ def test_micro_batches_change_the_curve_by_rounding_only(make_config, run, tmp_p
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{"heads": 4}, {"dim": 128}, {"loss": "sparse", "sparse_k": 8}, {"rows": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"heads": 4}, {"dim": 128}, {"loss": "sparse", "sparse_k": 8}, {"loss": "shared"}, {"rows": 0}]
+)
 def test_every_geometry_and_loss_trains(make_config, run, tmp_path, changes):
     result = run(make_config(steps=3, **changes), tmp_path)
     assert all(0 < record["loss"] < 20 for record in result["curve"])

@@ -25,9 +25,9 @@ def naive_metrics(model, indexer, ids) -> list[dict]:
     """KL and both recalls of every layer of one context, row by row in float64."""
     metrics = []
 
-    def receive(found):
-        mass = naive_attention_mass(found.q, found.k, scale=found.scale)[0, 0]
-        qi, ki, w = indexer(found.layer, found.hidden, found.cos, found.sin)
+    def receive(tapped):
+        mass = naive_attention_mass(tapped.q, tapped.k, scale=tapped.scale)[0, 0]
+        qi, ki, w = indexer(tapped.layer, tapped.hidden, tapped.cos, tapped.sin)
         scores = naive_index_scores(qi, ki, w)[0]
         rows = range(mass.shape[0])
         kl = [
@@ -49,24 +49,24 @@ def naive_metrics(model, indexer, ids) -> list[dict]:
     return metrics
 
 
-def assert_same_metrics(found: dict, expected: list[dict]) -> None:
+def assert_same_metrics(actual: dict, expected: list[dict]) -> None:
     n = len(expected)
-    assert found["kl"] == pytest.approx(sum(m["kl"] for m in expected) / n, rel=1e-4)
+    assert actual["kl"] == pytest.approx(sum(m["kl"] for m in expected) / n, rel=1e-4)
     for name in ("mass_recall", "support_recall"):
-        assert list(found[name]) == [str(k) for k in BUDGETS]
-        for k, value in found[name].items():
+        assert list(actual[name]) == [str(k) for k in BUDGETS]
+        for k, value in actual[name].items():
             assert value == pytest.approx(sum(m[name][k] for m in expected) / n, abs=1e-4), (name, k)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 def test_validation_is_kl_and_recall_by_definition(model, contexts, heads):
     indexer = Indexer.for_model(model, heads=heads, dim=64, seed=heads)
-    found = validate(model, indexer, contexts, BUDGETS)
+    report = validate(model, indexer, contexts, BUDGETS)
     naive = [naive_metrics(model, indexer, ids) for _, ids in contexts]
-    assert_same_metrics(found, [record for records in naive for record in records])
-    assert_same_metrics(found["by_kind"]["text"], naive[0] + naive[2])
-    assert_same_metrics(found["by_kind"]["tasks"], naive[1])
-    for layer, part in enumerate(found["by_layer"]):
+    assert_same_metrics(report, [record for records in naive for record in records])
+    assert_same_metrics(report["by_kind"]["text"], naive[0] + naive[2])
+    assert_same_metrics(report["by_kind"]["tasks"], naive[1])
+    for layer, part in enumerate(report["by_layer"]):
         assert part["layer"] == layer
         assert_same_metrics(part, [records[layer] for records in naive])
 
@@ -75,9 +75,9 @@ def test_long_contexts_are_validated_in_parts(model, contexts, monkeypatch):
     indexer = Indexer.for_model(model, dim=64)
     whole = validate(model, indexer, contexts[:1], BUDGETS)
     monkeypatch.setattr("npu_sparse.distill.validate.ROWS", 8)
-    found = validate(model, indexer, contexts[:1], BUDGETS)
-    assert found["kl"] == pytest.approx(whole["kl"], rel=1e-5)
-    assert found["support_recall"] == pytest.approx(whole["support_recall"])
+    in_parts = validate(model, indexer, contexts[:1], BUDGETS)
+    assert in_parts["kl"] == pytest.approx(whole["kl"], rel=1e-5)
+    assert in_parts["support_recall"] == pytest.approx(whole["support_recall"])
 
 
 def test_validation_leaves_the_indexer_and_its_gradients_alone(model, contexts):
@@ -89,5 +89,5 @@ def test_validation_leaves_the_indexer_and_its_gradients_alone(model, contexts):
 
 
 def test_kinds_are_in_a_fixed_order(model, contexts):
-    found = validate(model, Indexer.for_model(model, dim=64), contexts, BUDGETS)
-    assert list(found["by_kind"]) == ["tasks", "text"]
+    report = validate(model, Indexer.for_model(model, dim=64), contexts, BUDGETS)
+    assert list(report["by_kind"]) == ["tasks", "text"]

@@ -124,8 +124,8 @@ def test_rolling_windows_are_sparse_to_their_end(opened):
     with torch.no_grad():
         scores = torch.log_softmax(ours.model(torch.tensor([tokens[:-1]])).logits[0], -1)
     expected = float(scores.gather(-1, torch.tensor(tokens[1:])[:, None]).sum())
-    (found,) = ours.loglikelihood_rolling(requests("loglikelihood_rolling", TEXTS[0]))
-    assert found == pytest.approx(expected, abs=1e-3)
+    (actual,) = ours.loglikelihood_rolling(requests("loglikelihood_rolling", TEXTS[0]))
+    assert actual == pytest.approx(expected, abs=1e-3)
 
 
 def test_batch_size_changes_nothing(opened):
@@ -259,9 +259,9 @@ def test_lm_eval_asks_the_prompts_and_scores_by_our_rules(lm_eval, folder, check
         loglikelihood = loglikelihood_rolling = None
 
     manager = TaskManager(include_path=str(folder), include_defaults=False)
-    found = simple_evaluate(model=Answering(), tasks=["npu_sparse"], task_manager=manager, bootstrap_iters=0)["results"]
-    assert found["npu_sparse_vt_1536"]["score,none"] == pytest.approx((1 + 1 / 5) / 2)
-    assert found["npu_sparse_niah_single_1_1536"]["score,none"] == 0
+    scores = simple_evaluate(model=Answering(), tasks=["npu_sparse"], task_manager=manager, bootstrap_iters=0)["results"]
+    assert scores["npu_sparse_vt_1536"]["score,none"] == pytest.approx((1 + 1 / 5) / 2)
+    assert scores["npu_sparse_niah_single_1_1536"]["score,none"] == 0
     assert {prompt for prompt, _ in asked} == {one["prompt"] for documents in stored.values() for one in documents}
     assert all(options["max_gen_toks"] == 4 and not options["do_sample"] for _, options in asked)
 
@@ -281,13 +281,13 @@ def test_command_runs_the_model_on_the_tasks(lm_eval, folder, checkpoint, tmp_pa
     assert sys.argv == before
     assert "npu_sparse_vt_1536" in capsys.readouterr().out
     (results,) = (tmp_path / "out").rglob("results_*.json")
-    found = json.loads(results.read_text())
-    assert found["config"]["npu_sparse_budget"] == "k=64,block=16"
+    report = json.loads(results.read_text())
+    assert report["config"]["npu_sparse_budget"] == "k=64,block=16"
     (samples,) = (tmp_path / "out").rglob("samples_*.jsonl")
     rows = [json.loads(line) for line in samples.read_text().splitlines()]
     scores = [tasks.score(tasks.Example(**{**row["doc"], "answers": tuple(row["doc"]["answers"])}), row["resps"][0][0])
               for row in rows]  # fmt: skip
-    assert found["results"]["npu_sparse_vt_1536"]["score,none"] == pytest.approx(sum(scores) / len(scores))
+    assert report["results"]["npu_sparse_vt_1536"]["score,none"] == pytest.approx(sum(scores) / len(scores))
     assert rows[0]["resps"][0][0] == _written(model, adapter, rows[0]["doc"]["prompt"])
 
 

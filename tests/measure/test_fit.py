@@ -25,18 +25,18 @@ def test_spend_finds_what_trying_everything_finds(seed):
     drops = torch.rand(len(layers), len(ks), generator=generator).cumsum(1).flip(1)  # more keys lose less
     losses = {layer: dict(zip(ks, map(float, row), strict=True)) for layer, row in zip(layers, drops, strict=True)}
     costs, total = {k: float(k) for k in ks}, 4 * 512.0
-    found = spend(losses, costs, total)
+    chosen = spend(losses, costs, total)
     affordable = [way for way in itertools.product(ks, repeat=4) if sum(way) <= total]
     best = min(sum(losses[layer][k] for layer, k in zip(layers, way, strict=True)) for way in affordable)
-    assert sum(found.values()) <= total
-    assert sum(losses[layer][k] for layer, k in found.items()) == pytest.approx(best, abs=1e-12)
+    assert sum(chosen.values()) <= total
+    assert sum(losses[layer][k] for layer, k in chosen.items()) == pytest.approx(best, abs=1e-12)
 
 
 def test_spend_keeps_to_a_total_of_measured_times():
     losses = {0: {1: 1.0, 2: 0.0}, 1: {1: 1.0, 2: 0.5}}
     assert spend(losses, {1: 0.0101, 2: 0.0203}, 0.0303) == {0: 1, 1: 1}  # 0.0304 would be needed
     assert spend(losses, {1: 0.0101, 2: 0.0203}, 0.0304) == {0: 2, 1: 1}
-    assert spend(losses, {1: 1.0, 2: 1.0}, 2.0) == {0: 2, 1: 2}  # what costs nothing is taken
+    assert spend(losses, {1: 1.0, 2: 1.0}, 2.0) == {0: 2, 1: 2}  # a key that costs nothing is taken
     with pytest.raises(ValueError, match="total must pay for the cheapest k of 2 layers"):
         spend(losses, {1: 1.0, 2: 2.0}, 1.5)
 
@@ -44,7 +44,7 @@ def test_spend_keeps_to_a_total_of_measured_times():
 @pytest.mark.parametrize("budget", ["block=8", "block=8,reduce=softmax_max,exact_last=16", "block=1"])
 def test_lost_mass_is_the_attention_outside_the_support(model, indexer, tokenizer, budget):
     ids, budget = ids_of(tokenizer), Budget.parse(budget)
-    found = lost_mass(model, indexer, ids, budget, LADDER, blocks=64, impl="reference")
+    measured = lost_mass(model, indexer, ids, budget, LADDER, blocks=64, impl="reference")
     with torch.no_grad():
         model.set_attn_implementation("eager")
         weights = model(ids[None], output_attentions=True).attentions
@@ -57,9 +57,9 @@ def test_lost_mass_is_the_attention_outside_the_support(model, indexer, tokenize
         ), torch.no_grad():  # fmt: skip
             model(ids[None])
     first, last = LADDER[0] // budget.block * budget.block, 64 - budget.exact_last
-    row = {(row["layer"], row["k"]): row for row in found["layers"]}
+    row = {(row["layer"], row["k"]): row for row in measured["layers"]}
     assert set(row) == {(layer, k) for layer in (0, 1) for k in LADDER}
-    for k in LADDER:  # of the first layer, whose inputs sparse layers before it do not change
+    for k in LADDER:  # in the first layer, no sparse layer before it changes the inputs
         support = supports[0, k]
         member = torch.zeros(len(support.indices[0, 0]), 65, dtype=torch.bool)
         used = torch.arange(support.indices.shape[-1]) < support.count[0, 0][:, None]
@@ -69,7 +69,7 @@ def test_lost_mass_is_the_attention_outside_the_support(model, indexer, tokenize
         assert row[0, k]["mean"] == pytest.approx(float(lost.mean()), abs=1e-6)
         assert row[0, k]["square"] == pytest.approx(float(lost.square().mean()), abs=1e-6)
     assert row[0, 8]["mean"] > row[0, 32]["mean"] > 0
-    assert set(found["seconds"]) == {"8", "16", "32"}
+    assert set(measured["seconds"]) == {"8", "16", "32"}
 
 
 def config(**changes) -> FitConfig:

@@ -5,7 +5,7 @@ import pytest
 from npu_sparse.measure import npu_cost as cost
 from npu_sparse.measure import npu_published as published
 
-MOST = 0.30  # of error, on shapes that nothing was fitted to
+MOST = 0.30  # the largest error on shapes that nothing was fitted to
 
 
 @pytest.fixture(scope="module")

@@ -43,9 +43,9 @@ def test_dense_rows_are_those_of_one_forward_over_prompt_and_answer(name):
     model, question = tiny_model(name), asked()
     with torch.no_grad():
         expected = model(torch.tensor([[*question.prompt, *question.answer]])).logits[0, P - 1 : -1]
-    found = logits_of(model, answer_states(model, question))
-    assert found.shape == expected.shape == (A, 100)
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    actual = logits_of(model, answer_states(model, question))
+    assert actual.shape == expected.shape == (A, 100)
+    torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(logits_of(model, stressed_states(model, question)), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -101,10 +101,10 @@ def test_answer_rows_are_a_dense_decode_on_the_cache_of_a_sparse_prefill(name):
         for token in question.answer[:-1]:
             out = model(torch.tensor([[token]]), past_key_values=cache, use_cache=True)
             expected.append(out.logits[0, -1])
-    found = answer_states(model, question, attaching(model, FEW))
-    torch.testing.assert_close(logits_of(model, found), torch.stack(expected), atol=1e-4, rtol=1e-4)
+    actual = answer_states(model, question, attaching(model, FEW))
+    torch.testing.assert_close(logits_of(model, actual), torch.stack(expected), atol=1e-4, rtol=1e-4)
     dense, stressed = answer_states(model, question), stressed_states(model, question, attaching(model, FEW))
-    assert not torch.allclose(found, dense, atol=1e-2) and not torch.allclose(found, stressed, atol=1e-2)
+    assert not torch.allclose(actual, dense, atol=1e-2) and not torch.allclose(actual, stressed, atol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3"])
@@ -178,8 +178,8 @@ def test_an_empty_prompt_or_answer_is_refused():
 def test_rows_survive_their_file(tmp_path):
     rows = [torch.randn(n, 7, generator=torch.Generator().manual_seed(n)).bfloat16() for n in range(1, 13)]
     write_states(tmp_path / "rows.safetensors", rows)
-    found = read_states(tmp_path / "rows.safetensors")
-    assert len(found) == 12 and all(torch.equal(a, b) for a, b in zip(rows, found))
+    stored = read_states(tmp_path / "rows.safetensors")
+    assert len(stored) == 12 and all(torch.equal(a, b) for a, b in zip(rows, stored))
 
 
 def example(prompt: str, *answers: str, task: str = "niah_multivalue", new: int = 40) -> Example:

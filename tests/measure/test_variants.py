@@ -88,7 +88,7 @@ def test_a_list_of_variants_is_split_between_variants_and_not_within_a_budget():
 
 
 def test_every_field_of_the_budget_is_an_option_of_some_variant():
-    served = {"per_layer", "dense_below"}  # of a model's layers and of a device: no way to run a prefill
+    served = {"per_layer", "dense_below"}  # they depend on a model's layers and on a device
     assert set(OPTIONS) == set(Budget.__dataclass_fields__) - served
 
 

@@ -33,14 +33,14 @@ class Waits(TorchDispatchMode):
 
     def __init__(self):
         super().__init__()
-        self.found = []
+        self.names = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, kwargs = function.overloadpacket.__name__, kwargs or {}
         tensor = next((x for x in args if isinstance(x, torch.Tensor)), None)
         by_mask = name in ("index", "index_put_") and any(i is not None and i.dtype == torch.bool for i in args[1])
         if by_mask or (name in WAITS and (name != "lift_fresh" or tensor.numel())):
-            self.found.append(name)
+            self.names.append(name)
         return function(*args, **kwargs)
 
 
@@ -85,10 +85,10 @@ def test_a_forward_waits_for_its_finite_check_alone(monkeypatch, budget, name, m
     with attached(model, "indexer", BUDGETS[budget], "kernel"):
         expected = model(ids, **options).logits
         with Waits() as waits:
-            found = model(ids, **options).logits
-    assert torch.equal(found, expected)
+            actual = model(ids, **options).logits
+    assert torch.equal(actual, expected)
     of_mask = ["_local_scalar_dense"] if mask else []  # whether anything is padding at all
-    assert waits.found == ([] if capturing else [*of_mask, "_local_scalar_dense"])
+    assert waits.names == ([] if capturing else [*of_mask, "_local_scalar_dense"])
 
 
 def test_a_wait_within_a_layer_is_found(monkeypatch):
@@ -97,7 +97,7 @@ def test_a_wait_within_a_layer_is_found(monkeypatch):
     monkeypatch.setattr(prefill, "_of_one_dtype", lambda q, k, v: (q, k, v) if bool(q.sum() < 1e9) else None)
     with attached(model, "indexer", NORMAL, "kernel"), Waits() as waits:
         model(ids)
-    assert waits.found == ["_local_scalar_dense"] * 4  # of three layers, and of the forward
+    assert waits.names == ["_local_scalar_dense"] * 4  # three layers wait, and the forward
 
 
 class Counts(TorchDispatchMode):
@@ -163,17 +163,17 @@ def test_a_graph_of_a_prefill_gives_what_the_prefill_gives(card_model, budget, c
     with attached(model, "indexer", ON_CARD[budget], "kernel"):
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is compiled, and what libraries allocate, is so before the graph is recorded
+        with torch.cuda.stream(stream):  # compile and allocate before the graph is recorded
             for _ in range(2):
                 run()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = run()
+            replayed = run()
         for prompt in (ids.clone(), others):
             ids.copy_(prompt)
             graph.replay()
-            recorded = found.clone()
+            recorded = replayed.clone()
             torch.testing.assert_close(recorded, run(), rtol=1e-2, atol=1e-2)
             assert bool(recorded.isfinite().all())
 
@@ -206,6 +206,6 @@ def test_reduce_overhead_records_a_graph_and_gives_the_same(card_model):
         counters.clear()
         compiled = torch.compile(lambda ids: model(ids, use_cache=True).logits, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):
-            found = compiled(ids).clone()
+            recorded = compiled(ids).clone()
     assert counters["inductor"]["cudagraph_skips"] == 0
-    torch.testing.assert_close(found, eager, rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(recorded, eager, rtol=5e-2, atol=5e-2)

@@ -84,8 +84,8 @@ def test_merging_replaces_equal_keys_and_keeps_the_rest(tmp_path: Path):
     path = tmp_path / "crossover.json"
     crossover.merge(path, [figure(64, 8, 100), figure(32, 8, 70)])
     crossover.merge(path, [figure(64, 8, 90), figure(64, 16, 60)])
-    found = [(one["k"], one["block"], one["dense_below"]) for one in crossover.entries(path)]
-    assert found == [(32, 8, 70), (64, 8, 90), (64, 16, 60)]
+    merged = [(one["k"], one["block"], one["dense_below"]) for one in crossover.entries(path)]
+    assert merged == [(32, 8, 70), (64, 8, 90), (64, 16, 60)]
     crossover.merge(empty := tmp_path / "empty.json", [])
     assert json.loads(empty.read_text()) == []
 

@@ -62,9 +62,6 @@ def contexts(model):
         handle.remove()
 
 
-# Threads
-
-
 @pytest.mark.parametrize("kind", SELECTORS)
 @pytest.mark.parametrize("share_layers", [1, 2, 3])
 def test_forwards_side_by_side_give_what_each_gives_alone(model, kind, share_layers):

@@ -146,12 +146,12 @@ def launched(runtime):
     def run(call):
         before = runtime.npu_sparse_launches()
         call()
-        found = []
+        launches = []
         for i in range(before, runtime.npu_sparse_launches()):
             stream, blocks, workspace = ctypes.c_void_p(), ctypes.c_uint32(), ctypes.c_void_p()
             runtime.npu_sparse_launch(ctypes.c_size_t(i), *map(ctypes.byref, (stream, blocks, workspace)))
-            found.append((stream.value, blocks.value, workspace.value))
-        return found
+            launches.append((stream.value, blocks.value, workspace.value))
+        return launches
 
     return run
 
@@ -185,9 +185,9 @@ def test_the_library_for_the_card_copies_nothing_and_waits_for_nothing(card, run
 @pytest.mark.parametrize("op", ascendc.OPERATORS)
 def test_the_library_for_the_card_agrees_with_the_emulated_one(card, op):
     arguments = card_arguments()[op]
-    found = getattr(card, op)(*arguments)
+    actual = getattr(card, op)(*arguments)
     expected = getattr(torch.ops.npu_sparse_emulated, op)(*arguments)
-    for a, b in zip(*((each,) if isinstance(each, torch.Tensor) else each for each in (found, expected)), strict=True):
+    for a, b in zip(*((each,) if isinstance(each, torch.Tensor) else each for each in (actual, expected)), strict=True):
         assert torch.equal(a.cpu(), b.cpu())
 
 
@@ -221,9 +221,9 @@ def test_workspaces_of_two_streams_are_never_the_same_memory(card, launched):
             with torch.npu.stream(stream):
                 card.sparse_attention(*arguments)
 
-    found = launched(work)
-    assert [stream for stream, _, _ in found] == [stream.npu_stream for stream in (*streams, *streams)]
-    first, second, third, fourth = (workspace for _, _, workspace in found)
+    launches = launched(work)
+    assert [stream for stream, _, _ in launches] == [stream.npu_stream for stream in (*streams, *streams)]
+    first, second, third, fourth = (workspace for _, _, workspace in launches)
     assert first != second and (third, fourth) == (first, second)  # again what the same stream has had
 
 

@@ -142,8 +142,8 @@ def test_the_last_rows_are_those_of_a_support_that_holds_every_key():
     q, k, v, positions, _ = Case(B=2, R=9, scattered=False).inputs()
     every = torch.arange(37, dtype=torch.int32).expand(2, 1, 9, -1).contiguous()
     expected = naive_sparse_attention(q, k, v, Support(every, positions[:, None] + 1), scale=0.25)
-    found = ops.dense_rows(q, k, v, positions, scale=0.25, impl="reference")
-    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+    actual = ops.dense_rows(q, k, v, positions, scale=0.25, impl="reference")
+    torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_rows_in_slices_are_the_same(monkeypatch):
@@ -161,16 +161,16 @@ def test_keys_that_no_row_sees_may_hold_anything(backend):
     expected = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=backend.impl)
     unseen = ~valid | (torch.arange(80, device=backend.device) > positions.amax(1, keepdim=True))
     k, v = (x.masked_fill(unseen[:, None, :, None], float("nan")) for x in (k, v))
-    found = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=backend.impl)
-    assert torch.equal(found, expected) and bool(found.isfinite().all())
+    actual = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=backend.impl)
+    assert torch.equal(actual, expected) and bool(actual.isfinite().all())
 
 
 def test_a_row_that_sees_no_key_is_zero(backend):
     q, k, v, positions, _ = backend.fit(Case(R=5)).inputs(backend.device)
     positions = torch.tensor([[-1, 9, 10, 30, -1]], dtype=torch.int32, device=backend.device)
     valid = torch.arange(37, device=backend.device)[None] >= 10  # row 1 sees padding only
-    found = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=backend.impl)
-    blank = (found == 0).all(-1).all(1)[0]
+    actual = ops.dense_rows(q, k, v, positions, scale=0.25, valid=valid, impl=backend.impl)
+    blank = (actual == 0).all(-1).all(1)[0]
     assert blank.tolist() == [True, True, False, False, True]
 
 

@@ -98,22 +98,65 @@ def heads_arguments(at, block=8):
     return *parts[:3], parts[3][..., 0], hidden, cos, sin, *norm, line, 1e-5, block
 
 
+def convolution_arguments(at, block=8):
+    Hk, Hv, K, V = 2, 4, 16, 24
+    channels = 2 * Hk * K + Hv * V
+    mixed, state = normal(2, 21, channels, dtype=at.dtype(), device=at.device), normal(2, channels, 4, device=at.device, seed=2)
+    firsts = [h * K for h in range(2 * Hk)] + [2 * Hk * K + h * V for h in range(Hv)]
+    columns = torch.tensor(firsts, dtype=torch.int32, device=at.device)
+    return mixed, normal(channels, 4, dtype=at.dtype(), device=at.device, seed=1), state, columns, Hk, Hv, K, V
+
+
+def gates_arguments(at, block=8):
+    columns = torch.arange(8, dtype=torch.int32, device=at.device)
+    decay = normal(2, 4, device=at.device, seed=1)
+    return normal(2, 21, 8, dtype=at.dtype(), device=at.device), columns, *decay
+
+
+def rule_arguments(at, block=8):
+    q, k = normal(2, 2, 21, 2, 16, dtype=at.dtype(), device=at.device) / 4
+    v, state = normal(2, 21, 4, 24, dtype=at.dtype(), device=at.device, seed=1), normal(2, 4, 16, 24, device=at.device, seed=2)
+    g, beta = -normal(2, 21, 4, device=at.device, seed=3).abs(), normal(2, 21, 4, dtype=at.dtype(), device=at.device, seed=4)
+    return q, k, v, g, beta.sigmoid(), state, block == 8
+
+
+def gated_norm_arguments(at, block=8):
+    x, gate = normal(2, 21, 4, 24, dtype=at.dtype(), device=at.device), normal(2, 21, 96, device=at.device, seed=1)
+    columns = torch.arange(0, 96, 24, dtype=torch.int32, device=at.device)
+    return x, gate.to(x.dtype), columns, normal(24, dtype=at.dtype(), device=at.device, seed=2), 1e-6
+
+
+def norm_arguments(at, block=8):
+    x = normal(2, 21, 48, dtype=at.dtype(), device=at.device)[..., :24]
+    return x, normal(24, dtype=at.dtype(), device=at.device, seed=2), 1e-6
+
+
+def swiglu_arguments(at, block=8):
+    return *normal(2, 2, 21, 24, dtype=at.dtype(), device=at.device),
+
+
 ARGUMENTS = {
     "attention_mass": mass_arguments,
+    "delta_gates": gates_arguments,
+    "delta_rule": rule_arguments,
     "dense_rows": rows_arguments,
     "dense_rows_backward": rows_backward_arguments,
+    "gated_norm": gated_norm_arguments,
     "index_heads": heads_arguments,
     "index_kl": kl_arguments,
     "index_kl_backward": kl_backward_arguments,
     "index_partition": partition_arguments,
     "index_scores": index_arguments,
+    "rms_norm": norm_arguments,
     "select_by_index": selection_arguments,
     "select_tokens": select_arguments,
     "select_two_level": two_level_arguments,
+    "short_convolution": convolution_arguments,
     "sparse_attention": sparse_arguments,
     "sparse_attention_backward": sparse_backward_arguments,
     "sparse_attention_with_tail": tail_arguments,
     "sparse_attention_with_tail_backward": tail_backward_arguments,
+    "swiglu": swiglu_arguments,
 }
 
 
@@ -193,10 +236,37 @@ def dense_rows_backward(*arguments, impl):
     return dispatch.call("dense_rows_backward", impl, arguments[0].device.type, *arguments)
 
 
+def delta_gates(raw, columns, A_log, dt_bias, impl):
+    return ops.hybrid.delta_gates(raw, columns, A_log, dt_bias, impl=impl)
+
+
+def delta_rule(q, k, v, g, beta, state, keep, impl):
+    out, last = ops.hybrid.delta_rule(q, k, v, g, beta, state, keep, impl=impl)
+    return (out, last) if keep else out
+
+
+def gated_norm(x, gate, columns, weight, eps, impl):
+    return ops.hybrid.gated_norm(x, gate, columns, weight, eps, impl=impl)
+
+
+def rms_norm(x, weight, eps, impl):
+    return ops.hybrid.rms_norm(x, weight, eps, impl=impl)
+
+
+def short_convolution(mixed, weight, state, columns, Hk, Hv, K, V, impl):
+    return ops.hybrid.short_convolution(
+        mixed, weight, state, columns, key_heads=Hk, value_heads=Hv, key_dim=K, value_dim=V, impl=impl
+    )
+
+
+def swiglu(gate, up, impl):
+    return ops.hybrid.swiglu(gate.clone(), up, impl=impl)  # it is written over
+
+
 FUNCTIONS = (
     attention_mass, dense_rows, dense_rows_backward, index_heads, index_kl, index_kl_backward, index_partition, index_scores,
     select_by_index, select_tokens, select_two_level, sparse_attention, sparse_attention_backward, sparse_attention_with_tail,
-    sparse_attention_with_tail_backward,
+    sparse_attention_with_tail_backward, delta_gates, delta_rule, gated_norm, rms_norm, short_convolution, swiglu,
 )  # fmt: skip
 PUBLIC = {f.__name__: f for f in FUNCTIONS}
 everywhere = pytest.mark.parametrize("op", ARGUMENTS)
@@ -276,9 +346,6 @@ def test_inductor_gives_the_same(backend):
     torch.compiler.reset()
     compiled = torch.compile(layer, fullgraph=True)
     torch.testing.assert_close(compiled(*inputs), layer(*inputs))
-
-
-# Policy
 
 
 @pytest.mark.parametrize(
@@ -391,15 +458,15 @@ def test_where_something_listens_a_kernel_is_dispatched(reason, no_kernels, monk
     around = {
         "autocast": lambda: torch.autocast("cpu", torch.bfloat16), "mode": FakeTensorMode, "profiler": torch.profiler.profile,
     }.get(reason, nullcontext)  # fmt: skip
-    found = []
+    plain = []
     with torch.no_grad() if reason != "gradients" else nullcontext():
         assert dispatch._is_plain("cpu", tuple(ARGUMENTS["select_tokens"](CPU))) == (reason != "gradients")
         with around():
             if reason == "transform":
-                torch.func.vmap(lambda x: found.append(dispatch._is_plain("cpu", (x,))) or x)(torch.zeros(2, 3))
+                torch.func.vmap(lambda x: plain.append(dispatch._is_plain("cpu", (x,))) or x)(torch.zeros(2, 3))
             else:
-                found.append(dispatch._is_plain("cpu", tuple(arguments)))
-    assert found == [False]
+                plain.append(dispatch._is_plain("cpu", tuple(arguments)))
+    assert plain == [False]
 
 
 @everywhere

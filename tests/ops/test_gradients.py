@@ -53,8 +53,8 @@ def test_gradients_are_those_of_dense_attention_under_the_mask(block, per_kv, Tq
     expected = gradients(lambda q, k, v: dense(q, k, v, support, 0.3), (q, k, v), towards)
     for size in (workspace.SIZE, 1):  # whole, and one block of queries at a time
         monkeypatch.setattr(workspace, "SIZE", size)
-        found = gradients(lambda q, k, v: ops.sparse_attention(q, k, v, support, scale=0.3), (q, k, v), towards)
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+        actual = gradients(lambda q, k, v: ops.sparse_attention(q, k, v, support, scale=0.3), (q, k, v), towards)
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", [None, "left", "right"])
@@ -65,10 +65,10 @@ def test_gradients_with_a_tail_go_through_its_means(block, per_kv, side):
     support = random_support(2, 2 if per_kv else 1, 37, 50, k=7, block=block, empty=True)
     towards = torch.randn(2, 4, 37, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = gradients(lambda q, k, v: dense(q, k, v, support, 0.3, tail=True, valid=valid), (q, k, v), towards)
-    found = gradients(
+    actual = gradients(
         lambda q, k, v: ops.sparse_attention_with_tail(q, k, v, support, scale=0.3, valid=valid), (q, k, v), towards
     )
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # the means are made in fp32
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)  # the means are made in fp32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -78,8 +78,8 @@ def test_gradients_of_every_dtype_are_as_accurate_as_dense_ones(dtype):
     towards = torch.randn(1, 4, 48, 16, generator=torch.Generator().manual_seed(0)).to(dtype)
     exact = gradients(lambda q, k, v: dense(q, k, v, support, 0.3), [x.double() for x in (q, k, v)], towards.double())
     yardstick = gradients(lambda q, k, v: dense(q, k, v, support, 0.3), (q, k, v), towards)
-    found = gradients(lambda q, k, v: ops.sparse_attention(q, k, v, support, scale=0.3), (q, k, v), towards)
-    for one, right, rough in zip(found, exact, yardstick):
+    actual = gradients(lambda q, k, v: ops.sparse_attention(q, k, v, support, scale=0.3), (q, k, v), towards)
+    for one, right, rough in zip(actual, exact, yardstick):
         assert one.dtype == dtype
         assert_accurate(one, right, rough)
 
@@ -106,9 +106,9 @@ def test_keys_that_nobody_selects_get_no_gradient_even_where_they_are_nan(block)
         return ops.sparse_attention(q, k, v, support, scale=0.3)
 
     clean = gradients(run, (q, k, v), towards)
-    found = gradients(run, (q, poisoned(k, selected), poisoned(v, selected)), towards)
-    torch.testing.assert_close(found, clean)
-    assert not bool(found[1][~selected.expand(-1, 2, -1)].any())
+    actual = gradients(run, (q, poisoned(k, selected), poisoned(v, selected)), towards)
+    torch.testing.assert_close(actual, clean)
+    assert not bool(actual[1][~selected.expand(-1, 2, -1)].any())
 
 
 def test_gradient_checkpointing_gives_the_same_gradients():
@@ -148,5 +148,5 @@ def test_gradients_of_dense_rows_are_those_of_dense_attention(side, monkeypatch)
 
     for size in (workspace.SIZE, 1):
         monkeypatch.setattr(workspace, "SIZE", size)
-        found = gradients(lambda q, k, v: ops.dense_rows(q, k, v, positions, scale=0.3, valid=valid), (q, k, v), towards)
-        torch.testing.assert_close(found, gradients(plain, (q, k, v), towards), rtol=1e-10, atol=1e-12)
+        actual = gradients(lambda q, k, v: ops.dense_rows(q, k, v, positions, scale=0.3, valid=valid), (q, k, v), towards)
+        torch.testing.assert_close(actual, gradients(plain, (q, k, v), towards), rtol=1e-10, atol=1e-12)

@@ -40,9 +40,7 @@ def compiler():
         pytest.skip("CUDA C++ kernels need NVRTC: run `pip install nvidia-cuda-nvrtc`")
 
 
-# Compiling
-
-VERBOSE = ("--ptxas-options=-v", "--no-cache")  # what comes from NVRTC's own cache comes without a log
+VERBOSE = ("--ptxas-options=-v", "--no-cache")  # NVRTC gives no log for a kernel from its own cache
 COMMON = {"BF16": 1}
 ATTEND = [
     COMMON | dict(DIM=dim, BN=steps[0], SLOTS=steps[1], STREAMS=streams, UNION=union, TAIL=tail, ARRIVING=1, PLANTED=0)
@@ -110,9 +108,6 @@ def test_without_nvrtc_the_error_says_what_to_install(monkeypatch):
         nvrtc._nvrtc.cache_clear()
 
 
-# Attention
-
-
 @dataclass(frozen=True)
 class Attention:
     Hq: int = 8
@@ -128,7 +123,7 @@ class Attention:
 
     def inputs(self, device):
         q, k, v = attention_inputs(self.B, self.Hq, self.Hkv, self.Tq, self.Tk, self.D, dtype=self.dtype, device=device)
-        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))  # as models hand them over
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))  # the memory layout that models use
         Hs = self.Hkv if self.per_kv else 1
         support = random_support(self.B, Hs, self.Tq, self.Tk, k=self.k, block=self.block, device=device, empty=True)
         return q, k, v, support
@@ -204,9 +199,6 @@ def test_tensors_that_wide_copies_cannot_read_are_tritons(hopper):
     exact = naive_sparse_attention(q, k, v, support, scale=0.1)
     yardstick = ops.sparse_attention(q, k, v, support, scale=0.1, impl="reference")
     assert_accurate(ops.sparse_attention(q, shifted, v, support, scale=0.1, impl="kernel"), exact, yardstick)
-
-
-# Selection
 
 
 @dataclass(frozen=True)
@@ -303,16 +295,16 @@ def test_selection_is_the_top_k_of_exact_scores(hopper, case):
         scores.float(), k=case.k, sink=case.sink, recent=case.recent, block=case.block, queries=case.Tq, impl="reference"
     )
     assert torch.equal(support.count, best.count)
-    found, wanted = support.member_mask(case.Tk)[:, 0], best.member_mask(case.Tk)[:, 0]
-    differ = (found != wanted).any(-1)
+    chosen, wanted = support.member_mask(case.Tk)[:, 0], best.member_mask(case.Tk)[:, 0]
+    differ = (chosen != wanted).any(-1)
     if case.levels or case.opposed:
         assert not differ.any()  # small integers and floors are exact: ties go to the smaller position
-    # what is less a shift rounds like the shift: a few rows more have their last two candidates within rounding
+    # scores less a shift round like the shift, so the last two candidates of more rows are within rounding
     assert differ.float().mean() < (0.01 if case.shift is None else 0.05)
     rounding = 0.0 if case.shift is None else 2e-6 * float(options["partition"].abs().max()) * case.Di**0.5
-    worst = scores.masked_fill(~found, float("inf")).amin(-1)[differ]
+    worst = scores.masked_fill(~chosen, float("inf")).amin(-1)[differ]
     least = scores.masked_fill(~wanted, float("inf")).amin(-1)[differ]
-    assert (worst >= least - 1e-5 * least.abs() - rounding).all()  # what was taken instead is as good within rounding
+    assert (worst >= least - 1e-5 * least.abs() - rounding).all()  # the keys taken instead are as good within rounding
 
 
 @pytest.mark.parametrize("block, shift", [(1, None), (64, None), (16, 3.0), (64, 3.0)])

@@ -132,12 +132,12 @@ def test_results_are_as_accurate_as_the_yardstick(backend, case, dtype):
         return
     case = backend.fit(replace(case, dtype=dtype))
     inputs, keywords = case.inputs(backend.device)
-    *found, finite = ops.index_heads(*inputs, **keywords, impl=impl)
+    *results, finite = ops.index_heads(*inputs, **keywords, impl=impl)
     if impl == "reference":
         yardsticks = naive(case, inputs, keywords)
     else:
         *yardsticks, _ = ops.index_heads(*inputs, **keywords, impl="reference")
-    for actual, truth, yardstick in zip(found, exact(case, inputs, keywords), yardsticks):
+    for actual, truth, yardstick in zip(results, exact(case, inputs, keywords), yardsticks):
         assert (actual is None) == (truth is None)
         if truth is not None:
             assert_accurate(actual, truth, yardstick)

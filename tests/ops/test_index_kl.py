@@ -90,20 +90,20 @@ def check(case, impl, device, factor=2.0):
     computed = cache(lambda seed: compute(case, impl, device, seed))
     for place in range(4):  # losses, and the gradients of qi, ki and w
         if computed(0)[0][place] is None:
-            assert all(found[place] is None for found in computed(0))
+            assert all(results[place] is None for results in computed(0))
         else:
-            over_seeds(lambda seed, place=place: [found[place] for found in computed(seed)], device, factor)
+            over_seeds(lambda seed, place=place: [results[place] for results in computed(seed)], device, factor)
 
 
 def compute(case, impl, device, seed):
     """Losses and gradients: as found, exact, and of the yardsticks."""
     inputs = case.inputs(device, seed)
-    found = losses(inputs, case, impl)
-    assert found[0].dtype == torch.float32
+    actual = losses(inputs, case, impl)
+    assert actual[0].dtype == torch.float32
     yardsticks = [naive(inputs, case, torch.float32) if impl == "reference" else losses(inputs, case, "reference")]
     if device == "cuda":
         yardsticks.append(naive(inputs, case, torch.float32, plain_products))
-    return [(loss, *gradients) for loss, gradients in (found, naive(inputs, case), *yardsticks)]
+    return [(loss, *gradients) for loss, gradients in (actual, naive(inputs, case), *yardsticks)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -120,9 +120,9 @@ def test_fp32_index_heads_may_learn_from_a_half_precision_teacher(at):
     case = at.fit(Case(T=66, segments=((0, 66),)))
     q, k, qi, ki, w = case.inputs(at.device)
     inputs = q.half(), k.half(), qi, ki, w
-    found, gradients = losses(inputs, case, at.impl)
+    actual, gradients = losses(inputs, case, at.impl)
     wanted, true = naive(inputs, case)
-    torch.testing.assert_close(found, wanted.float(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(actual, wanted.float(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradients[0], true[0].to(qi.dtype), rtol=1e-2, atol=1e-4)
 
 
@@ -135,7 +135,7 @@ def test_gradients_of_a_mean_over_many_rows_do_not_vanish_in_half_precision(at):
     tiny = ki.grad.clone()
     ki.grad = None
     ops.index_kl(q, k, qi, ki, w, segments=[(0, 80)], scale=0.25, impl=at.impl).sum().backward()
-    normal = ki.grad.abs() * 2.0**-10 > 2.0**-14  # what fp16 holds at full precision
+    normal = ki.grad.abs() * 2.0**-10 > 2.0**-14  # gradients that fp16 holds at full precision
     assert bool(normal.any())
     torch.testing.assert_close(tiny[normal] * 2.0**10, ki.grad[normal])
 
@@ -168,8 +168,8 @@ def test_queries_that_are_not_supervised_get_no_gradient_and_are_not_read(at):
     ]
     future = torch.arange(70, device=at.device)[:, None] >= 64
     keys = [x.masked_fill(future, float("nan")) for x in (k, ki)]
-    found, hostile_gradients = losses((hostile[0], keys[0], hostile[1], keys[1], hostile[2]), case, at.impl)
-    assert torch.equal(found, clean)
+    actual, hostile_gradients = losses((hostile[0], keys[0], hostile[1], keys[1], hostile[2]), case, at.impl)
+    assert torch.equal(actual, clean)
     for clean_gradient, gradient in zip(gradients, hostile_gradients):
         assert torch.equal(gradient, clean_gradient)
     assert not bool(gradients[0][:, :, ~supervised].any()) and not bool(gradients[1][:, 64:].any())

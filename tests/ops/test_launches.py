@@ -25,12 +25,12 @@ class Seen(TorchDispatchMode):
         self.names, self.made = [], []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        found = function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         name = function.overloadpacket.__name__
         if name not in VIEWS:
             self.names.append(name)
-            self.made += [found] if isinstance(found, torch.Tensor) else []
-        return found
+            self.made += [result] if isinstance(result, torch.Tensor) else []
+        return result
 
 
 @contextmanager

@@ -219,7 +219,7 @@ def test_blocks_are_ranked_as_accurately_as_the_yardstick(two_level, dtype):
     competing = ~exact.isnan() & ~sinks[:, None]
     assert int(competing.sum()) == 2 * (15 + 19 + 23)
     assert_accurate(actual[competing], exact[competing], *(each[competing] for each in naive))
-    rest = actual[~competing]  # of the first keys, of the group and ahead of it
+    rest = actual[~competing]  # blocks of the first keys, of the group and ahead of it
     assert set(rest[rest.isfinite()].tolist()) == {torch.finfo(torch.float32).max}
     assert bool((actual[:, :, -1] == torch.tensor([float("-inf")] + [float("inf")] * 2, device=device)).all())
 
@@ -267,9 +267,6 @@ def naive_candidate_scores(qi, ki, w, blocks, position, reduce, valid, dtype):
             row = part.masked_fill(~seen, float("-inf")).amax(1)
         out[:, n, : len(key)] = row.masked_fill(~seen.any(1), float("-inf"))
     return out
-
-
-# Edges
 
 
 def test_the_mean_chooses_among_the_same_candidates(two_level):
@@ -363,7 +360,7 @@ def test_a_support_fills_up_where_candidates_equal_k(two_level):
 
 def test_every_block_belongs_where_there_are_few():
     assert blocks_scored(100, 64, 64, 64, 0, 0) == 2
-    assert blocks_scored(6400, 640, 64, 64, 0, 0) == 10 + 1 + 2  # of the first key; the group may touch two
+    assert blocks_scored(6400, 640, 64, 64, 0, 0) == 10 + 1 + 2  # one block of the first key; the group may touch two
     assert blocks_scored(6400, 641, 64, 16, 65, 66) == 11 + 2 + 3
     assert blocks_scored(6400, 640, 16, 128, 0, 0) == 40 + 1 + 9
 
@@ -441,11 +438,11 @@ def test_interpreted_kernels_compile_for_a_gpu_too():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
-    found = [line.split() for line in done.stdout.splitlines()]
-    assert [name for name, *_ in found] == [
+    compiled = [line.split() for line in done.stdout.splitlines()]
+    assert [name for name, *_ in compiled] == [
         "_bound", "_rank", "_score", "_bound", "_rank", "_score", "_normalise", "_place"
     ]  # fmt: skip
-    assert all(int(size) > 0 and int(shared) <= 232448 for _, size, shared in found)
+    assert all(int(size) > 0 and int(shared) <= 232448 for _, size, shared in compiled)
 
 
 @pytest.mark.parametrize("block", [1, 16])

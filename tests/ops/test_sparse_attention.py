@@ -223,7 +223,7 @@ def test_what_is_not_finite_reaches_only_the_queries_that_see_it(backend, block,
     exact = naive_sparse_attention(q, k, v, support, scale=0.25)
     member = support.member_mask(90).repeat_interleave(block, 2)[:, :, :70]
     sees = member & torch.ones(70, 90, dtype=torch.bool, device=backend.device).tril(20)  # [B, Hs, Tq, Tk]
-    some = sees.any(2) & ~sees.all(2)  # of the queries, some see it and some do not
+    some = sees.any(2) & ~sees.all(2)  # keys that some queries see and others do not
     touched = some.nonzero()[::17]
     assert len(touched) > 1
     for b, h, s in touched.tolist():

@@ -25,7 +25,7 @@ KINDS = {"long long": ctypes.c_int64, "int": ctypes.c_int32, "float": ctypes.c_f
 def fields_of(source: str, name: str) -> list[tuple[str, object]]:
     """`(field, type)` of a struct in CUDA C++: a pointer is c_void_p, a struct within it its name."""
     body = re.search(rf"^struct {name} \{{\n(.*?)^\}};", source, re.M | re.S)[1]
-    found = []
+    fields = []
     for statement in re.sub(r"//[^\n]*|DEVICE [^\n]*", "", body).split(";"):
         words = " ".join(statement.split())
         if not words:
@@ -33,8 +33,8 @@ def fields_of(source: str, name: str) -> list[tuple[str, object]]:
         kind = re.match(r"(?:const )?(long long|\w+)", words)
         for declared in words[kind.end() :].split(","):
             pointer, field = re.fullmatch(r" ?(\* ?)?(\w+)", declared).groups()
-            found.append((field, ctypes.c_void_p if pointer else KINDS.get(kind[1], kind[1])))
-    return found
+            fields.append((field, ctypes.c_void_p if pointer else KINDS.get(kind[1], kind[1])))
+    return fields
 
 
 @pytest.mark.parametrize("operator, file, struct, mirror", MIRRORS, ids=lambda value: value)

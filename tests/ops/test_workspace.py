@@ -50,7 +50,7 @@ def test_following_the_advice_leads_to_the_same_result(model, ids, monkeypatch):
     mib, tried = workspace.DEFAULT_MIB, []
     while True:
         try:
-            found = prefill(model, ids, workspace_mib=mib)
+            actual = prefill(model, ids, workspace_mib=mib)
             break
         except torch.OutOfMemoryError as error:
             tried.append(mib)
@@ -61,7 +61,7 @@ def test_following_the_advice_leads_to_the_same_result(model, ids, monkeypatch):
             ), sentence  # fmt: skip
             mib = int(re.search(r"attach with workspace_mib=(\d+)", sentence)[1])
     assert tried == [256, 64, 16]
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_compiled_models_have_their_own_workspaces(ids, monkeypatch):
         torch.compiler.reset()
         one, two = compiled(model), compiled(other)
         one(ids[:, :40]), two(ids[:, :40])
-        monkeypatch.setattr(workspace, "sized", lambda size: sizes.append(size >> 20) or sized(size))  # what operators work in
+        monkeypatch.setattr(workspace, "sized", lambda size: sizes.append(size >> 20) or sized(size))  # in MiB
         for run, mib in ((one, 8), (two, 16), (one, 8)):
             sizes.clear()
             run(ids[:, :40])

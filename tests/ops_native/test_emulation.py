@@ -14,7 +14,7 @@ ENTRIES = re.findall(r'^    \{"(\w+)", (\d+), k\w+, (?:\[\]|[A-Z]\w+, )', SOURCE
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulation is compiled by g++: not found")
 
-NOT_IN_A_LINE = {  # what no instruction of the kernel says
+NOT_IN_A_LINE = {  # steps that no instruction of the kernel shows
     "red_zone": "past its end",  # a raw store is found when the launch ends
     "launch_on_other_cores": "must be for the cores of __mix__(1, 2), got MIX_AIV_1_0",
     "launch_on_twice_the_vector_cores": "must be for the cores of __mix__(1, 1), got MIX_AIC_1_2",
@@ -58,8 +58,8 @@ def test_cases_listed_here_are_those_of_the_program(faults):
 
 @pytest.mark.parametrize(("name", "rule"), ENTRIES, ids=[name for name, _ in ENTRIES])
 def test_planted_fault_is_caught_at_its_line(planted, name, rule):
-    found, text = planted[name].split(": ", 1)
-    assert found == rule, text
+    caught, text = planted[name].split(": ", 1)
+    assert caught == rule, text
     assert text.startswith(f"rule {rule} (") and f"kernel {name}, " in text and "core " in text
     if where := NOT_IN_A_LINE.get(name):
         assert where in text
@@ -158,13 +158,13 @@ def host_constructs(source: str) -> list[str]:
     """`line: construct` for all in a kernel source that only a host compiler accepts; comments and strings do not count."""
     blank = re.sub(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', lambda m: re.sub(r"[^\n]", " ", m.group()), source, flags=re.DOTALL)
     matches = ((match, name) for name, pattern in HOST_ONLY.items() for match in re.finditer(pattern, blank))
-    found = [(blank.count("\n", 0, match.start()) + 1, name) for match, name in matches]
-    return [f"{line}: {name}" for line, name in sorted(found)]
+    uses = [(blank.count("\n", 0, match.start()) + 1, name) for match, name in matches]
+    return [f"{line}: {name}" for line, name in sorted(uses)]
 
 
 def recursion(source: str) -> list[str]:
     """Names of the functions of a kernel source that call themselves."""
-    found = []
+    recursive = []
     for match in re.finditer(r"\b(\w+)\s*\([^;{}()]*(?:\([^()]*\)[^;{}()]*)*\)\s*(?:const\s*)?\{", source):
         if match.group(1) in {"if", "for", "while", "switch"}:
             continue
@@ -173,8 +173,8 @@ def recursion(source: str) -> list[str]:
             depth += {"{": 1, "}": -1}.get(source[end], 0)
             end += 1
         if re.search(rf"(?<![.:>])\b{match.group(1)}\s*\(", source[match.end() : end]):
-            found.append(match.group(1))
-    return found
+            recursive.append(match.group(1))
+    return recursive
 
 
 def kernel_sources() -> list[Path]:
@@ -215,7 +215,7 @@ def kernel_sources() -> list[Path]:
     ],
 )
 def test_host_construct_in_a_kernel_is_found(source, construct):
-    assert construct in {found.split(": ", 1)[1] for found in host_constructs(f"int a;\n{source}\n")}
+    assert construct in {line.split(": ", 1)[1] for line in host_constructs(f"int a;\n{source}\n")}
 
 
 def test_device_code_passes_the_check_for_host_constructs():
@@ -232,5 +232,5 @@ def test_device_code_passes_the_check_for_host_constructs():
 
 def test_kernels_use_only_what_the_device_compiler_takes():
     sources = kernel_sources()
-    found = {str(path.relative_to(ROOT)): host_constructs(path.read_text()) + recursion(path.read_text()) for path in sources}
-    assert {path: constructs for path, constructs in found.items() if constructs} == {}
+    uses = {str(path.relative_to(ROOT)): host_constructs(path.read_text()) + recursion(path.read_text()) for path in sources}
+    assert {path: constructs for path, constructs in uses.items() if constructs} == {}

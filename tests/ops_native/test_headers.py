@@ -23,10 +23,10 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="headers are
 
 def base(directory: Path) -> Path:
     """The folder whose include/basic_api has the headers. Raises ValueError where there is none below a directory."""
-    found = min(directory.rglob("include/basic_api/kernel_tpipe.h"), key=lambda path: len(path.parts), default=None)
-    if found is None:
+    header = min(directory.rglob("include/basic_api/kernel_tpipe.h"), key=lambda path: len(path.parts), default=None)
+    if header is None:
         raise ValueError(f"--headers must hold include/basic_api/kernel_tpipe.h, got {directory}")
-    return found.parents[2]
+    return header.parents[2]
 
 
 def misuses(headers: Path, source: Path, project: Path, scratch: Path) -> list[str]:
@@ -96,8 +96,8 @@ def test_errors_of_the_headers_do_not_count_and_those_of_a_kernel_do(tiny, tmp_p
     kernel.write_text("__aicore__ inline void Run(half x)\n{\n    Add(x, x);\n}\n")
     assert misuses(base(tiny), kernel, project, scratch) == []
     kernel.write_text("__aicore__ inline void Run(half x)\n{\n    Add(x);\n}\n")
-    (found,) = misuses(base(tiny), kernel, project, scratch)
-    assert found.startswith(f"{kernel}:3: error: ") and "Add" in found
+    (misuse,) = misuses(base(tiny), kernel, project, scratch)
+    assert misuse.startswith(f"{kernel}:3: error: ") and "Add" in misuse
     kernel.write_text('#include "not_there.h"\n')
     assert "fatal error: not_there.h" in misuses(base(tiny), kernel, project, scratch)[0]
 

@@ -1,9 +1,9 @@
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from npu_sparse.oracle import OracleConfig
-from npu_sparse.testing import tiny_tokenizer
+from npu_sparse.testing import tiny_model, tiny_tokenizer
 
 WORDS = "river hill stone cloud ember willow lantern harbor meadow copper velvet thunder".split()
 
@@ -16,18 +16,10 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def model(tokenizer) -> LlamaForCausalLM:
-    """Two layers of random weights, sharp enough that attention is not uniform."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, max_position_embeddings=2048,
+    return tiny_model(
+        "llama", vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=8,
+        max_position_embeddings=2048, initializer_range=0.24, bos_token_id=1, eos_token_id=2, pad_token_id=None,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(12.0)
-    return model
 
 
 @pytest.fixture(scope="session")

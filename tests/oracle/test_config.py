@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from npu_sparse import Budget
 from npu_sparse.oracle import OracleConfig, sparsity, variants
 
 
@@ -50,6 +51,15 @@ def test_unknown_fields_are_refused():
         ({"noise_dtype": "float32"}, "noise_dtype must be one of auto, none, bfloat16, float16"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"impl": "fast"}, "impl must be one of"),
+        ({"budget": "k=8|8"}, "budgets must name each value once"),
+        ({"budget": "k=8|2000"}, "budgets must be below the length"),
+        ({"budget": "k=0:8+64:16"}, "k of a grid must be whole numbers joined by \\|, got '0:8\\+64:16'"),
+        ({"budget": "block=3"}, "blocks must be one of 1, 2, 4"),
+        ({"budget": "reduce=softmax_max"}, "reduces must be one of max, mean"),
+        ({"budget": "exact_last=8"}, "budget: field must be one of k, .*, tail, got 'exact_last'"),
+        ({"budget": "colour=8"}, "budget must name fields among"),
+        ({"budget": "sink=65"}, "k must hold the keys that are always kept"),
+        ({"budget": "anchors=0+1", "share_layers": (2,)}, "share_layers must be 1 where anchors say"),
     ],
 )
 def test_broken_rules_are_refused_in_one_sentence(changes, sentence):
@@ -82,10 +92,27 @@ def test_reduction_only_multiplies_shared_blocks():
 
 
 def test_one_kv_head_leaves_out_kv_groups():
-    found = variants(OracleConfig("m", heads=("all", "kv")), kv_heads=1)
-    assert {v.heads for v in found} == {"all"}
+    left = variants(OracleConfig("m", heads=("all", "kv")), kv_heads=1)
+    assert {v.heads for v in left} == {"all"}
 
 
 def test_cells_have_distinct_names():
     cells = [v.cell for v in variants(OracleConfig("m", blocks=(1, 16, 64), share_layers=(1, 2, 3)), kv_heads=4)]
     assert len(set(cells)) == len(cells)
+
+
+def test_a_grid_and_what_its_rows_share_are_spelled_as_budgets_are():
+    spelled = OracleConfig("m", budget="k=8|16, block=1|64, reduce=max, share_layers=1|2, tail, sink=2")
+    apart = OracleConfig("m", budgets=(8, 16), blocks=(1, 64), reduces=("max",), share_layers=(1, 2), budget="tail,sink=2")
+    assert spelled == apart and spelled.tail and not OracleConfig("m").tail
+    first, *_, last = variants(spelled, kv_heads=1)
+    assert spelled.budget_of(first) == Budget(k=8, block=1, tail=True, sink=2)
+    shared = next(v for v in variants(spelled, kv_heads=1) if v.block == 64 and v.share_layers == 2)
+    assert spelled.budget_of(shared) == Budget(k=8, block=64, share_layers=2, tail=True, sink=2)
+
+
+@pytest.mark.parametrize("tail", [False, True])
+def test_a_config_of_version_0_1_is_read(tail):
+    config = OracleConfig("m", budget="tail" if tail else "")
+    former = {name: value for name, value in config.to_dict().items() if name != "budget"} | {"tail": tail}
+    assert OracleConfig.from_dict(former) == config

@@ -72,7 +72,7 @@ def test_ties_are_settled_as_the_selector_settles_them(sharpness):
     out = attention(inputs) @ inputs.v.repeat_interleave(2, 1)
     for row in layers.measure_layer(inputs, out, GRANULARITIES, BUDGETS)[0]:
         expected = naive(inputs, out, row["heads"], row["block"], row["reduce"], row["k"], 64)
-        del expected["output_error"]  # where a support has no mass left, the naive one cannot renormalise
+        del expected["output_error"]  # the naive one cannot renormalise a support without mass
         assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_layers_on_the_dense_trajectory_get_the_dense_models_inputs(model, monke
     monkeypatch.setattr(
         layers, "measure_layer", lambda inputs, out, *rest: (seen.update({inputs.layer: inputs}), [], [])[1:]
     )
-    found = layers.measure_layers(model, ids, hidden_states(model, ids), GRANULARITIES, BUDGETS)
+    report = layers.measure_layers(model, ids, hidden_states(model, ids), GRANULARITIES, BUDGETS)
     assert sorted(seen) == [0, 1]
     keys = {}
     hooks = [
@@ -152,4 +152,4 @@ def test_layers_on_the_dense_trajectory_get_the_dense_models_inputs(model, monke
     for n, inputs in seen.items():
         norms = keys[n].unflatten(-1, (2, 8)).transpose(1, 2).norm(dim=-1)  # rotation keeps norms
         torch.testing.assert_close(inputs.k.norm(dim=-1), norms, rtol=1e-4, atol=1e-4)
-    assert found["path"]["kl"] < 1e-5 and found["path"]["agreement"] == 1
+    assert report["path"]["kl"] < 1e-5 and report["path"]["agreement"] == 1

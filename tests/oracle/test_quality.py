@@ -23,9 +23,9 @@ def measured(model, prompts, selector, budget, stride=1):
 @pytest.mark.parametrize("reduce", ["max", "mean"])
 @pytest.mark.parametrize("per_kv", [False, True])
 def test_a_budget_of_every_key_is_dense(model, prompts, block, reduce, per_kv):
-    for found in measured(model, prompts, Oracle(per_kv), Budget(k=128, block=block, reduce=reduce)):
-        assert found["kl"] < 1e-5 and found["agreement"] == 1
-        assert found["retained_by_layer"] == pytest.approx([1.0, 1.0], abs=1e-5)
+    for row in measured(model, prompts, Oracle(per_kv), Budget(k=128, block=block, reduce=reduce)):
+        assert row["kl"] < 1e-5 and row["agreement"] == 1
+        assert row["retained_by_layer"] == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
 def test_a_smaller_budget_is_further_from_dense(model, prompts):
@@ -50,12 +50,12 @@ def test_kl_and_agreement_equal_those_of_whole_logits(model, prompts):
             q = model(ids[None]).logits[0].log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1)
     same = (p.argmax(-1) == q.argmax(-1)).float()
-    (found,) = measured(model, [ids], selector, budget)
-    assert found["kl"] == pytest.approx(float(divergence.mean()), rel=1e-4)
-    assert found["kl_second_half"] == pytest.approx(float(divergence[50:].mean()), rel=1e-4)
-    assert found["agreement"] == pytest.approx(float(same.mean()))
-    assert found["agreement_second_half"] == pytest.approx(float(same[50:].mean()))
-    assert found["kl"] > 1e-3
+    (row,) = measured(model, [ids], selector, budget)
+    assert row["kl"] == pytest.approx(float(divergence.mean()), rel=1e-4)
+    assert row["kl_second_half"] == pytest.approx(float(divergence[50:].mean()), rel=1e-4)
+    assert row["agreement"] == pytest.approx(float(same.mean()))
+    assert row["agreement_second_half"] == pytest.approx(float(same[50:].mean()))
+    assert row["kl"] > 1e-3
 
 
 def test_slices_of_logits_change_nothing(model, prompts, monkeypatch):

@@ -16,7 +16,7 @@ from npu_sparse.selectors import Local, Oracle, Random
 
 @pytest.fixture
 def no_figures(monkeypatch):
-    monkeypatch.setattr(study.figures, "draw", lambda found: {})
+    monkeypatch.setattr(study.figures, "draw", lambda report: {})
 
 
 @pytest.fixture
@@ -43,9 +43,9 @@ def count_measurements(monkeypatch) -> list:
 
 def test_a_study_writes_config_cells_report_and_figures(config, model, tokenizer, tmp_path):
     output = tmp_path / "run"
-    found = run_oracle(config, output, model=model, tokenizer=tokenizer)
+    report = run_oracle(config, output, model=model, tokenizer=tokenizer)
     assert json.loads((output / "config.json").read_text()) == {"stage": "oracle", **config.to_dict()}
-    assert json.loads((output / "report.json").read_text()) == found
+    assert json.loads((output / "report.json").read_text()) == report
     page = (output / "report.md").read_text()
     for figure in ("quality.png", "retained.png", "error.png", "sharing.png"):
         assert (output / figure).read_bytes().startswith(b"\x89PNG") and f"({figure})" in page
@@ -54,18 +54,18 @@ def test_a_study_writes_config_cells_report_and_figures(config, model, tokenizer
 
 
 def test_every_row_names_its_evidence(run):
-    found = run()
-    rows = found["end_to_end"] + found["layers"] + found["overlap"]
+    report = run()
+    rows = report["end_to_end"] + report["layers"] + report["overlap"]
     assert {row["evidence"] for row in rows} == {"oracle", "control", "noise floor"}
-    assert {row["evidence"] for row in found["end_to_end"] if row.get("selector") in ("local", "random")} == {"control"}
-    assert {row["evidence"] for row in found["layers"]} == {"oracle"}
+    assert {row["evidence"] for row in report["end_to_end"] if row.get("selector") in ("local", "random")} == {"control"}
+    assert {row["evidence"] for row in report["layers"]} == {"oracle"}
 
 
 def test_report_carries_machine_model_and_intervals(run):
-    found = run()
-    assert found["machine"]["torch"] == torch.__version__ and "commit" in found["machine"]
-    assert found["model"]["layers"] == [0, 1] and len(found["model"]["weights_fingerprint"]) == 16
-    for row in found["end_to_end"]:
+    report = run()
+    assert report["machine"]["torch"] == torch.__version__ and "commit" in report["machine"]
+    assert report["model"]["layers"] == [0, 1] and len(report["model"]["weights_fingerprint"]) == 16
+    for row in report["end_to_end"]:
         if row["label"] != "all keys through the sparse path":  # two prompts only
             low, high = row["kl_interval"]
             assert low <= row["kl"] <= high
@@ -100,29 +100,29 @@ def test_cells_measure_what_their_names_say(run, config, model, tokenizer, tmp_p
 
 def test_layers_that_share_have_their_own_rows_and_lines(config, model, tokenizer, tmp_path):
     config = replace(config, share_layers=(1, 2), heads=("all",), controls=(), reduces=("max",), budgets=(8,))
-    found = run_oracle(config, tmp_path / "run", model=model, tokenizer=tokenizer)
-    rows = {row["label"]: row for row in found["end_to_end"] if row["evidence"] == "oracle"}
+    report = run_oracle(config, tmp_path / "run", model=model, tokenizer=tokenizer)
+    rows = {row["label"]: row for row in report["end_to_end"] if row["evidence"] == "oracle"}
     assert list(rows) == [
         "per query", "16 queries share, max", "per query, 2 layers share", "16 queries share, max, 2 layers share"
     ]  # fmt: skip
     alone, follows = (rows[label]["retained_by_layer"] for label in ("per query", "per query, 2 layers share"))
     assert alone[0] == follows[0] and follows[1] < alone[1]
-    assert {row["share_layers"] for row in found["layers"]} == {1}
+    assert {row["share_layers"] for row in report["layers"]} == {1}
     assert "per query, 2 layers share" in (tmp_path / "run/report.md").read_text()
 
 
 def test_layer_means_are_over_the_layer_prompts(run, tmp_path):
-    found = run()
+    report = run()
     cells = [json.loads((tmp_path / f"run/cells/layers-{n}.json").read_text()) for n in (0, 1)]
     for n in (0, 5, -1):
         expected = sum(cell["layers"][n]["retained_mean"] for cell in cells) / 2
-        assert found["layers"][n]["retained_mean"] == pytest.approx(expected)
-        assert found["layers"][n]["layer"] == cells[0]["layers"][n]["layer"]
+        assert report["layers"][n]["retained_mean"] == pytest.approx(expected)
+        assert report["layers"][n]["layer"] == cells[0]["layers"][n]["layer"]
 
 
 def test_tasks_are_scored_dense_and_sparse(run):
-    found = run(tasks=("niah_single_1",), length=500, task_count=2, task_new_tokens=4, budgets=(200,), heads=("all",))
-    scored = [row for row in found["end_to_end"] if "score" in row]
+    report = run(tasks=("niah_single_1",), length=500, task_count=2, task_new_tokens=4, budgets=(200,), heads=("all",))
+    scored = [row for row in report["end_to_end"] if "score" in row]
     assert scored[0]["evidence"] == "dense" and "kl" not in scored[0]
     assert all(set(row["scores"]) == {"niah_single_1"} for row in scored)
     assert all("score_minus_dense" in row for row in scored[1:])
@@ -133,8 +133,8 @@ def test_task_difference_is_taken_example_by_example(run, monkeypatch):
         return [1.0, 0.0] if selector is None else [0.0, 0.0]
 
     monkeypatch.setattr(quality, "task_scores", fake)
-    found = run(tasks=("niah_single_1",), length=500, task_count=2, task_new_tokens=4, budgets=(200,), heads=("all",))
-    oracle = next(row for row in found["end_to_end"] if row["evidence"] == "oracle")
+    report = run(tasks=("niah_single_1",), length=500, task_count=2, task_new_tokens=4, budgets=(200,), heads=("all",))
+    oracle = next(row for row in report["end_to_end"] if row["evidence"] == "oracle")
     assert oracle["score"] == 0 and oracle["score_minus_dense"] == -0.5
 
 
@@ -148,7 +148,7 @@ def test_finished_cells_are_not_measured_again(run, monkeypatch, tmp_path):
         (tmp_path / f"run/cells/{name}.json").unlink()
     third = run()
     assert [name for name, *_ in measured] == ["_layers", "_end_to_end"]
-    rows = [[{**row} for row in found["end_to_end"]] for found in (first, third)]
+    rows = [[{**row} for row in report["end_to_end"]] for report in (first, third)]
     assert rows[0] == rows[1] and first["layers"] == third["layers"]
 
 
@@ -185,9 +185,9 @@ def test_an_interrupted_study_loses_one_cell(run, monkeypatch, tmp_path):
     assert len(finished) == 3 + 2 and not (tmp_path / "run/report.json").exists()
     monkeypatch.setattr(quality, "measure", measure)
     measured = count_measurements(monkeypatch)
-    found = run()
+    report = run()
     assert len(measured) == 19 - len(finished)
-    assert found["end_to_end"] == run(tmp_path / "uninterrupted")["end_to_end"]
+    assert report["end_to_end"] == run(tmp_path / "uninterrupted")["end_to_end"]
 
 
 def test_the_model_is_dense_after_an_interruption(run, model, monkeypatch):
@@ -205,8 +205,8 @@ def test_the_model_is_dense_after_an_interruption(run, model, monkeypatch):
 
 def test_the_noise_floor_leaves_the_model_as_it_was(run, model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    found = run()
-    assert found["end_to_end"][0]["label"] == "dense in bfloat16" and found["end_to_end"][0]["kl"] > 0
+    report = run()
+    assert report["end_to_end"][0]["label"] == "dense in bfloat16" and report["end_to_end"][0]["kl"] > 0
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == torch.float32 and torch.equal(tensor, before[name])
 

@@ -142,9 +142,6 @@ def test_a_second_turn_and_a_chunk_stay_sparse(kind, ids, logits_to_keep):
     assert set(seen) == {(40, 40), (T - 40, held + T - 40)}
 
 
-# Caches
-
-
 def filled(model, ids, cache=None):
     cache = DynamicCache(config=model.config.get_text_config()) if cache is None else cache
     model(ids, past_key_values=cache)

@@ -84,27 +84,27 @@ def test_every_backend_serves_an_exact_end_under_normalised_scores(backend, plac
     module = attention_modules(model)[min(attention_modules(model))]
 
     def rows(budget):
-        found = []
-        handle = module.o_proj.register_forward_pre_hook(lambda module, args: found.append(args[0].clone()))
+        seen = []
+        handle = module.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
         with SparsePrefill.attach(model, tiny_selector("indexer", model), budget, impl=backend.impl):
             logits = model(ids, attention_mask=mask).logits
         handle.remove()
-        return found[0], logits
+        return seen[0], logits
 
-    found, logits = rows(budget)
+    exact, logits = rows(budget)
     assert bool(logits[mask.bool()].isfinite().all())
     sparse, every = rows(budget.replace(exact_last=0))[0], rows(EVERYTHING)[0]
     for sequence, length in enumerate(mask.sum(1).tolist()):
-        assert torch.equal(found[sequence, : length - n], sparse[sequence, : length - n])
+        assert torch.equal(exact[sequence, : length - n], sparse[sequence, : length - n])
         last = slice(length - n, length)
-        assert (found[sequence, last] - every[sequence, last]).norm() < 0.02 * every[sequence, last].norm()
+        assert (exact[sequence, last] - every[sequence, last]).norm() < 0.02 * every[sequence, last].norm()
         assert (sparse[sequence, last] - every[sequence, last]).norm() > 0.1 * every[sequence, last].norm()
 
 
 @on_kernels
 @pytest.mark.parametrize("kind", ["oracle", "indexer"])
 def test_every_backend_selects_the_same_for_chunks_of_whole_blocks(backend, placed, name, kind, require_continuing):
-    # what linear attention hands over depends on the chunks in the last bits, on a GPU more: it comes after the layer looked at
+    # linear attention's output depends on the chunks in its last bits, more so on a GPU, so it follows the checked layer
     first = {"layer_types": ["full_attention", "linear_attention"] * 2} if name == "qwen3_5" else {}
     model, ids = placed(name, **first), tokens().to(backend.device)
     require_continuing(tiny_model(name))

@@ -32,17 +32,14 @@ def loss_gradients(model, ids, **options):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-# Gradients
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("block", [1, 16])
 def test_a_forward_with_gradients_on_works(kind, block):
     model = tiny_model("qwen3")
     with attach(kind, model, block):
-        found = loss_gradients(model, tokens(2, T))
-    assert all(bool(g.isfinite().all()) for g in found.values())
-    assert {name.split(".")[-2] for name in found} >= {"q_proj", "k_proj", "v_proj", "embed_tokens"}
+        gradients = loss_gradients(model, tokens(2, T))
+    assert all(bool(g.isfinite().all()) for g in gradients.values())
+    assert {name.split(".")[-2] for name in gradients} >= {"q_proj", "k_proj", "v_proj", "embed_tokens"}
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3_5"])
@@ -98,9 +95,6 @@ def test_dropout_of_attention_weights_is_refused():
     model = tiny_model("llama", attention_dropout=0.1).train()
     with attach("oracle", model), pytest.raises(ValueError, match=r"attention_dropout must be 0 .* got 0.1: call model.eval\(\)"):
         model(tokens(2, T))
-
-
-# Autocast
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -252,9 +246,9 @@ def test_a_peft_model_gives_what_its_merged_weights_do(adapted, kind):
     torch.manual_seed(0)
     with attach(kind, wrapped) as attached:
         assert attached.model is wrapped.get_base_model()
-        found = wrapped(ids).logits
-    assert kind == "dense" or not torch.allclose(found, before)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        actual = wrapped(ids).logits
+    assert kind == "dense" or not torch.allclose(actual, before)
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(wrapped(ids).logits, before)
 
 
@@ -283,8 +277,8 @@ def test_generation_by_a_peft_model_is_sparse(adapted):
 def test_lora_is_trained_through_a_sparse_prefill(adapted):
     wrapped, _ = adapted(["q_proj", "v_proj"])
     with attach("indexer", wrapped):
-        found = loss_gradients(wrapped, tokens(2, T))
-    assert found and all("lora" in name and bool(g.any()) for name, g in found.items())
+        gradients = loss_gradients(wrapped, tokens(2, T))
+    assert gradients and all("lora" in name and bool(g.any()) for name, g in gradients.items())
 
 
 def test_prompt_learning_is_refused():

@@ -6,8 +6,8 @@ from npu_sparse.runs.stats import macro_difference, macro_mean, ratio_of_medians
 
 
 def test_summary_of_known_values():
-    found = summary(range(1, 102))
-    assert found == {"n": 101, "median": 51, "q1": 26, "q3": 76, "iqr": 50, "p95": 96}
+    statistics = summary(range(1, 102))
+    assert statistics == {"n": 101, "median": 51, "q1": 26, "q3": 76, "iqr": 50, "p95": 96}
 
 
 def test_interval_of_a_mean_is_that_of_the_normal_approximation():
@@ -21,8 +21,8 @@ def test_interval_of_a_mean_is_that_of_the_normal_approximation():
 
 def test_intervals_cover_the_true_mean_about_95_times_in_100():
     draws = np.random.default_rng(1).random((300, 60)) < 0.7
-    found = [macro_mean([draw], seed=n, resamples=800) for n, draw in enumerate(draws)]
-    assert 0.90 <= np.mean([estimate.low <= 0.7 <= estimate.high for estimate in found]) <= 0.99
+    estimates = [macro_mean([draw], seed=n, resamples=800) for n, draw in enumerate(draws)]
+    assert 0.90 <= np.mean([estimate.low <= 0.7 <= estimate.high for estimate in estimates]) <= 0.99
 
 
 def test_macro_mean_weighs_strata_equally_and_resamples_within_them():

@@ -15,9 +15,6 @@ from npu_sparse.runs.store import Cells, RunError, check_shard, open_run, write_
 CONFIG = {"model": "tiny", "k": [512, 1024], "budget": {"sink": 4}, "seed": 0}
 
 
-# Runs
-
-
 def test_a_new_run_has_its_config_first(tmp_path):
     run = open_run(tmp_path / "deep" / "run", CONFIG)
     assert [entry.name for entry in run.iterdir()] == ["config.json"]
@@ -75,9 +72,6 @@ def test_a_config_that_is_no_config_is_refused(tmp_path, content):
 def test_leftovers_of_a_run_that_died_at_once_are_no_run(tmp_path):
     (tmp_path / ".config.json.4242").write_text('{"half')
     open_run(tmp_path, CONFIG)
-
-
-# Writing
 
 
 def test_written_files_replace_the_old_ones(tmp_path):
@@ -138,9 +132,6 @@ def test_what_is_not_json_is_refused_and_nothing_is_written(tmp_path, value):
     with pytest.raises(ValueError):
         write_json(tmp_path / "a.json", value)
     assert not list(tmp_path.iterdir())
-
-
-# Claims
 
 
 START = """
@@ -206,11 +197,11 @@ def test_a_file_system_without_links_is_claimed_all_the_same(tmp_path, monkeypat
 def test_a_directory_of_an_earlier_version_is_resumed_through_its_upgrade(tmp_path):
     open_run(tmp_path, {"stage": "eval", "k": 512})
     now = {"stage": "eval", "budget": "k=512"}
-    assert open_run(tmp_path, now, upgrade=lambda found: {"stage": "eval", "budget": f"k={found['k']}"}) == tmp_path
+    assert open_run(tmp_path, now, upgrade=lambda stored: {"stage": "eval", "budget": f"k={stored['k']}"}) == tmp_path
     with pytest.raises(RunError, match="holds another run"):
-        open_run(tmp_path, {**now, "budget": "k=256"}, upgrade=lambda found: {"stage": "eval", "budget": f"k={found['k']}"})
+        open_run(tmp_path, {**now, "budget": "k=256"}, upgrade=lambda stored: {"stage": "eval", "budget": f"k={stored['k']}"})
     with pytest.raises(RunError, match="holds another run"):
-        open_run(tmp_path, now, upgrade=lambda found: found["absent"])
+        open_run(tmp_path, now, upgrade=lambda stored: stored["absent"])
 
 
 # Temporary files
@@ -268,9 +259,6 @@ def test_the_temporary_file_of_a_living_writer_is_not_swept(tmp_path, monkeypatc
     monkeypatch.setattr(os, "fsync", swept)
     write_text(tmp_path / "a.md", "whole")
     assert (tmp_path / "a.md").read_text() == "whole"
-
-
-# Cells
 
 
 CELLS = {"vt-k8": {"task": "vt", "budget": {"k": 8}}, "vt-k16": {"task": "vt", "budget": {"k": 16}}, "cwe-k8": {"task": "cwe"}}

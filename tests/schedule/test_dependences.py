@@ -17,18 +17,18 @@ KERNELS = sorted((Path(npu_sparse.schedule.__file__).parent / "kernels").glob("*
 
 def pairs(scop, sizes, relax=False):
     """(kind, array, source, source iteration, sink, sink iteration) of all dependences."""
-    found = set()
+    ordered = set()
     for d in dependences(scop, relax):
         depth = len(scop.statement(d.source).iterators)
         points = testing.points(isl.Map.from_basic_map(d.relation).wrap(), sizes)
-        found |= {(d.kind, d.array, d.source, point[:depth], d.sink, point[depth:]) for point in points}
-    return found
+        ordered |= {(d.kind, d.array, d.source, point[:depth], d.sink, point[depth:]) for point in points}
+    return ordered
 
 
-def implied(found):
+def implied(ordered):
     """Pairs without kind and array, and what follows from them by chains."""
     after = {}
-    for _, _, *pair in found:
+    for _, _, *pair in ordered:
         after.setdefault(tuple(pair[:2]), set()).add(tuple(pair[2:]))
     closed = set()
     for start in after:
@@ -47,11 +47,11 @@ def test_kernel_dependences_are_those_of_its_trace(path):
     scop = parse_c(path)
     sizes = {p: 3 if p.startswith("t") else 5 + k % 2 for k, p in enumerate(scop.parameters)}
     trace = testing.instances(scop, sizes)
-    found, true = pairs(scop, sizes), testing.flow(trace)
-    assert {p for p in found if p[0] != "WAR"} == {p for p in true if p[0] != "WAR"}
+    ordered, true = pairs(scop, sizes), testing.flow(trace)
+    assert {p for p in ordered if p[0] != "WAR"} == {p for p in true if p[0] != "WAR"}
     # A read of a then overwritten element may remain beside the WAW that orders the same two instances.
-    extra = found - true
-    assert not true - found and {p[1:] for p in extra} <= {p[1:] for p in true if p[0] == "WAW"}
+    extra = ordered - true
+    assert not true - ordered and {p[1:] for p in extra} <= {p[1:] for p in true if p[0] == "WAW"}
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -64,10 +64,10 @@ def test_random_dependences_are_those_of_the_trace(seed):
         assert "conditions that never hold" in str(error)
         return
     trace = testing.instances(scop, sizes)
-    found, true = pairs(scop, sizes), testing.flow(trace)
-    assert not true - found
-    extra = {p[1:] for p in found - true}
-    assert {p[0] for p in found - true} <= {"WAR"} and extra <= {p[1:] for p in true if p[0] == "WAW"}
+    ordered, true = pairs(scop, sizes), testing.flow(trace)
+    assert not true - ordered
+    extra = {p[1:] for p in ordered - true}
+    assert {p[0] for p in ordered - true} <= {"WAR"} and extra <= {p[1:] for p in true if p[0] == "WAW"}
 
 
 @pytest.mark.parametrize("seed", range(1000, 1060))
@@ -80,9 +80,9 @@ def test_random_strided_dependences_order_every_conflict_and_nothing_else(seed):
         assert "conditions that never hold" in str(error)
         return
     trace = testing.instances(scop, sizes)
-    found, conflicts = pairs(scop, sizes), set(testing.conflicts(trace))
-    assert not testing.flow(trace) - found
-    assert conflicts <= implied(found) and conflicts_only(scop, sizes)
+    ordered, conflicts = pairs(scop, sizes), set(testing.conflicts(trace))
+    assert not testing.flow(trace) - ordered
+    assert conflicts <= implied(ordered) and conflicts_only(scop, sizes)
 
 
 def test_a_stride_with_two_upper_bounds():
@@ -132,8 +132,8 @@ def test_loops_with_the_same_stride_keep_exact_last_writes():
 
 def test_gemm():
     scop = parse_c(next(path for path in KERNELS if path.stem == "gemm"))
-    found = {(d.kind, d.source, d.sink, d.reduction) for d in dependences(scop)}
-    assert found == {("RAW", "S0", "S1", False), ("WAW", "S0", "S1", False), ("RAW", "S1", "S1", True), ("WAW", "S1", "S1", True)}
+    edges = {(d.kind, d.source, d.sink, d.reduction) for d in dependences(scop)}
+    assert edges == {("RAW", "S0", "S1", False), ("WAW", "S0", "S1", False), ("RAW", "S1", "S1", True), ("WAW", "S1", "S1", True)}
     assert all(isinstance(d.relation, isl.BasicMap) for d in dependences(scop))
     carried = next(d for d in dependences(scop) if d.kind == "RAW" and d.reduction)
     expected = "[ni, nj, nk] -> { S1[i, k, j] -> S1[i, k + 1, j] : 0 <= i < ni and 0 <= j < nj and 0 <= k < nk - 1 }"
@@ -152,19 +152,19 @@ def test_relaxed_updates_are_unordered_but_stay_between_what_precedes_and_follow
 #pragma endscop
 }
 """)
-    found = implied(pairs(scop, {"n": 4}, relax=True))
+    ordered = implied(pairs(scop, {"n": 4}, relax=True))
     for i in range(4):
-        assert (("S0", ()), ("S1", (i,))) in found and (("S1", (i,)), ("S2", ())) in found
-        assert (("S1", (i,)), ("S3", ())) in found
-        assert not any((("S1", (i,)), ("S1", (j,))) in found for j in range(4))
+        assert (("S0", ()), ("S1", (i,))) in ordered and (("S1", (i,)), ("S2", ())) in ordered
+        assert (("S1", (i,)), ("S3", ())) in ordered
+        assert not any((("S1", (i,)), ("S1", (j,))) in ordered for j in range(4))
     assert (("S1", (0,)), ("S1", (1,))) in implied(pairs(scop, {"n": 4}))
 
 
 def test_relaxed_updates_of_lu_still_wait_for_the_elements_they_use():
     scop = parse_c(next(path for path in KERNELS if path.stem == "lu"))
-    found = implied(pairs(scop, {"n": 4}, relax=True))
-    assert (("S1", (2, 0)), ("S0", (2, 1, 0))) in found  # A[2][0] is divided before the update of A[2][1] uses it
-    assert (("S2", (2, 3, 0)), ("S2", (2, 3, 1))) not in found
+    ordered = implied(pairs(scop, {"n": 4}, relax=True))
+    assert (("S1", (2, 0)), ("S0", (2, 1, 0))) in ordered  # A[2][0] is divided before the update of A[2][1] uses it
+    assert (("S2", (2, 3, 0)), ("S2", (2, 3, 1))) not in ordered
     assert (("S2", (2, 3, 0)), ("S2", (2, 3, 1))) in implied(pairs(scop, {"n": 4}))
 
 
@@ -179,8 +179,8 @@ def test_updates_of_two_statements_stay_ordered():
 #pragma endscop
 }
 """)
-    found = implied(pairs(scop, {"n": 3}, relax=True))
-    assert (("S0", (0,)), ("S1", (0,))) in found and (("S1", (0,)), ("S0", (1,))) in found
+    ordered = implied(pairs(scop, {"n": 3}, relax=True))
+    assert (("S0", (0,)), ("S1", (0,))) in ordered and (("S1", (0,)), ("S0", (1,))) in ordered
 
 
 def opaque(**writes):
@@ -196,14 +196,14 @@ def opaque(**writes):
 
 
 def test_an_opaque_write_hides_what_was_there_before():
-    found = pairs(opaque(writes=("a[k]",)), {"n": 3})
-    assert {p[2] for p in found if p[0] == "RAW" and p[4] == "S2" and p[1] == "a"} == {"S1"}
-    assert ("RAW", "a", "S0", (2,), "S1", ()) in found and ("WAW", "a", "S0", (2,), "S1", ()) in found
+    ordered = pairs(opaque(writes=("a[k]",)), {"n": 3})
+    assert {p[2] for p in ordered if p[0] == "RAW" and p[4] == "S2" and p[1] == "a"} == {"S1"}
+    assert ("RAW", "a", "S0", (2,), "S1", ()) in ordered and ("WAW", "a", "S0", (2,), "S1", ()) in ordered
 
 
 def test_a_write_that_may_happen_hides_nothing():
-    found = pairs(opaque(may_write=("a[k]",)), {"n": 3})
-    assert {p[2] for p in found if p[0] == "RAW" and p[4] == "S2" and p[1] == "a"} == {"S0", "S1"}
+    ordered = pairs(opaque(may_write=("a[k]",)), {"n": 3})
+    assert {p[2] for p in ordered if p[0] == "RAW" and p[4] == "S2" and p[1] == "a"} == {"S0", "S1"}
 
 
 def test_a_scop_without_conflicts_has_no_dependences():
@@ -225,9 +225,9 @@ def test_statements_of_one_loop_with_different_strides():
 """)
     for n in (4, 7, 11):
         trace = testing.instances(scop, {"n": n})
-        found = pairs(scop, {"n": n})
-        assert not testing.flow(trace) - found and conflicts_only(scop, {"n": n})
-        assert set(testing.conflicts(trace)) <= implied(found)
+        ordered = pairs(scop, {"n": n})
+        assert not testing.flow(trace) - ordered and conflicts_only(scop, {"n": n})
+        assert set(testing.conflicts(trace)) <= implied(ordered)
 
 
 def test_a_stride_that_only_one_of_two_statements_has():
@@ -247,5 +247,5 @@ def test_a_stride_that_only_one_of_two_statements_has():
 }
 """)
     sizes = {"n": 4, "m": 5}
-    true, found = testing.flow(testing.instances(scop, sizes)), pairs(scop, sizes)
-    assert ("RAW", "B", "S0", (2, 2), "S2", (0,)) in true and not true - found and conflicts_only(scop, sizes)
+    true, ordered = testing.flow(testing.instances(scop, sizes)), pairs(scop, sizes)
+    assert ("RAW", "B", "S0", (2, 2), "S2", (0,)) in true and not true - ordered and conflicts_only(scop, sizes)

@@ -88,12 +88,12 @@ def test_catches_100_of_100_mutated_schedules():
         scop = scops[chance.choice(small)]
         places = mutate(scop, chance)
         sizes = {p: chance.choice([3, 4]) for p in scop.parameters}
-        found = check(scop, union_map(scop, places))
+        violations = check(scop, union_map(scop, places))
         if wrong_pairs(scop, places, sizes):
-            assert found, places
+            assert violations, places
             caught += 1
-        legal += not found
-        for violation in found[:1]:
+        legal += not violations
+        for violation in violations[:1]:
             assert_genuine(scop, places, violation)
     assert legal >= 5  # and it does not refuse everything
 
@@ -107,24 +107,24 @@ def test_random_schedules_of_random_scops(seed):
         assert "conditions that never hold" in str(error)
         return
     for places in (original(scop), mutate(scop, chance), mutate(scop, chance)):
-        found = check(scop, union_map(scop, places))
-        if not found:
+        violations = check(scop, union_map(scop, places))
+        if not violations:
             assert not any(wrong_pairs(scop, places, {"n": n, "m": m}) for n, m in ((4, 4), (3, 5), (5, 2)))
-        for violation in found[:2]:
+        for violation in violations[:2]:
             assert_genuine(scop, places, violation)
         if places == original(scop):
-            assert not found
+            assert not violations
 
 
 def test_a_violation_reads_as_one_sentence():
     scop = parse_c(KERNELS["gemm"])
     places = original(scop) | {"S1": ["0", "i", "0", "k", "0", "j", "0"]}
-    found = check(scop, union_map(scop, places))
-    assert {(v.kind, v.source, v.sink, v.array) for v in found} == {("RAW", "S0", "S1", "C"), ("WAR", "S0", "S1", "C"),
+    violations = check(scop, union_map(scop, places))
+    assert {(v.kind, v.source, v.sink, v.array) for v in violations} == {("RAW", "S0", "S1", "C"), ("WAR", "S0", "S1", "C"),
                                                                     ("WAW", "S0", "S1", "C")}
-    assert "(RAW on C), got it after or at the same place (ni = " in str(found[0])
-    assert str(found[0]).startswith("schedule must run S0[0, ")
-    assert_genuine(scop, places, found[0])
+    assert "(RAW on C), got it after or at the same place (ni = " in str(violations[0])
+    assert str(violations[0]).startswith("schedule must run S0[0, ")
+    assert_genuine(scop, places, violations[0])
 
 
 def test_interchange_of_a_permutable_nest_is_legal():
@@ -138,23 +138,23 @@ def test_tiled_schedules_are_checked_with_their_floors():
              "S2": ["floor(i/4)", "floor(i/4)", "i", "i", "2"]}
     assert check(scop, union_map(scop, tiled)) == []
     tiled["S2"][1] = "0"
-    found = check(scop, union_map(scop, tiled))
-    assert ("RAW", "S1", "S2", "x") in {(v.kind, v.source, v.sink, v.array) for v in found}
+    violations = check(scop, union_map(scop, tiled))
+    assert ("RAW", "S1", "S2", "x") in {(v.kind, v.source, v.sink, v.array) for v in violations}
 
 
 def test_instances_without_a_place():
     scop = parse_c(KERNELS["mvt"])
-    found = check(scop, isl.UnionMap("[n] -> { S0[i, j] -> [0, i, j] : j >= 1 }"))
-    assert [(v.kind, v.source) for v in found] == [("unscheduled", "S0"), ("unscheduled", "S1")]
-    assert found[0].source_iteration[1] == 0
-    assert str(found[1]).startswith("schedule must place every instance, got none for S1[")
+    violations = check(scop, isl.UnionMap("[n] -> { S0[i, j] -> [0, i, j] : j >= 1 }"))
+    assert [(v.kind, v.source) for v in violations] == [("unscheduled", "S0"), ("unscheduled", "S1")]
+    assert violations[0].source_iteration[1] == 0
+    assert str(violations[1]).startswith("schedule must place every instance, got none for S1[")
 
 
 def test_instances_with_two_places():
     scop = parse_c(KERNELS["mvt"])
-    found = check(scop, isl.UnionMap("{ S0[i, j] -> [0, i, j]; S1[i, j] -> [1, i, j]; S1[i, j] -> [2, i, j] : i = 2 }"))
-    assert [(v.kind, v.source, v.source_iteration[0]) for v in found] == [("ambiguous", "S1", 2)]
-    assert "got several places for S1[2, " in str(found[0])
+    violations = check(scop, isl.UnionMap("{ S0[i, j] -> [0, i, j]; S1[i, j] -> [1, i, j]; S1[i, j] -> [2, i, j] : i = 2 }"))
+    assert [(v.kind, v.source, v.source_iteration[0]) for v in violations] == [("ambiguous", "S1", 2)]
+    assert "got several places for S1[2, " in str(violations[0])
 
 
 def test_a_schedule_into_two_spaces_is_refused():

@@ -24,7 +24,7 @@ def relations(text: str) -> list[tuple[str, isl.Map, list[str]]]:
     """`(kind, relation, numbers of the first row)` of every relation of an OpenScop text, read by the format's definition."""
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     parameters = lines[lines.index("<strings>") + 1].split()
-    found = []
+    relations_read = []
     for place, kind in enumerate(lines):
         if kind not in ("CONTEXT", "DOMAIN", "SCATTERING", "READ", "WRITE", "MAY_WRITE"):
             continue
@@ -47,20 +47,20 @@ def relations(text: str) -> list[tuple[str, isl.Map, list[str]]]:
             piece = isl.Map(f"[{', '.join(parameters)}] -> {{ [{', '.join(names[1])}] -> [{', '.join(names[0])}] : {body} }}")
             union = piece if union is None else union.union(piece)
             first, place = lines[place + 1].split(), place + 1 + rows
-        found.append((kind, union, first))
-    return found
+        relations_read.append((kind, union, first))
+    return relations_read
 
 
 @pytest.mark.parametrize("strategy", config.shipped())
 def test_domains_schedules_and_accesses_can_be_read_back(strategy):
     scop = parse_c(TRIANGLE)
     order = schedule(scop, strategy).union_map()
-    found = relations(openscop.export(scop, order))
-    domains = [relation.range() for kind, relation, _ in found if kind == "DOMAIN"]
+    relations_read = relations(openscop.export(scop, order))
+    domains = [relation.range() for kind, relation, _ in relations_read if kind == "DOMAIN"]
     assert len(domains) == len(scop.statements)
     for statement, domain in zip(scop.statements, domains):
         assert domain.is_equal(statement.domain.reset_tuple_id())
-    scatterings = [relation for kind, relation, _ in found if kind == "SCATTERING"]
+    scatterings = [relation for kind, relation, _ in relations_read if kind == "SCATTERING"]
     for statement, scattering in zip(scop.statements, scatterings):
         wanted = isl.Map.from_union_map(order.intersect_domain(isl.UnionSet.from_set(statement.domain)))
         wanted = wanted.reset_tuple_id(isl.dim_type.in_)
@@ -70,7 +70,7 @@ def test_domains_schedules_and_accesses_can_be_read_back(strategy):
             wanted = wanted.fix_val(isl.dim_type.out, wanted.dim(isl.dim_type.out) - 1 - n, isl.Val(0))
         domain = statement.domain.reset_tuple_id().intersect_params(scop.context)
         assert scattering.intersect_domain(domain).is_equal(wanted.intersect_domain(domain))
-    accesses = iter((kind, relation, first) for kind, relation, first in found if kind in ("READ", "WRITE", "MAY_WRITE"))
+    accesses = iter((kind, relation, first) for kind, relation, first in relations_read if kind in ("READ", "WRITE", "MAY_WRITE"))
     for statement in scop.statements:
         for kind, group in (("READ", statement.reads), ("WRITE", statement.writes)):
             for access in group:

@@ -328,8 +328,8 @@ def test_row_that_is_not_the_best_is_reported(monkeypatch):
     solve = ilp._run
 
     def slow(solver, terms, count, time_limit):
-        found, status = solve(solver, terms, count, time_limit)
-        return found, "late" if status == "optimal" else status
+        solution, status = solve(solver, terms, count, time_limit)
+        return solution, "late" if status == "optimal" else status
 
     monkeypatch.setattr(ilp, "_run", slow)
     plan = scheduler.schedule(scop(PRODUCT), "pluto")

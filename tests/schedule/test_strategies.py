@@ -98,20 +98,20 @@ def test_feautrier_finds_the_row_of_minimal_latency(body, row):
 
 
 def coincident(plan: Plan) -> dict[str, int]:
-    found = {statement.name: 0 for statement in plan.scop.statements}
+    counts = {statement.name: 0 for statement in plan.scop.statements}
     for names, band in plan.bands():
         for name in names:
-            found[name] += sum(loop.coincident for loop in band.loops)
-    return found
+            counts[name] += sum(loop.coincident for loop in band.loops)
+    return counts
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
 def test_isl_strategy_has_as_many_coincident_dimensions_as_isl(path):
     program = parse_c(path)
-    found = dependences(program)
-    problem = prepare(program, config.load("isl"), found)
+    edges = dependences(program)
+    problem = prepare(program, config.load("isl"), edges)
     theirs = from_isl(program, problem.dependences)
-    ours = scheduler.schedule(program, "isl", found)
+    ours = scheduler.schedule(program, "isl", edges)
     assert theirs is not None and not ours.notes
     expected = coincident(theirs)
     assert all(count >= expected[name] for name, count in coincident(ours).items())
@@ -162,8 +162,8 @@ def test_npu_vector_returns_permutations_for_small_solvers(name):
     plan = scheduler.schedule(program, "npu-vector")
     assert not plan.notes
     chunks = {f"floor(({name})/64)" for name in iterators}
-    found = {text for row in loops(plan) for text in row.values()}
-    assert found <= iterators | chunks | {"0"}, "no coefficient above 1, no skewing"
+    coefficients = {text for row in loops(plan) for text in row.values()}
+    assert coefficients <= iterators | chunks | {"0"}, "no coefficient above 1, no skewing"
 
 
 @pytest.mark.parametrize("name", ["softmax", "rms_norm_residual", "rope", "indexer"])

@@ -64,12 +64,12 @@ def test_ranked_choices_differ_and_are_legal(product, ranking):
 
 
 def test_features_say_what_a_tree_looks_like(product):
-    def found(text):
+    def features_of(text):
         return {name for name, value in zip(FEATURES, features(product, Choice.parse(text).tree(product))) if value == 1}
 
-    assert found("cpu-vector 0") == {"parallel outermost", "vector", "along memory"}
-    assert found("cpu-vector 32,32,256/4") == {"parallel outermost", "vector", "along memory", "jammed", "tiles of three"}
-    assert found(f"{PARALLEL} 0") == {"parallel outermost"}  # k, the innermost, runs along a but across b
+    assert features_of("cpu-vector 0") == {"parallel outermost", "vector", "along memory"}
+    assert features_of("cpu-vector 32,32,256/4") == {"parallel outermost", "vector", "along memory", "jammed", "tiles of three"}
+    assert features_of(f"{PARALLEL} 0") == {"parallel outermost"}  # k, the innermost, runs along a but across b
     assert features(product, original(product).tree()) == [0.0] * len(FEATURES)
 
 
@@ -88,11 +88,11 @@ def test_shipped_weights_are_for_these_features_and_choices():
 
 
 def test_search_measures_the_first_six_then_neighbours_and_finds_the_fastest(product, few):
-    found = tune.search(product, PRODUCT, {"n": 40}, budget_s=6, threads=2, flags=QUICK)
-    assert found.failures == {} and {tune.ORIGINAL, *few} <= set(found.tried)
-    assert found.choice in found.tried and found.speedup > 0
-    if found.choice != tune.ORIGINAL:
-        tree = Choice.parse(found.choice).tree(product)
+    tuned = tune.search(product, PRODUCT, {"n": 40}, budget_s=6, threads=2, flags=QUICK)
+    assert tuned.failures == {} and {tune.ORIGINAL, *few} <= set(tuned.tried)
+    assert tuned.choice in tuned.tried and tuned.speedup > 0
+    if tuned.choice != tune.ORIGINAL:
+        tree = Choice.parse(tuned.choice).tree(product)
         assert legality.check(product, tree.get_map()) == []
         new = tune.generate_file(product, PRODUCT, tree)
         assert not any(r.difference for r in run(product, {"old": PRODUCT, "new": new}, {"n": 40}, threads=(1, 2), repeats=1))
@@ -117,9 +117,9 @@ def test_nothing_begins_after_the_budget_and_neighbours_come_while_it_lasts(prod
     assert len(rounds) == 1 and set(rounds[0]) == {tune.ORIGINAL, *few}  # a second round like the first would end at 12
     rounds.clear()
     now[0] = 0.0
-    found = tune.search(product, PRODUCT, {"n": 40}, budget_s=1000, threads=2, clock=lambda: now[0])
+    tuned = tune.search(product, PRODUCT, {"n": 40}, budget_s=1000, threads=2, clock=lambda: now[0])
     assert len(rounds) > 2 and all(round_[0] == tune.ORIGINAL for round_ in rounds)
-    assert " 16" in found.choice and found.speedup == 4 and found.choice not in few
+    assert " 16" in tuned.choice and tuned.speedup == 4 and tuned.choice not in few
     first = [name for n, names in enumerate(rounds) for name in names if not n or name not in rounds[n - 1]]
     assert len(first) == len(set(first))  # only what was the fastest is measured again
 
@@ -132,17 +132,17 @@ def test_what_is_illegal_never_runs_and_what_is_wrong_is_never_chosen(product, f
         return PRODUCT.replace("c[i][j] +=", "if (!i && !j && !k) c[i][j] +=") if len(ran) == 0 and not ran.append(1) else made
 
     monkeypatch.setattr(tune, "generate_file", generated)
-    found = tune.search(product, PRODUCT, {"n": 60}, budget_s=3, threads=1, flags=QUICK)
-    [(wrong, why)] = found.failures.items()
-    assert wrong == few[0] and "expected" in why and found.choice != wrong and wrong not in found.tried
+    tuned = tune.search(product, PRODUCT, {"n": 60}, budget_s=3, threads=1, flags=QUICK)
+    [(wrong, why)] = tuned.failures.items()
+    assert wrong == few[0] and "expected" in why and tuned.choice != wrong and wrong not in tuned.tried
 
     monkeypatch.setattr(candidates.legality, "check", lambda scop, order: ["a violation"])
     with pytest.raises(ScopError, match="a violation"):
         Choice.parse(f"{ISL} 16").tree(product)
     monkeypatch.setattr(tune, "_neighbours", lambda name: [Choice.parse(f"{ISL} 16")])
     monkeypatch.setattr(tune, "generate_file", lambda scop, text, tree, separate: real(scop, text, tree))
-    found = tune.search(product, PRODUCT, {"n": 60}, budget_s=20, threads=1, flags=QUICK)
-    assert "a violation" in found.failures[f"{ISL} 16"] and f"{ISL} 16" not in found.tried
+    tuned = tune.search(product, PRODUCT, {"n": 60}, budget_s=20, threads=1, flags=QUICK)
+    assert "a violation" in tuned.failures[f"{ISL} 16"] and f"{ISL} 16" not in tuned.tried
 
 
 def test_an_original_that_fails_is_refused(product, few):

@@ -43,5 +43,5 @@ def test_a_report_says_modelled_and_has_every_schedule(tmp_path, capsys):
     assert "No card was used: all cycles below are modelled" in text and text.startswith("# Modelled")
     [row] = json.loads((tmp_path / "run/report.json").read_text())["rows"]
     assert set(row["schedules"]) == {"npu-vector", "pluto", "isl", "isl, re-examined"}
-    assert all(found["error"] <= 1e-5 for found in row["schedules"].values())
+    assert all(entry["error"] <= 1e-5 for entry in row["schedules"].values())
     assert row["schedules"]["npu-vector"]["cycles"] < row["schedules"]["isl"]["cycles"]

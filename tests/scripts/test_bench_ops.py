@@ -42,10 +42,10 @@ def test_speed_ups_are_ratios_of_medians(bench, record):
 
 def test_roofline_is_the_larger_of_arithmetic_and_memory(bench, record):
     _, kernels = bench.tabulate(record, seed=0)
-    found = {row["operator"].partition(" ")[0]: row for row in kernels}
-    assert found["scoring"]["% of roofline"] == pytest.approx(100 * 0.4 / 0.8)  # 2e11 FLOPs at 500 TFLOP/s
-    assert found["attention"]["% of roofline"] == pytest.approx(100 * 0.7 / 1.4)  # 1.4e9 bytes at 2000 GB/s
-    assert found["top-k"]["ms"] == pytest.approx(0.2) and found["scoring"]["TFLOP/s"] == pytest.approx(250)
+    rows = {row["operator"].partition(" ")[0]: row for row in kernels}
+    assert rows["scoring"]["% of roofline"] == pytest.approx(100 * 0.4 / 0.8)  # 2e11 FLOPs at 500 TFLOP/s
+    assert rows["attention"]["% of roofline"] == pytest.approx(100 * 0.7 / 1.4)  # 1.4e9 bytes at 2000 GB/s
+    assert rows["top-k"]["ms"] == pytest.approx(0.2) and rows["scoring"]["TFLOP/s"] == pytest.approx(250)
 
 
 def test_overlap_of_equal_and_of_disjoint_supports(bench):
@@ -62,9 +62,9 @@ def test_work_counts_causal_pairs_only(bench):
 
     support = Support(torch.zeros(1, 1, 1, 3, dtype=torch.int32), torch.full((1, 1, 1), 3, dtype=torch.int32), 4)
     index = torch.zeros(1, 1, 4, 16), torch.zeros(1, 4, 16), None
-    found = bench.work(Layer, index, support)
-    assert found["attention"]["flops"] == 4 * (1 + 2 + 3 + 3) * 2 * 8  # at most the support, at most what is visible
-    assert found["scoring"]["flops"] == 2 * (1 + 2 + 3 + 4) * 16
+    work = bench.work(Layer, index, support)
+    assert work["attention"]["flops"] == 4 * (1 + 2 + 3 + 3) * 2 * 8  # at most the support, at most what is visible
+    assert work["scoring"]["flops"] == 2 * (1 + 2 + 3 + 4) * 16
 
 
 def test_work_in_two_levels_counts_ranked_blocks_and_scored_keys(bench):
@@ -74,8 +74,8 @@ def test_work_in_two_levels_counts_ranked_blocks_and_scored_keys(bench):
     support = Support(torch.zeros(1, 1, 7, 3, dtype=torch.int32), torch.full((1, 1, 7), 3, dtype=torch.int32), 64)
     index = torch.zeros(1, 1, 400, 16), torch.zeros(1, 400, 16), None
     scored = sum(min(t + 1, 32 + 3 * 16) for t in range(400))
-    found = bench.work(Layer, index, support, candidates=32, key_block=16)
-    assert found["scoring"]["flops"] == pytest.approx(2 * 16 * (2 * 400 * 401 / 2 / 16 + scored))
+    work = bench.work(Layer, index, support, candidates=32, key_block=16)
+    assert work["scoring"]["flops"] == pytest.approx(2 * 16 * (2 * 400 * 401 / 2 / 16 + scored))
 
 
 def test_a_budget_may_have_candidates(bench):

@@ -123,11 +123,11 @@ def test_stock_polybench_sources_keep_their_types_and_allocations(bench, tmp_pat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     for size, n in (("small", 40), ("medium", 400)):
-        [found] = bench.polybench(tmp_path, size).values()
-        assert found.values == {"n": n, "alpha": 1.5}
-        scop = parse_c(found.text)
-        new = bench.candidate(scop, found.text, "cpu-vector", "0")
-        results = run_variants(scop, {"original": found.text, "new": new}, found.values, repeats=1, threads=(2,))
+        [parsed] = bench.polybench(tmp_path, size).values()
+        assert parsed.values == {"n": n, "alpha": 1.5}
+        scop = parse_c(parsed.text)
+        new = bench.candidate(scop, parsed.text, "cpu-vector", "0")
+        results = run_variants(scop, {"original": parsed.text, "new": new}, parsed.values, repeats=1, threads=(2,))
         assert [result.difference for result in results] == ["", ""]
 
 
@@ -238,9 +238,9 @@ def test_what_breaks_in_one_candidate_is_left_out_and_the_rest_stays_interleaved
     sources = {"original": SCALE, "good": SCALE, "traps": SCALE.replace("x[i] *=", "__builtin_trap(), x[i] *=")}
     sources |= {"polycc writes elsewhere": SCALE.replace("x[i] *= 1.5", "x[i] *= i ? 2.5 : 1.5"), "does not compile": "int"}
     monkeypatch.setattr(sys, "argv", ["x", "--timeout", "5"])
-    found, failures = bench._timed(parse_c(SCALE), sources, {"n": 30}, bench._arguments(), 3)
-    assert set(found) == {"original", "good"} and all(len(times["wall_s"]) == 3 for times in found.values())
-    assert {failure.split(":")[0] for failure in failures} == set(sources) - set(found)
+    timings, failures = bench._timed(parse_c(SCALE), sources, {"n": 30}, bench._arguments(), 3)
+    assert set(timings) == {"original", "good"} and all(len(times["wall_s"]) == 3 for times in timings.values())
+    assert {failure.split(":")[0] for failure in failures} == set(sources) - set(timings)
     with pytest.raises(ValueError, match="in original"):
         bench._timed(parse_c(SCALE), {"original": sources["traps"], "good": SCALE}, {"n": 30}, bench._arguments(), 1)
 

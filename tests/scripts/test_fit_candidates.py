@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from npu_sparse.runs.store import RunError
 from npu_sparse.schedule.candidates import FEATURES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,13 @@ def test_weights_follow_what_was_fast(fit, monkeypatch, tmp_path, capsys):
     assert fit._fit(list(weights["choices"]), *fitted(fit, kernels), without="gemm").shape == (len(FEATURES) + 3,)
 
 
+def test_a_report_without_times_is_refused_by_name(fit, monkeypatch, tmp_path):
+    (tmp_path / "report.json").write_text(json.dumps({"kernels": [{"kernel": "gemm", "tuning": {"pluto 0": {}}}]}))
+    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "report.json")])
+    with pytest.raises(RunError, match=r"report.json cannot be read \(it.kernels\[0\].tuning must have 'original'"):
+        fit.main()
+
+
 def fitted(fit, kernels):
     speedups = {record["kernel"]: fit._speedups(record) for record in kernels}
-    return {name: fit._describe(name, list(found))[0] for name, found in speedups.items()}, speedups
+    return {name: fit._describe(name, list(ratios))[0] for name, ratios in speedups.items()}, speedups

@@ -5,12 +5,8 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from npu_sparse import Indexer
 from npu_sparse.measure.variants import Subject
-from npu_sparse.testing import tiny_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 specification = importlib.util.spec_from_file_location("matched", ROOT / "scripts" / "matched.py")
@@ -53,13 +49,13 @@ def run(tmp_path):
 def test_the_report_averages_what_dense_solves_and_compares_with_the_fastest_dense(run, capsys):
     words, output = run
     assert matched.main(words) == 0
-    found = json.loads((output / "report.json").read_text())
-    assert found["solved"] == ["easy"]
-    dense, row = found["rows"]
+    report = json.loads((output / "report.json").read_text())
+    assert report["solved"] == ["easy"]
+    dense, row = report["rows"]
     assert (dense["right"]["value"], row["right"]["value"], row["over_dense"]["value"]) == (0.75, 0.5, -0.25)
     assert row["kl"]["value"] == 0.25 and dense["kl"]["value"] == 0
     assert row["worst"] == {"task": "easy", "difference": -0.25}
-    timed = next(line for line in found["timings"] if line["variant"] == VARIANT)
+    timed = next(line for line in report["timings"] if line["variant"] == VARIANT)
     assert timed["best_dense"] == "dense fa2" and timed["speed_up"]["value"] == pytest.approx(1.5)
     assert "1.50x" in capsys.readouterr().out and (output / "report.png").exists()
 
@@ -82,17 +78,9 @@ def test_a_variant_that_cannot_be_read_is_refused_before_anything_is_loaded(spec
 
 
 @pytest.fixture
-def subject(monkeypatch):
+def subject(monkeypatch, model, tokenizer, indexer):
     """A tiny model in place of what would be loaded."""
-    lines = ["What are all the special magic numbers for one key mentioned in the provided text? The grass is green."]
-    tokenizer = tiny_tokenizer(lines, special=("<eos>",), begins=False, eos_token="<eos>")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=2048, bos_token_id=None, eos_token_id=0, pad_token_id=None,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).eval()
-    subject = Subject(model, tokenizer, Indexer.for_model(model, dim=64))
+    subject = Subject(model, tokenizer, indexer)
     monkeypatch.setattr(matched, "load_subject", lambda args, names: subject)
     return subject
 
@@ -102,12 +90,12 @@ def test_cells_are_measured_by_the_same_means_as_a_run_of_eval_and_ttft(subject,
              "oracle:k=32,block=1", "--length", "700", "--count", "2", "--timed", "300", "--rounds", "2", "--dense", "sdpa,eager",
              "--solved", "-1", "--device", "cpu", "--dtype", "float32", "--output", str(tmp_path)]  # fmt: skip
     assert matched.main(words) == 0
-    found = json.loads((tmp_path / "report.json").read_text())
-    assert [row["evidence"] for row in found["rows"]] == ["dense", "oracle", "untrained", "control"]
-    assert found["adapter"] == subject.inputs()["adapter"] and found["base"] == subject.base()
-    assert {row["variant"] for row in found["timings"]} == {"dense sdpa", "dense eager", "indexer:k=32,block=16", "local:k=32"}
-    assert all(row["ttft_s"]["n"] == 2 and row["ttft_s"]["median"] > 0 for row in found["timings"])
-    assert all(row["kl"]["value"] > 0 for row in found["rows"][1:])
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["evidence"] for row in report["rows"]] == ["dense", "oracle", "untrained", "control"]
+    assert report["adapter"] == subject.inputs()["adapter"] and report["base"] == subject.base()
+    assert {row["variant"] for row in report["timings"]} == {"dense sdpa", "dense eager", "indexer:k=32,block=16", "local:k=32"}
+    assert all(row["ttft_s"]["n"] == 2 and row["ttft_s"]["median"] > 0 for row in report["timings"])
+    assert all(row["kl"]["value"] > 0 for row in report["rows"][1:])
     assert subject.model.config._attn_implementation == "sdpa"
 
 
@@ -139,8 +127,8 @@ def test_kept_prompts_are_those_that_would_be_made_and_serve_smaller_counts(subj
         assert kl("kept", "2", *kept) == made
     front = kl("front", "2", *kept, "--question", "front")
     assert front != made and "the question at the front" in (tmp_path / "front" / "report.md").read_text()
-    (found,) = (tmp_path / "prompts").glob("niah_single_1-700-end-*")
-    found.write_bytes((next((tmp_path / "prompts").glob("*-front-*"))).read_bytes())
+    (stored,) = (tmp_path / "prompts").glob("niah_single_1-700-end-*")
+    stored.write_bytes((next((tmp_path / "prompts").glob("*-front-*"))).read_bytes())
     with pytest.raises(ValueError, match="must hold prompts of .*'question': 'end'.*got .*'question': 'front'"):
         kl("other", "2", *kept)
 
@@ -178,8 +166,8 @@ def test_tasks_that_dense_does_not_solve_are_scored_unless_they_are_skipped(run)
 def test_gaps_lie_between_dense_oracle_indexer_and_shared_indexer_with_the_same_exact_end():
     shared, raw = "indexer:k=64,block=16,exact_last=8", "indexer:k=64,block=16"
     oracle, own = "oracle:k=32,block=1,exact_last=8", "indexer:k=32,block=1,exact_last=8"
-    found = matched.gaps_of(shared, ["oracle:k=32,block=1", oracle, own, shared, raw, "oracle:k=32,block=16,exact_last=8"])
-    assert found == {"oracle gap": ("dense", oracle), "indexer gap": (oracle, own), "realization gap": (own, shared)}
+    gaps = matched.gaps_of(shared, ["oracle:k=32,block=1", oracle, own, shared, raw, "oracle:k=32,block=16,exact_last=8"])
+    assert gaps == {"oracle gap": ("dense", oracle), "indexer gap": (oracle, own), "realization gap": (own, shared)}
     assert matched.gaps_of(raw, [oracle, own, raw]) == {} and matched.gaps_of(own, [oracle, own]) == {}
     assert matched.gaps_of("dense", [oracle]) == {}
     assert matched.gaps_of(shared, [oracle, shared]) == {"oracle gap": ("dense", oracle)}

@@ -49,7 +49,7 @@ def test_steps_go_on_where_they_failed_and_the_report_holds_all(suite, monkeypat
     files = packed(tmp_path / "npu.tar.gz")
     assert (files["npu/good/log"], files["npu/good/ran"], files["npu/bad/ran"]) == ("npu\n", "x", "xx")
     manifest = json.loads(files["npu/manifest.json"])
-    assert {name: found["rc"] for name, found in manifest["steps"].items()} == {
+    assert {name: step["rc"] for name, step in manifest["steps"].items()} == {
         "good": 0, "bad": 3, "large": 0, "absent": "needs no-such-program", "slow": "stopped after 1 s"
     }  # fmt: skip
     assert manifest["left_out_bytes"] == {"large/trace": 2000} and "npu/large/trace" not in files

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 
 from npu_sparse import Budget, SparsePrefill, selectors
+from npu_sparse.runs.store import RunError
 from npu_sparse.testing import tiny_model, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -55,3 +57,18 @@ def test_a_rule_of_every_key_is_dense_and_parts_are_parts(script):
     assert lab.follow(ids, after, sparse, rows=lambda t, T: t < 0)[0] == pytest.approx(dense, abs=1e-3)
     one, all_layers = lab.follow(ids, after, sparse, layers={1})[0], lab.follow(ids, after, sparse)[0]
     assert len({round(x, 3) for x in (dense, one, all_layers)}) == 3
+
+
+def test_records_are_those_of_their_prompt_and_former_ones_are_read(script, tmp_path):
+    judged = {"dense": [-1.5, True], "a rule": [-2.0, False]}
+    (tmp_path / "cells").mkdir()
+    for name, record in (("0000", judged), ("0001", {}), ("0002", {"rules": judged, "prompt": "0003"}), ("0003", {"dense": [1]})):
+        (tmp_path / "cells" / f"{name}.json").write_text(json.dumps(record))
+    cells = script.records(tmp_path, ["0000", "0001", "0002", "0003", "0004"], list(judged))
+    assert [cells.read(name)["rules"] for name in ("0000", "0001")] == [judged, {}]
+    assert cells.missing() == ["0004"]
+    for name, said in (("0002", "must be the record of prompt '0002', got '0003'"), ("0003", "must have")):
+        with pytest.raises(RunError, match=said):
+            cells.read(name)
+    cells.write("0004", {"rules": judged})
+    assert cells.read("0004")["rules"] == judged

@@ -17,11 +17,11 @@ def test_one_run_compares_numbers_and_times_every_stage(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "report.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == result
-    found = result["sizes"]["tiny"]
-    assert all(errors["passed"] and 0 <= errors["after"] < 0.05 for errors in found["errors"].values())
-    assert 0 < found["errors"]["output"]["between"] < 0.05
-    assert [entry["length"] for entry in found["timings"]] == [70, 130]
-    for entry in found["timings"]:
+    tiny = result["sizes"]["tiny"]
+    assert all(errors["passed"] and 0 <= errors["after"] < 0.05 for errors in tiny["errors"].values())
+    assert 0 < tiny["errors"]["output"]["between"] < 0.05
+    assert [entry["length"] for entry in tiny["timings"]] == [70, 130]
+    for entry in tiny["timings"]:
         assert set(entry["stages_ms"]["after"]) == set(entry["stages_ms"]["before"])
         assert all(took > 0 for name, took in entry["stages_ms"]["after"].items())
         assert entry["stages_ms"]["before"]["gdn delta rule"] > 0

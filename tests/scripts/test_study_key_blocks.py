@@ -23,17 +23,17 @@ def test_half_way_is_what_the_operator_ranks_by(script):
     qi, ki, w = index_inputs(1, 2, 64, 320, 16)
     sinks = torch.zeros(1, 20, dtype=torch.bool)
     expected = block_scores(qi, block_bounds(ki, 16, None), w, sinks, 256, 16, 64, 0, None)[0, 0, :16]
-    found = script.ranks(qi[0], ki[0, :256], w[0], torch.zeros(64, 256), 16)["half way"]
-    torch.testing.assert_close(found.amax(0), expected)
+    ranked = script.ranks(qi[0], ki[0, :256], w[0], torch.zeros(64, 256), 16)["half way"]
+    torch.testing.assert_close(ranked.amax(0), expected)
 
 
 def test_bounds_are_bounds_and_the_best_key_is_the_best(script):
     qi, ki, _ = index_inputs(1, 1, 64, 256, 16)
     z = script.products(qi[0], ki[0], None)
-    found = script.ranks(qi[0], ki[0], None, z, 16)
-    assert torch.equal(found["best key"], z.unflatten(-1, (-1, 16)).amax(-1))
-    assert bool((found["bound"] >= found["best key"] - 1e-4).all())
-    assert bool((found["mean or farthest key"] >= found["mean"]).all())
+    ranked = script.ranks(qi[0], ki[0], None, z, 16)
+    assert torch.equal(ranked["best key"], z.unflatten(-1, (-1, 16)).amax(-1))
+    assert bool((ranked["bound"] >= ranked["best key"] - 1e-4).all())
+    assert bool((ranked["mean or farthest key"] >= ranked["mean"]).all())
 
 
 def test_with_every_key_a_candidate_nothing_is_lost(script, tmp_path):

@@ -17,7 +17,7 @@ from npu_sparse.tasks.words import ADJECTIVES, NOUNS
 ROOT = Path(__file__).parents[2]
 WITHOUT_FILE = tasks.task_names(runnable_without="qa_file")
 LONG_ENOUGH = 2600  # tokens of the tiny tokenizer, for every task at its smallest
-LONG_ENOUGH_FROM_4096 = 6500  # where the word lists of cwe are longer
+LONG_ENOUGH_FROM_4096 = 6500  # from there on the word lists of cwe are longer
 UNIT_TOKENS = 160  # more than one unit of any task takes with the tiny tokenizer
 
 

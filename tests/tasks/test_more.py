@@ -81,14 +81,14 @@ def notes(example):
 def test_tallies_are_what_counting_the_notes_gives(make):
     for task in TALLIES:
         for example in make(task, count=6):
-            found = notes(example)
-            assert len(found) >= 40
+            listed = notes(example)
+            assert len(listed) >= 40
             if task == "tally_count":
                 label = re.search(r"about (\w+)\?", example.prompt)[1]
-                assert example.answers == (str(sum(subject == label for _, subject in found)),)
+                assert example.answers == (str(sum(subject == label for _, subject in listed)),)
                 continue
             user = re.search(r"of writer (\d) have", example.prompt)
-            counts = Counter(subject for writer, subject in found if user is None or writer == user[1])
+            counts = Counter(subject for writer, subject in listed if user is None or writer == user[1])
             assert set(example.answers) == {label for label, n in counts.items() if n == max(counts.values())}
 
 

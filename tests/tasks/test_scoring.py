@@ -47,8 +47,8 @@ def test_score_of_an_unknown_task_is_refused():
     ],
 )
 def test_the_reference_answer_is_written_as_the_template_writes_it(task, prompt, answers, expected):
-    found = reference_answer(dataclasses.replace(example(task, *answers), prompt=prompt))
-    assert found.text == expected
+    reference = reference_answer(dataclasses.replace(example(task, *answers), prompt=prompt))
+    assert reference.text == expected
     assert score(example(task, *answers), expected) == 1.0
-    stand = [expected[start:end] for start, end in found.spans]
+    stand = [expected[start:end] for start, end in reference.spans]
     assert stand == answers[:1] if task == "qa_1" else sorted(stand) == sorted(answers)

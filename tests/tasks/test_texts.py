@@ -76,21 +76,21 @@ def test_builtin_is_the_standard_library_where_no_package_is_installed(monkeypat
 
 
 def test_standard_library_is_always_there():
-    found = documents("stdlib")
-    assert sum(len(document.text) for document in found) > 2_000_000
-    assert not any("site-packages" in document.name for document in found)
+    read = documents("stdlib")
+    assert sum(len(document.text) for document in read) > 2_000_000
+    assert not any("site-packages" in document.name for document in read)
 
 
 @pytest.mark.parametrize("name", [*texts.PACKAGES, texts.BIBLE])
 def test_installed_package_gives_clean_english_text(name):
     if not texts._installed(name):
         pytest.skip(f"package {name!r} is not installed")
-    found = documents(name)
-    text = "\n".join(document.text for document in found)
-    assert len(found) > 50 and len(text) > 400_000
+    read = documents(name)
+    text = "\n".join(document.text for document in read)
+    assert len(read) > 50 and len(text) > 400_000
     assert len(re.findall(r"\bthe\b", text)) / len(text.split()) > 0.03
     assert len(re.findall(r"</?(p|div|a|td|span)\b", text)) < 1e-4 * len(text.split())
-    assert max(len(document.text) for document in found) <= 1.5 * texts.PART_CHARS
+    assert max(len(document.text) for document in read) <= 1.5 * texts.PART_CHARS
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,10 @@ def serves(config) -> bool:
 
 def check_backend(backend: type) -> None:
     """Raises ValueError for another backend of vLLM-Ascend than that of grouped-query attention on 910B and 910C."""
-    found = backend.__name__, backend.get_impl_cls().__name__
-    if found != (BACKEND, IMPL):
+    names = backend.__name__, backend.get_impl_cls().__name__
+    if names != (BACKEND, IMPL):
         raise ValueError(
-            f"the attention backend must be {BACKEND} with {IMPL} for sparse prefill on Ascend, got {' with '.join(found)}: "
+            f"the attention backend must be {BACKEND} with {IMPL} for sparse prefill on Ascend, got {' with '.join(names)}: "
             "serve a model of grouped-query attention, without context parallelism"
         )
 

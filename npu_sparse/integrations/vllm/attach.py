@@ -83,13 +83,13 @@ def _directory(model, load_config) -> Path:
 
 def attach(model: torch.nn.Module, vllm_config, attached: Attached) -> None:
     """Puts an IndexBranch beside every full-attention layer of this rank. Attaching again changes nothing."""
-    found = full_attention_modules(model, tuple(attached.selects))
-    if any(hasattr(module.attn, "npu_sparse") for module in found.values()):
+    modules = full_attention_modules(model, tuple(attached.selects))
+    if any(hasattr(module.attn, "npu_sparse") for module in modules.values()):
         return
-    if not found:
+    if not modules:
         logger.info("npu_sparse: no full-attention layer on this pipeline stage")
-    check_stage(attached.selects, found.keys())
-    for layer, module in found.items():
+    check_stage(attached.selects, modules.keys())
+    for layer, module in modules.items():
         attention = module.attn
         sparse = sparse_backend(attention.attn_backend)
         attention.npu_sparse = IndexBranch(attached, layer, attention, module.rotary_emb, vllm_config)
@@ -103,25 +103,25 @@ def attach(model: torch.nn.Module, vllm_config, attached: Attached) -> None:
             "npu_sparse: exact_last ends every chunk, for this model runner does not say where prompts end: --worker-cls %s does",
             WORKER,
         )
-    selecting = sum(module.attn.npu_sparse.selects for module in found.values())
+    selecting = sum(module.attn.npu_sparse.selects for module in modules.values())
     per_token = selecting * attached.indexer.config.dim * vllm_config.model_config.dtype.itemsize
     logger.info(
         "npu_sparse: %d layers sparse, %d select, budget %s, dense below %d tokens, %d bytes of index keys a token on this rank",
-        len(found), selecting, str(attached.budget) or "default", attached.budget.dense_below, per_token,
+        len(modules), selecting, str(attached.budget) or "default", attached.budget.dense_below, per_token,
     )  # fmt: skip
 
 
 def full_attention_modules(model: torch.nn.Module, layers) -> dict[int, torch.nn.Module]:
     """`{layer: its self-attention module}` of the full-attention layers that a rank holds."""
-    found = {}
+    modules = {}
     for module in model.modules():
         attention = getattr(module, "attn", None)
         if not isinstance(attention, Attention) or not hasattr(module, "rotary_emb"):
             continue
         layer = extract_layer_index(attention.layer_name)
         if layer in layers and attention.sliding_window is None:
-            found[layer] = module
-    return found
+            modules[layer] = module
+    return modules
 
 
 def _says_prompts(vllm_config) -> bool:

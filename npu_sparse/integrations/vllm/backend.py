@@ -26,8 +26,11 @@ def sparse_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            check_pages(backend.get_name(), getattr(self, "isa", None))
+            isa = getattr(self, "isa", None)  # of a CPU
+            check_pages(backend.get_name(), isa)
             layers = self.vllm_config.compilation_config.static_forward_context
+            for name in self.layer_names:
+                layers[name].npu_sparse.isa = isa
             self._attached = layers[self.layer_names[0]].npu_sparse.attached
 
         @classmethod

@@ -70,6 +70,7 @@ class IndexBranch(nn.Module):
         self.attached, self.layer, self.layer_name = attached, layer, attention.layer_name
         backend = attention.attn_backend
         self.backend, self.scale = ascend.NAME if ascend.owns(backend) else backend.get_name(), attention.impl.scale
+        self.isa: str | None = None  # what a CPU's pages are laid out for; the metadata's builder says
         self.selects = attached.selects[layer] == layer
         self.shared = self.selects and layer in [of for one, of in attached.selects.items() if one != of]
         self.head: IndexHead | None = attached.indexer.layers[str(layer)] if self.selects else None
@@ -103,7 +104,7 @@ class IndexBranch(nn.Module):
         if request.queries == request.length:  # the pages hold nothing that is not in key and value
             k, v = key[rows].transpose(0, 1)[None], value[rows].transpose(0, 1)[None]
         else:
-            k, v = read_kv(self.backend, kv_cache, plan.block_table[request.row], request.length)
+            k, v = read_kv(self.backend, kv_cache, plan.block_table[request.row], request.length, self.isa)
         index = partition = None
         if self.selects:
             queries, weights, hidden = step.index[self.layer]

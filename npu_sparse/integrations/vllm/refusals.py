@@ -1,6 +1,7 @@
 """What of an engine's configuration sparse prefill does not serve, each with its sentence."""
 
 from . import ascend
+from .pages import INSTRUCTION_SETS
 
 SAME_DTYPE = ("auto", "float16", "bfloat16", "float32")
 BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
@@ -8,8 +9,8 @@ BACKENDS = ("CPU_ATTN", "FLASH_ATTN", "TRITON_ATTN")
 
 def check_engine(config) -> None:
     """Raises ValueError for the first thing in a VllmConfig that sparse prefill does not serve."""
-    for found in refusals(config):
-        raise ValueError(found)
+    for reason in refusals(config):
+        raise ValueError(reason)
 
 
 def refusals(config):
@@ -53,11 +54,9 @@ def check_pages(backend: str, isa: str | None) -> None:
     """Raises ValueError for an attention backend, or on a CPU its instruction set, whose pages `pages.py` cannot read."""
     if backend not in BACKENDS:
         raise ValueError(f"attention-backend must be one of {', '.join(BACKENDS)} for sparse prefill, got {backend}")
-    if isa not in (None, "vec"):
-        raise ValueError(
-            f"the CPU attention must have vec pages for sparse prefill, got {isa}: serve in float32 with a block size that is "
-            "a multiple of 32"
-        )
+    if isa is not None and isa not in INSTRUCTION_SETS:
+        served = ", ".join(INSTRUCTION_SETS)
+        raise ValueError(f"the CPU attention must be laid out for one of {served} for sparse prefill, got {isa}")
 
 
 def check_stage(selects, present) -> None:

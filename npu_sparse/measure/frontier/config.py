@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from ...budget import Budget
+from ...budget import FORMER, Budget
 from ...ops import workspace
 from ..quality import EvalConfig
 from ..quality.config import INSTRUMENTS
 from ..ttft import TtftConfig
-from ..variants import FORMER, settle
+from ..variants import settle
 
 RUNTIME = ("seed", "dtype", "device", "impl")
 
@@ -52,17 +52,10 @@ class FrontierConfig:
 
     def __post_init__(self):
         settle(self, "tasks", "texts", "instruments")
-        rest = []
-        for item in filter(None, self.budget.split(",")):
-            field, _, values = (part.strip() for part in item.partition("="))
-            if field in ("k", "block"):
-                found = tuple(Budget.changes(f"{field}={value}")[field] for value in values.split("|"))
-                if not all(isinstance(value, int) for value in found):
-                    raise ValueError(f"{field} of a grid must be whole numbers joined by |, got {values!r}")
-                object.__setattr__(self, f"{field}s", found)
-            else:
-                rest.append(item)
-        object.__setattr__(self, "budget", ",".join(rest))
+        axes, rest = Budget.grid(self.budget, ("k", "block"))
+        for name, values in axes.items():
+            object.__setattr__(self, f"{name}s", values)
+        object.__setattr__(self, "budget", rest)
         for name in ("ks", "blocks"):
             value = getattr(self, name)
             value = (value,) if isinstance(value, int) else tuple(value)

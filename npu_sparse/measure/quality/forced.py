@@ -55,8 +55,8 @@ def tabulate_forced(config: EvalConfig, records: dict) -> dict | None:
     for gap, pair in {**GAPS, **TOTAL}.items():
         if all(name in config.variants for name in pair):
             for scope, tasks in scopes(*pair):
-                found = {measure: difference(measure, tasks, *pair) for measure in ("right", "kl")}
-                gaps.append({"gap": gap, "task": scope, **found})
+                changes = {measure: difference(measure, tasks, *pair) for measure in ("right", "kl")}
+                gaps.append({"gap": gap, "task": scope, **changes})
     return {
         "tasks": {task: {"dense": dense[task], "solved": task in solved} for task in config.tasks},
         "rows": rows,
@@ -84,7 +84,7 @@ def markdown_forced(result: dict) -> str:
     forced = result["forced"]
     if forced is None:
         return ""
-    solved = [task for task, found in forced["tasks"].items() if found["solved"]]
+    solved = [task for task, task_result in forced["tasks"].items() if task_result["solved"]]
     by_task = {(row["variant"], row["task"]): row for row in forced["rows"]}
     names = list(dict.fromkeys(row["variant"] for row in forced["rows"]))
     macro, each, gaps = [], [], {}
@@ -121,7 +121,7 @@ def markdown_forced(result: dict) -> str:
         text += f"Macro average over {len(solved)} tasks that dense attention solves: {', '.join(solved)}.\n\n"
         text += markdown_table(macro, columns) + "\n"
     text += "Right (%); KL (nats), by task. \\* Not solved by dense attention, and not in the macro average.\n\n"
-    marks = {task: task if found["solved"] else f"{task} *" for task, found in forced["tasks"].items()}
+    marks = {task: task if task_result["solved"] else f"{task} *" for task, task_result in forced["tasks"].items()}
     text += markdown_table(each, {**head, **marks}) + "\n"
     if gaps:
         pairs = {gap: f"{gap} ({' → '.join(pair)})" for gap, pair in {**GAPS, **TOTAL}.items()}
@@ -146,13 +146,13 @@ def figure_forced(result: dict, styles: dict):
     for ax, (measure, factor, label, question) in zip(axes[0], panels):
         for n, (name, style) in enumerate(styles.items()):
             offset = (n - (len(styles) - 1) / 2) * 0.8 / len(styles)
-            found = [row for row in forced["rows"] if row["variant"] == name]
-            x = [factor * row[measure]["value"] for row in found]
+            lines = [row for row in forced["rows"] if row["variant"] == name]
+            x = [factor * row[measure]["value"] for row in lines]
             errors = [
-                [factor * max(0.0, row[measure]["value"] - row[measure]["low"]) for row in found],
-                [factor * max(0.0, row[measure]["high"] - row[measure]["value"]) for row in found],
+                [factor * max(0.0, row[measure]["value"] - row[measure]["low"]) for row in lines],
+                [factor * max(0.0, row[measure]["high"] - row[measure]["value"]) for row in lines],
             ]
-            y = [tasks.index(row["task"]) + offset for row in found]
+            y = [tasks.index(row["task"]) + offset for row in lines]
             ax.errorbar(x, y, xerr=errors, linestyle="none", markersize=5, elinewidth=1.2, capsize=2, **style)
         ax.set_yticks(range(len(tasks)), tasks)
         ax.set_ylim(len(tasks) - 0.4, -0.6)

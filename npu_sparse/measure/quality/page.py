@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...runs import stats
@@ -20,6 +21,29 @@ from ..variants import (
 )
 from .config import GAPS, MACRO, TOTAL, EvalConfig
 from .forced import figure_forced, markdown_forced, tabulate_forced
+
+
+@dataclass(frozen=True)
+class Row:
+    """The score of one variant on one task, or on all that dense attention solves, as a report has it.
+
+    Attributes:
+        task: its name, or `MACRO`.
+        variant: its name, that of `VARIANTS` with its options; label: what a table calls it.
+        options: fields of its own Budget; k, block: of the Budget that it ran with, None where it has none.
+        prompts: how many it was scored on.
+        score: an estimate with its interval, as `runs.stats` writes it; a share of 1.
+    """
+
+    task: str
+    variant: str
+    label: str
+    evidence: str
+    options: dict
+    k: object
+    block: int | None
+    prompts: int
+    score: dict
 
 
 def mean_score(record: dict) -> float:
@@ -53,23 +77,23 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
             if not tasks or any((task, name) not in records for task in tasks):
                 continue
             estimate = stats.macro_mean([_scores(records[task, name]) for task in tasks], seed=config.seed)
-            rows.append({
-                "task": task, "variant": name, "label": variant_named(name).label, "evidence": evidence[0],
-                "options": dict(variant_named(name).options), "k": budget and budget.k,
-                "block": budget and budget.block, "prompts": config.count * len(tasks), "score": estimate.to_dict(),
-            })  # fmt: skip
+            rows.append(Row(
+                task=task, variant=name, label=variant_named(name).label, evidence=evidence[0],
+                options=dict(variant_named(name).options), k=budget and budget.k, block=budget and budget.block,
+                prompts=config.count * len(tasks), score=estimate.to_dict(),
+            ))  # fmt: skip
 
     def changes(before: str, after: str) -> list[dict]:
         """The paired difference of two variants on every task, and on those that dense attention solves."""
-        found = []
+        listed = []
         for task in (MACRO, *config.tasks):
             tasks = solved if task == MACRO else [task]
             if not tasks or any((task, name) not in records for task in tasks for name in (before, after)):
                 continue
             first, second = ([_scores(records[task, name]) for task in tasks] for name in (before, after))
             estimate = stats.macro_difference(first, second, seed=config.seed)
-            found.append({"from": before, "to": after, "task": task, "change": estimate.to_dict()})
-        return found
+            listed.append({"from": before, "to": after, "task": task, "change": estimate.to_dict()})
+        return listed
 
     gaps = [{"gap": gap, **change} for gap, pair in {**GAPS, **TOTAL}.items() for change in changes(*pair)]
     options = [
@@ -89,7 +113,7 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
         "tasks": {
             task: {"dense": dense[task], "solved": task in solved, "label": task_named(task).label} for task in config.tasks
         },
-        "rows": rows,
+        "rows": [asdict(row) for row in rows],
         "gaps": gaps,
         "options": options,
         "forced": tabulate_forced(config, records),
@@ -136,7 +160,7 @@ def markdown(result: dict) -> str:
     gap_columns = {
         gap: f"{gap} ({label[before]} → {label[after]})"
         for gap, (before, after) in {**GAPS, **TOTAL}.items()
-        if any(found["gap"] == gap for found in result["gaps"])
+        if any(one["gap"] == gap for one in result["gaps"])
     }
     unsolved = "" if len(solved) == len(tasks) else (
         f"\\* Dense attention scores less than {100 * config['min_dense_score']:.0f} here: "
@@ -206,7 +230,7 @@ def figure(result: dict):
     solved = [task for task in tasks if tasks[task]["solved"]]
     shown = [MACRO, *solved] if solved else list(tasks)  # what dense attention does not solve is in the table alone
     columns = {row["variant"]: row for row in result["rows"]}
-    gaps = [gap for gap in (*GAPS, *TOTAL) if any(found["gap"] == gap for found in result["gaps"])]
+    gaps = [gap for gap in (*GAPS, *TOTAL) if any(row["gap"] == gap for row in result["gaps"])]
     height = 1.8 + 0.17 * len(shown) * max(len(columns), len(gaps))
     figure, axes = new_figure(columns=2 if gaps else 1, width=6.0, height=height)
 
@@ -214,9 +238,9 @@ def figure(result: dict):
         place = {task: n for n, task in enumerate(shown)}
         for n, (name, style) in enumerate(series.items()):
             offset = (n - (len(series) - 1) / 2) * 0.8 / len(series)
-            found = [entry for entry in key(name) if entry["task"] in place]
-            y = [place[entry["task"]] + offset for entry in found]
-            values = [entry["score"] if "score" in entry else entry["change"] for entry in found]
+            entries = [entry for entry in key(name) if entry["task"] in place]
+            y = [place[entry["task"]] + offset for entry in entries]
+            values = [entry["score"] if "score" in entry else entry["change"] for entry in entries]
             x = [100 * value["value"] for value in values]
             errors = [
                 [100 * max(0.0, value["value"] - value["low"]) for value in values],
@@ -244,7 +268,7 @@ def figure(result: dict):
         panel(
             axes[0, 1],
             {gap: {"label": f"{gap}: {' → '.join(label[gap])}", "marker": "o", "color": colours[gap]} for gap in gaps},
-            lambda gap: [found for found in result["gaps"] if found["gap"] == gap],
+            lambda gap: [row for row in result["gaps"] if row["gap"] == gap],
             "change of score (points; negative = lost)", "Where is quality lost?",
         )  # fmt: skip
         axes[0, 1].axvline(0, color=PALETTE["dense"], linewidth=0.8)

@@ -97,10 +97,10 @@ def _sdpa(backend, name: str) -> Callable:
 
 
 def _fa3() -> Callable:
-    found = fa3_module()
-    if found is None:
+    module = fa3_module()
+    if module is None:
         raise ImportError("dense fa3 must have FlashAttention-3: run `pip install fa3-fwd` (Hopper, bf16), or use fa2")
-    flash_attn_func = importlib.import_module(found).flash_attn_func
+    flash_attn_func = importlib.import_module(module).flash_attn_func
 
     def attend(q, k, v, scale):
         q, k, v = (part.transpose(1, 2) for part in (q, k, v))

@@ -1,4 +1,4 @@
-"""What a timing run compares, and on what; its stages by name."""
+"""The config of a timing run, and its stages by name."""
 
 import json
 import re
@@ -151,16 +151,16 @@ class TtftConfig:
 
     def ways(self) -> dict[str, Way]:
         """Every prefill that is timed, by name."""
-        found = []
+        listed = []
         for layers in self.layers:
             which = f" ({layers} layers)" if len(self.layers) > 1 else ""
             native = self.baselines[0] if self.baselines else None
             for variant in (*self.variants, *((ATTACHED,) if self.overhead else ())):
                 if variant == "dense" and self.baselines:
-                    found += [Way(f"dense {baseline}{which}", variant, baseline, layers) for baseline in self.baselines]
+                    listed += [Way(f"dense {baseline}{which}", variant, baseline, layers) for baseline in self.baselines]
                 else:
-                    found.append(Way(variant + which, variant, native, layers))
-        return {way.name: way for way in found}
+                    listed.append(Way(variant + which, variant, native, layers))
+        return {way.name: way for way in listed}
 
     def rounds(self, length: int) -> tuple[int, int]:
         """`(warmup, runs)` at a length."""
@@ -190,10 +190,10 @@ def by_length(name: str, value: int | str, length: int, least: int) -> int:
         return _count(name, int(value) if isinstance(value, str) and value.strip().isdigit() else value, least)
     steps = []
     for part in value.split(","):
-        found = re.fullmatch(r"\s*(\d{1,18})\s*=\s*(\d{1,18})\s*", part)
-        if not found:
+        match = re.fullmatch(r"\s*(\d{1,18})\s*=\s*(\d{1,18})\s*", part)
+        if not match:
             raise ValueError(f"{name} must be a number, or LENGTH=NUMBER joined by commas, got {value!r}")
-        steps.append((int(found[1]), _count(name, int(found[2]), least)))
+        steps.append((int(match[1]), _count(name, int(match[2]), least)))
     return next((number for start, number in sorted(steps, reverse=True) if start <= length), min(steps)[1])
 
 

@@ -100,7 +100,7 @@ def crossovers(config: TtftConfig, records: list[dict], rows: list[Row], source:
     median = {(row.variant, row.length): row.ttft_s["median"] for row in rows}
     ways = [way for way in config.ways().values() if way.layers == layers]
     records = sorted((record for record in records if "geometry" in record), key=lambda record: record["length"])
-    found = []
+    lines = []
     for way in ways:
         if way.variant in ("dense", ATTACHED) or variant_named(way.variant).chooser != "indexer":
             continue
@@ -114,32 +114,32 @@ def crossovers(config: TtftConfig, records: list[dict], rows: list[Row], source:
         if dense_s and budget == Budget(k=budget.k, block=budget.block):
             first = records[0]
             heads = {key: first["geometry"][key] for key in ("query_heads", "kv_heads", "head_dim")}
-            found.append({
+            lines.append({
                 "device": first["setting"]["device_name"], **heads, "k": budget.k, "block": budget.block,
                 "dense_below": first_faster(dense_s, sparse_s), "lengths": sorted(dense_s),
                 "dense": fastest.baseline or first["setting"]["dense_attention"], "layers": layers, "weights": config.weights(),
                 "evidence": first["evidence"][way.name], "commit": first["machine"]["commit"], "source": source,
             })  # fmt: skip
-    return found
+    return lines
 
 
 def _breakdown(runs: list[dict]) -> dict:
     """Mean seconds per stage; they and "rest" add up to "total"."""
-    found = {name for run in runs for name in run}
-    named = ("total", *STAGES[:-1], *(part for part in PARTS if part in found))
+    timed = {name for run in runs for name in run}
+    named = ("total", *STAGES[:-1], *(part for part in PARTS if part in timed))
     mean = {name: sum(run.get(name, 0.0) for run in runs) / len(runs) for name in named}
     return {**mean, "rest": mean["total"] - sum(mean[name] for name in named[1:])}
 
 
 def stages_in(result: dict) -> list[str]:
     """The stages that have a clock in any row, in order, "rest" at the end."""
-    found = {name for row in result["rows"] for name in row["stages_s"] or ()}
-    return [name for name in (*STAGES[:-1], *PARTS, "rest") if name in found]
+    timed = {name for row in result["rows"] for name in row["stages_s"] or ()}
+    return [name for name in (*STAGES[:-1], *PARTS, "rest") if name in timed]
 
 
-def ratio(found: dict | None) -> str | None:
+def ratio(estimate: dict | None) -> str | None:
     """A speed-up with its interval."""
-    return None if found is None else f"{found['value']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+    return None if estimate is None else f"{estimate['value']:.3f} [{estimate['low']:.3f}, {estimate['high']:.3f}]"
 
 
 def fed(config: dict) -> str:

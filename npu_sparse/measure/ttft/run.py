@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ...budget import Budget
 from ...errors import ActionableError
+from ...ops.workspace import is_exhausted
 from ...runs import machine as machines
 from ...runs import stats
 from ...runs.figures import write_figure
@@ -29,7 +30,6 @@ from ..clocks import (
     collected_often,
     dense_attention_timed,
     modules_timed,
-    out_of_memory,
     peak_memory_bytes,
     release_memory,
     reset_peak_memory,
@@ -88,7 +88,7 @@ def run_ttft(
         model, tokenizer, indexer: used in place of loading `config.model` and `config.adapter`.
 
     Raises before anything is measured: ValueError (config, lengths), AdapterError, CheckpointError,
-    KernelUnavailableError; ImportError where a baseline is not installed.
+    KernelUnavailableError (of the layers around attention, too); ImportError where a baseline is not installed.
     """
     started = time.monotonic()
     directory = open_stage(output, "ttft", config)
@@ -99,6 +99,10 @@ def run_ttft(
         for name in config.baselines:
             with running(subject.model, name):
                 pass
+        if "fast" in config.layers:
+            from ...models.hybrid import FastHybrid
+
+            FastHybrid.attach(subject.model).detach()
         attachable(subject, config.variants, config.budget, config.impl)
         _check_agree(directory, [*cells.records().values(), subject.inputs()])
         prompts = {length: prompt_ids(config, subject, length) for length in todo}
@@ -228,8 +232,8 @@ def _prefill(config: TtftConfig, subject: Subject, way: Way, length: int, stage=
         if way.layers == "fast":
             stack.enter_context(FastHybrid.attach(model))
         if stage is not None and config.parts:
-            found = (delta_net_modules(model).values(), gated_mlp_modules(model), norm_modules(model))
-            stack.enter_context(modules_timed(dict(zip(PARTS, found)), stage))
+            replaced = (delta_net_modules(model).values(), gated_mlp_modules(model), norm_modules(model))
+            stack.enter_context(modules_timed(dict(zip(PARTS, replaced)), stage))
         if way.variant == ATTACHED:
             budget = config.budget.replace(dense_below=length + 1)
             stack.enter_context(SparsePrefill.attach(model, subject.indexer, budget, **options))
@@ -257,7 +261,7 @@ def _first_token(config: TtftConfig, subject: Subject, way: Way, ids, stage=None
     try:
         return once()
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_exhausted(error):
             raise
     release_memory(device)
     once()  # allocates anew, which is no time to report
@@ -286,23 +290,23 @@ def _measure(config: TtftConfig, subject: Subject, length: int, ids, profile: Pa
         try:
             return _first_token(config, subject, ways[name], ids, stage)
         except (RuntimeError, ValueError, TypeError) as error:
-            full = out_of_memory(error)
+            full = is_exhausted(error)
             if not full and os.environ.get("NPU_SPARSE_TRACEBACK"):
                 raise
             reason = str(error).strip().partition("\n")[0]
             refused[name] = f"{'out of memory' if full else type(error).__name__} at {length} tokens: {reason}"
         say(f"{name} is left out: {refused[name]}")
-        for found in (seconds, peaks, stages, tokens):
-            found.pop(name, None)
+        for samples in (seconds, peaks, stages, tokens):
+            samples.pop(name, None)
         release_memory(device)
         return None
 
     for round_ in range(-warmup, runs):
         order = shuffled.sample(list(seconds), len(seconds))
         for name in order:
-            if (found := attempt(name)) is None:
+            if (outcome := attempt(name)) is None:
                 continue
-            elapsed, tokens[name], peak = found
+            elapsed, tokens[name], peak = outcome
             if round_ >= 0:
                 seconds[name].append(elapsed)
                 peaks[name].append(peak)
@@ -311,8 +315,8 @@ def _measure(config: TtftConfig, subject: Subject, length: int, ids, profile: Pa
     for _ in range(config.stage_runs):
         for name in shuffled.sample(list(stages), len(stages)):
             timer = stage_timer(device)
-            if (found := attempt(name, timer)) is not None:
-                stages[name].append({"total": found[0], **timer.seconds})
+            if (outcome := attempt(name, timer)) is not None:
+                stages[name].append({"total": outcome[0], **timer.seconds})
     for name in stages if profile is not None else ():
         trace = re.sub(r"[^\w.-]+", "-", f"{length}-{name}.json")
         _profile(config, subject, ways[name], ids, Path(profile) / trace)
@@ -350,9 +354,9 @@ def _profile(config: TtftConfig, subject: Subject, way: Way, ids, path: Path) ->
     else:
         import torch.profiler as profiler
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _prefill(config, subject, way, ids.shape[1]), profiler.profile() as found:
+    with _prefill(config, subject, way, ids.shape[1]), profiler.profile() as trace:
         time_to_first_token(subject.model, ids, config.chunk)
-    found.export_chrome_trace(str(path))
+    trace.export_chrome_trace(str(path))
 
 
 def _evidence(name: str, subject: Subject) -> str:

@@ -1,6 +1,5 @@
 """FastHybrid: the layers around full attention without their plumbing, on the same weights, caches and modules."""
 
-import importlib
 import importlib.metadata
 import importlib.util
 from contextlib import nullcontext
@@ -10,6 +9,7 @@ from types import MethodType
 import torch
 from torch.nn.functional import pad
 
+from ...ops import hybrid
 from ...ops.dispatch import KernelUnavailableError, uses_kernel
 from ..architectures import delta_net, delta_net_modules, gated_mlp_modules, norm_modules, project
 
@@ -30,8 +30,8 @@ class FastHybrid:
         model: as attached.
     """
 
-    def __init__(self, model, functions, stage):
-        self.model, self.functions, self.stage = model, functions, stage
+    def __init__(self, model, impl, stage):
+        self.model, self.impl, self.stage = model, impl, stage
         self._replaced = []
 
     @classmethod
@@ -48,8 +48,7 @@ class FastHybrid:
         Raises KernelUnavailableError where CUDA, Triton or flash-linear-attention is missing, ValueError for other models, for a
         model attached already, and where another tool has replaced a layer's forward.
         """
-        functions = _functions(impl, model.device.type)
-        attached = cls(model, functions, stage or (lambda name: nullcontext()))
+        attached = cls(model, _implementation(impl, model.device.type), stage or (lambda name: nullcontext()))
         attached._patch()
         return attached
 
@@ -85,7 +84,8 @@ class FastHybrid:
             self._replaced.append(module)
 
     def _delta_net_forward(self, module):
-        net, functions, stage = delta_net(module), self.functions, self.stage
+        net, impl, stage = delta_net(module), self.impl, self.stage
+        heads = dict(key_heads=net.key_heads, value_heads=net.value_heads, key_dim=net.key_dim, value_dim=net.value_dim)
         if module.conv1d.bias is not None or module.activation not in ("silu", "swish"):
             raise ValueError(f"a Gated DeltaNet layer must convolve without bias and with SiLU, got {module.activation!r}")
         eps = module.norm.variance_epsilon if hasattr(module.norm, "variance_epsilon") else module.norm.eps
@@ -106,7 +106,7 @@ class FastHybrid:
                 mixed, z, raw = project(module, hidden_states)
             with stage("gdn convolution"):
                 weight = module.conv1d.weight.squeeze(1)
-                q, k, v = functions.short_convolution(mixed, weight, inputs, channels, net)
+                q, k, v = hybrid.short_convolution(mixed, weight, inputs, channels, **heads, impl=impl)
             if held is not None:
                 newest = mixed[:, -net.kernel :, order].transpose(1, 2)  # [B, C, up to W]
                 if inputs is None:
@@ -114,14 +114,14 @@ class FastHybrid:
                 held.update_conv_state(newest, layer)
             del mixed
             with stage("gdn gates"):
-                g, beta = functions.gates(raw, gates, module.A_log, module.dt_bias)
+                g, beta = hybrid.delta_gates(raw, gates, module.A_log, module.dt_bias, impl=impl)
             with stage("gdn delta rule"):
-                out, state = functions.delta_rule(q, k, v, g, beta, state, held is not None)
+                out, state = hybrid.delta_rule(q, k, v, g, beta, state, held is not None, impl=impl)
             if held is not None:
                 held.update_recurrent_state(state, layer)
             del q, k, v
             with stage("gdn norm"):
-                out = functions.gated_norm(out, z, gate, module.norm.weight, eps)
+                out = hybrid.gated_norm(out, z, gate, module.norm.weight, eps, impl=impl)
             del z
             with stage("gdn output"):
                 return module.out_proj(out)
@@ -129,30 +129,30 @@ class FastHybrid:
         return forward
 
     def _norm_forward(self):
-        functions = self.functions
+        impl = self.impl
 
         def forward(module, x):
             _refuse_gradients(x, module)
-            return functions.rms_norm(x, module.weight, module.eps)
+            return hybrid.rms_norm(x, module.weight, module.eps, impl=impl)
 
         return forward
 
     def _mlp_forward(self):
-        functions = self.functions
+        impl = self.impl
 
         def forward(module, x):
             _refuse_gradients(x, module)
-            return module.down_proj(functions.swiglu(module.gate_proj(x), module.up_proj(x)))
+            return module.down_proj(hybrid.swiglu(module.gate_proj(x), module.up_proj(x), impl=impl))
 
         return forward
 
 
-def _functions(impl: str, device_type: str):
-    """The module whose functions run, for an `impl` on a device."""
+def _implementation(impl: str, device_type: str) -> str:
+    """"kernel" or "reference": what the operators run for an `impl` on a device."""
     if impl == "auto" and device_type != "cuda":
         impl = "reference"
     if not uses_kernel(impl, device_type):
-        return importlib.import_module("npu_sparse.models.hybrid.reference")
+        return "reference"
     if device_type != "cuda":
         raise KernelUnavailableError(f"FastHybrid has kernels for cuda, got {device_type!r}: pass impl='reference'")
     for module, package in (("triton", "triton"), ("fla.ops.gated_delta_rule", "'flash-linear-attention>=0.6'")):
@@ -166,7 +166,7 @@ def _functions(impl: str, device_type: str):
         version = "0.0"
     if tuple(int(part) for part in version.split(".")[:2]) < LEAST_FLA:
         raise KernelUnavailableError(f"FastHybrid's kernels need fla-core 0.6 or newer, got {version}: pip install -U fla-core")
-    return importlib.import_module("npu_sparse.models.hybrid.triton")
+    return "kernel"
 
 
 def _missing(module: str) -> bool:

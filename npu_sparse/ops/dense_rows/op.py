@@ -42,10 +42,10 @@ def _backward_of(suffix: str):
     def backward(ctx, grad):
         *tensors, positions = ctx.saved_tensors[:4]
         valid = ctx.saved_tensors[4] if len(ctx.saved_tensors) > 4 else None
-        found = dispatch.call(
+        gradients = dispatch.call(
             "dense_rows_backward", "reference", grad.device.type, grad, *tensors, positions, ctx.scale, valid
         )
-        return *found, None, None, None
+        return *gradients, None, None, None
 
     return backward
 

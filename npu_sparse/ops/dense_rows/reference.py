@@ -15,7 +15,7 @@ def dense_rows(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
     used = place <= positions.amax(1, keepdim=True)  # [B, Tk]
     if valid is not None:
         used = used & valid
-    # what no row sees may hold anything: it must not reach one as 0 * NaN
+    # keys that no row sees may be NaN, which a weight of zero would not hide
     k, v = (x.masked_fill(~used[:, None, :, None], 0.0) for x in (k, v))
     out = q.new_zeros((B, R, Hq, v.shape[-1])).transpose(1, 2)
     for rows in (slice(*ends) for ends in slices(R, B * Hq * Tk)):
@@ -31,7 +31,7 @@ def dense_rows(q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float,
 def dense_rows_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, scale: float, valid: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v, from scores that are made again; the formulas are those of sparse attention's."""
+    """The gradients of q, k and v by the formulas of sparse attention; scores are computed again."""
     B, Hq, R, _ = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
     wide = torch.promote_types(q.dtype, torch.float32)

@@ -1,5 +1,5 @@
-"""dense_rows in Triton, flash-decoding: a tile is rows x the query heads of one KV head; programs split the keys between them,
-each keeps a maximum, a sum and an unnormalised output, and a second kernel joins those."""
+"""dense_rows in Triton by flash-decoding: a tile holds rows x the query heads of one KV head. Programs share out its keys; each
+keeps a maximum, a sum and an unnormalised output, and a second kernel joins them."""
 
 import functools
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..slices import power_of_two
 
-FEWEST_KEYS = 256  # of a split
+FEWEST_KEYS = 256  # a split of the keys has at least this many
 PROGRAMS_PER_CORE = 2  # so that no multiprocessor waits for the slowest
-CORES_INTERPRETED = 4  # under TRITON_INTERPRET, where there is no card to ask
+CORES_INTERPRETED = 4  # stands for a card's multiprocessors under TRITON_INTERPRET
 LOG2E = 1.4426950408889634
 
 

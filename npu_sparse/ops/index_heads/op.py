@@ -1,4 +1,4 @@
-"""index_heads: index queries, keys, head weights and log-partitions of a layer, of their projections, in one go."""
+"""index_heads: a layer's index queries, keys, head weights and log-partitions from their projections, in one operator."""
 
 import torch
 from torch import Tensor
@@ -47,18 +47,18 @@ def index_heads(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]:
     """`(qi [B, Hi, T, Di], ki [B, T, Di], w [B, T, Hi] or None, c float32 [B, T] or None, finite bool [2, B, T])`.
 
-    What `IndexHead` makes of its projections: `qi = rotate(queries)`, `ki = rotate(LayerNorm(keys))`, `w = weights / sqrt(Hi)`
-    (arXiv 2606.07703, "Indexer"; 2606.22874), and what `PartitionHead` makes of its own, `c = dots + b + g log n` with n the
-    number of keys up to the token, where nothing is padding. `finite[0]` says of every token whether its hidden state is finite,
-    `finite[1]` whether its index query, key and weights are. Results are in the dtype of the projections. The reference rounds
-    to it after every step, kernels at the end.
+    Computes `IndexHead` from its projections: `qi = rotate(queries)`, `ki = rotate(LayerNorm(keys))`, `w = weights / sqrt(Hi)`
+    (arXiv 2606.07703, "Indexer"; 2606.22874), and `PartitionHead` from its own: `c = dots + b + g log n`, where n is the number
+    of keys up to the token and nothing is padding. `finite[0]` says whether each token's hidden state is finite, `finite[1]`
+    whether its index query, key and weights are. Results have the dtype of the projections. The reference rounds to it after
+    every step, kernels once at the end.
 
     Args:
         queries: `[B, T, Hi * Di]`, keys: `[B, T, Di]`, weights: `[B, T, Hi]` or None, dots: `[B, T]` or None: projections of
             the hidden states, of one dtype; their last dimension is contiguous. They may be parts of one tensor.
-        hidden: `[B, T, H]`, of which only whether it is finite is read.
-        cos, sin: the model's, `[B or 1, T, R]`; R is even. Beyond Di they are thinned out, as `rotary_for` does.
-        norm_weight, norm_bias: `[Di]` of the LayerNorm, eps: its own.
+        hidden: `[B, T, H]`; only checked for being finite.
+        cos, sin: the model's, `[B or 1, T, R]`; R is even. Where R exceeds Di, `rotary_for` thins them out.
+        norm_weight, norm_bias, eps: of the LayerNorm, `[Di]` each.
         line: `[2]`, b and g, with dots.
         start: position of the first token.
         impl: "auto", "reference" or "kernel"; kernels exist for cuda only.

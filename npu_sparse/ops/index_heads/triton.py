@@ -1,4 +1,4 @@
-"""index_heads in Triton: a program has a few tokens, all heads of them; everything is read once and written once."""
+"""index_heads in Triton: a program computes all heads of a few tokens, so that everything is read and written once."""
 
 import torch
 import triton
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..slices import power_of_two
 
-TOKENS = 16  # of a program
-HIDDEN = 128  # numbers of a hidden state that are looked at together
+TOKENS = 16  # tokens that one program computes
+HIDDEN = 128  # numbers of a hidden state that a program reads at a time
 
 
 @triton.jit
@@ -43,9 +43,9 @@ def _finish(
         at = queries + b * q_b + t[:, None] * q_t + h * D
         x = tl.load(at + d[None, :], mask=mask, other=0.0).to(tl.float32)  # [TOKENS, DP]
         y = tl.load(at + other[None, :], mask=mask, other=0.0).to(tl.float32)
-        found = tl.where(turned[None, :], x * cosine + y * sine, x).to(qi.dtype.element_ty)
-        tl.store(qi + ((b * HEADS + h) * T + t[:, None]) * D + d[None, :], found, mask=mask)
-        good = good & (tl.min(tl.where(_is_finite(found) | ~mask, 1, 0), 1) != 0)
+        rotated = tl.where(turned[None, :], x * cosine + y * sine, x).to(qi.dtype.element_ty)
+        tl.store(qi + ((b * HEADS + h) * T + t[:, None]) * D + d[None, :], rotated, mask=mask)
+        good = good & (tl.min(tl.where(_is_finite(rotated) | ~mask, 1, 0), 1) != 0)
     at = keys + b * k_b + t[:, None] * k_t
     x = tl.load(at + d[None, :], mask=mask, other=0.0).to(tl.float32)
     y = tl.load(at + other[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -57,16 +57,16 @@ def _finish(
     y = (y - mean) * scale * tl.load(norm_weight + other, mask=inside, other=0.0).to(tl.float32)[None, :]
     x += tl.load(norm_bias + d, mask=inside, other=0.0).to(tl.float32)[None, :]
     y += tl.load(norm_bias + other, mask=inside, other=0.0).to(tl.float32)[None, :]
-    found = tl.where(turned[None, :], x * cosine + y * sine, x).to(ki.dtype.element_ty)
-    tl.store(ki + (b * T + t[:, None]) * D + d[None, :], found, mask=mask)
-    good = good & (tl.min(tl.where(_is_finite(found) | ~mask, 1, 0), 1) != 0)
+    rotated = tl.where(turned[None, :], x * cosine + y * sine, x).to(ki.dtype.element_ty)
+    tl.store(ki + (b * T + t[:, None]) * D + d[None, :], rotated, mask=mask)
+    good = good & (tl.min(tl.where(_is_finite(rotated) | ~mask, 1, 0), 1) != 0)
     if WEIGHTED:
         h = tl.arange(0, HP)
         heads = live[:, None] & (h < HEADS)[None, :]
-        found = tl.load(weights + b * w_b + t[:, None] * w_t + h[None, :], mask=heads, other=0.0).to(tl.float32) * factor
-        found = found.to(w.dtype.element_ty)
-        tl.store(w + (b * T + t[:, None]) * HEADS + h[None, :], found, mask=heads)
-        good = good & (tl.min(tl.where(_is_finite(found) | ~heads, 1, 0), 1) != 0)
+        scaled = tl.load(weights + b * w_b + t[:, None] * w_t + h[None, :], mask=heads, other=0.0).to(tl.float32) * factor
+        scaled = scaled.to(w.dtype.element_ty)
+        tl.store(w + (b * T + t[:, None]) * HEADS + h[None, :], scaled, mask=heads)
+        good = good & (tl.min(tl.where(_is_finite(scaled) | ~heads, 1, 0), 1) != 0)
     if LEARNED:
         seen = tl.log((start + token + 1).to(tl.float32))
         of_length = tl.load(line).to(tl.float32) + tl.load(line + 1).to(tl.float32) * seen

@@ -1,4 +1,4 @@
-"""index_kl: the loss that distils an indexer, with gradients, from queries and keys and without a matrix over all of them."""
+"""index_kl: the loss that distils an indexer, with its gradients, computed without a matrix over all queries and keys."""
 
 import torch
 from torch import Tensor

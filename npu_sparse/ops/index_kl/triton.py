@@ -1,8 +1,9 @@
-"""index_kl in Triton. Every kernel streams: the attention mass and the index scores of a tile of queries and keys are made, used
-and dropped. Every program owns what it writes, and partial sums are added in a fixed order: gradients are the same on every run.
+"""index_kl in Triton. Every kernel streams: it computes the attention mass and the index scores of a tile of queries and keys,
+uses them and drops them. Every program owns its output and partial sums are added in a fixed order, so gradients are the same
+on every run.
 
-One pass for the normalisers, one for the loss, one each for the gradients of queries and of keys. Queries are named by their
-positions (`rows`), so that nothing is gathered; a tile of rows may span two segments.
+There is one pass for the normalisers, one for the loss, and one each for the gradients of queries and of keys. Queries are named
+by their positions (`rows`), so that nothing is gathered; a tile of rows may span two segments.
 """
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 ROWS, COLS = 64, 64
-PROGRAMS = 256  # wanted at least: with few rows their keys are shared out, and the partial sums added
-SHARE = 1024  # keys of a share at least
+PROGRAMS = 256  # at least this many: with few rows the keys are split into shares, whose partial sums are added
+SHARE = 1024  # a share has at least this many keys
 
 
 @triton.jit
@@ -313,7 +314,7 @@ def _launch(q: Tensor, qi: Tensor) -> dict:
 
 
 def _shares(T: int, programs: int) -> tuple[int, int]:
-    """Keys of one share, whole tiles of them, and the number of shares: enough programs, and sums worth their start."""
+    """The keys of one share, in whole tiles, and the number of shares: enough programs, each with enough work."""
     wanted = max(1, min(triton.cdiv(PROGRAMS, programs), T // SHARE))
     share = triton.cdiv(triton.cdiv(T, wanted), COLS) * COLS
     return share, triton.cdiv(T, share)

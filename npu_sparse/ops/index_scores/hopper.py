@@ -17,7 +17,7 @@ from ..hopper import is_hopper, is_readable, processors
 
 BLOCKS = (1, 16, 32, 64, 128)
 SHARED_BYTES = 232448
-KEYS = 128  # of a step
+KEYS = 128  # keys of one step
 DEVIATIONS = 5.0
 ANY = 0x007FFFFF << 32  # the threshold that every visible key reaches
 THREADS = 256
@@ -55,7 +55,7 @@ Rescue = nvrtc.structure(
 
 
 def serves(qi: Tensor, ki: Tensor, w: Tensor | None, k: int, block: int, reduce: str, sink: int, recent: int, valid) -> bool:
-    """Whether the kernels take these tensors; what they do not take is scored and selected by slices."""
+    """Whether the kernels take these tensors; others are scored and selected by slices."""
     if not (is_hopper(qi.device) and block in BLOCKS and valid is None):
         return False
     if reduce != "max" and not (reduce == "softmax_max" and block > 1):
@@ -85,7 +85,7 @@ def select_by_index(
 
 
 class Queries:
-    """Some of the queries, whole tiles of them, with all that their scores depend on."""
+    """Whole tiles of queries, with everything that their scores depend on."""
 
     def __init__(self, qi, ki, w, shift, block: int, sink: int, recent: int, first: int, stop: int):
         self.qi, self.ki, self.w, self.shift = qi, ki, w, shift
@@ -154,7 +154,7 @@ def _estimate(queries: Queries, k: int, capacity: int, threshold: int, held: int
 
 
 def _score(queries: Queries, threshold: int, candidate: int, held: int, sample: int, capacity: int) -> None:
-    """Fills `sample`, or where that is 0, candidates and their number."""
+    """Fills `sample`; where that is 0, the candidates and their number."""
     run, columns = _scorer(bool(sample), *queries.kind)
     tiles, total = -(-(queries.stop - queries.first) // columns), queries.samples if sample else queries.end
     segment = total

@@ -49,8 +49,8 @@ def index_scores(
     `z[t, s] = sum_h w[t, h] ReLU(<qi[t, h], ki[s]> / sqrt(Di))` (one head without weights: arXiv 2606.07703, "Indexer";
     several with weights: arXiv 2606.22874), reduced over the block's queries t >= s: "max" takes the largest z, "mean" the
     mean of softmax_{s <= t}(z[t]), "softmax_max" the largest `z[t, s] - c[t]` with each query's own log-partition c, which is
-    the logarithm of its largest softmax weight where c is exact. -inf where no query of the block sees the key; a padding query
-    sees nothing. What is made of a NaN is NaN, where a query is normalised all that it sees.
+    the logarithm of its largest softmax weight where c is exact. Keys that no query of the block sees score -inf; a padding query
+    sees nothing. A score computed from NaN is NaN; where scores are normalised, so are all scores of that query.
 
     Args:
         qi: `[B, Hi, Tq, Di]` index queries after rotary embedding, the last Tq of Tk positions; fp16, bf16 or fp32.
@@ -111,15 +111,16 @@ def select_by_index(
     impl: str = "auto",
     stage: Callable = lambda name: nullcontext(),
 ) -> Support:
-    """The Support of `select_tokens(index_scores(...))` in bounded memory: O(Tq k + a workspace).
+    """The Support of `select_tokens(index_scores(...))` in bounded memory: O(Tq k) and one workspace.
 
-    The kernels for Ascend and Hopper never write the scores out: a running top-k stands beside them, or a threshold lets only a
-    few through. Elsewhere the two operators run by slices of queries.
+    The kernels for Ascend and Hopper never write all scores out: one keeps a running top-k, the other writes only scores above a
+    threshold. Elsewhere the two operators run by slices of queries.
 
-    One number less for a whole row changes no order: with `block` 1, "softmax_max" is "max" and no log-partition is read.
+    Subtracting one number from a whole row changes no order. With `block` 1, "softmax_max" is therefore "max", and no
+    log-partition is read.
 
-    Arguments as in `index_scores` and `select_tokens`; `stage(name)` is a context manager around "scoring" and "top-k". The
-    one kernel is "scoring" as a whole.
+    Arguments are as in `index_scores` and `select_tokens`; `stage(name)` is a context manager around "scoring" and "top-k". A
+    fused kernel counts as "scoring" as a whole.
     """
     check_scoring(qi, ki, w, block, reduce, valid, partition)
     check_counts(k, sink, recent, block, ki.shape[1])

@@ -1,4 +1,4 @@
-"""Blocks of keys: what stands for one when blocks are ranked, how many are scored, and which always are."""
+"""Blocks of keys: their representatives for ranking, how many of them are scored, and which always are."""
 
 import torch
 from torch import Tensor
@@ -25,8 +25,8 @@ def _most_blocks(keys: int, key_block: int) -> int:
 
 
 def block_bounds(ki: Tensor, key_block: int, valid: Tensor | None) -> Tensor:
-    """What stands for every key block, `[B, Nc, 2, Di]` in ki's dtype: per channel half way from the mean of its valid keys to
-    their maximum, and to their minimum; zero where none is valid.
+    """The two representatives of every key block, `[B, Nc, 2, Di]` in ki's dtype: per channel half way from the mean of its valid
+    keys to their maximum, and half way to their minimum; zero where no key is valid.
 
     The maxima and minima alone bound every score of the block from above (Quest, arXiv 2406.10774) and rank a block by its
     most extreme channels; the mean alone misses blocks with one good key. Half way finds nearly as many of the best keys as the

@@ -1,4 +1,4 @@
-"""The two levels, one after the other, by slices of queries; what scores is the back-end's."""
+"""The two levels, one after the other, by slices of queries; each back-end brings its own scoring functions."""
 
 from collections.abc import Callable
 

@@ -47,16 +47,16 @@ def select_two_level(
     impl: str = "auto",
     stage: Callable = lambda name: nullcontext(),
 ) -> Support:
-    """The Support of the k best keys of every row, of those in the best key blocks: `select_by_index` at a cost of
+    """The Support of the k best keys of every row among those in the best key blocks: `select_by_index` for
     O(Tq Tk / key_block + Tq candidates) products.
 
     First level: `max(block, 64)` queries in a row, a group, rank the key blocks before them. A block scores the largest over
     the group's queries t of `sum_h w[t, h] ReLU(<q+, a> + <q-, b>)`, where q+ and q- are the positive and negative parts of
     `qi[t, h]`, and a and b lie per channel half way from the mean of the block's keys to their maximum and minimum. Second
     level: the keys of the best blocks are scored as `index_scores` does and the k best chosen as `select_tokens` does; "mean"
-    normalises over the keys that are scored. "softmax_max" subtracts each query's `partition` in both levels, with `block` 1 too:
-    a group shares its candidates whatever its queries share. The exact log-partition takes all scores, which two levels avoid, so
-    that it has to be given.
+    normalises over the keys that are scored. "softmax_max" subtracts each query's `partition` in both levels, even with `block`
+    1, because a group shares its candidates in any case. `partition` must be given: the exact one would need all scores, which
+    two levels avoid.
 
     The best blocks hold at least `candidates` keys (or all there are) that compete by score. The blocks of the first valid
     keys, of the group itself and of its recent keys always belong; where padding lies among the sinks, those beyond

@@ -10,7 +10,7 @@ from .blocks import block_bounds
 from .levels import two_levels
 
 TILE_ELEMENTS = 1 << 22  # scores of single keys alive at once
-MOST = 3e38  # of a score: those of blocks and keys that always belong are above it
+MOST = 3e38  # the largest score; blocks and keys that always belong rank above it
 
 
 def block_scores(

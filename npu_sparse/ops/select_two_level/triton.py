@@ -17,7 +17,7 @@ ROW_ELEMENTS = 2048  # slots that one program of `_place` turns into keys
 
 @triton.jit
 def _bound(ki, valid, out, Tk, k_b, k_t, k_d, v_b, v_t, D: tl.constexpr, DP: tl.constexpr, C: tl.constexpr, PADDED: tl.constexpr):
-    """What stands for one key block: half way from the mean of its valid keys to their maxima, and to their minima."""
+    """The representatives of one key block: half way from the mean of its valid keys to their maxima, and to their minima."""
     c, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     key, d = c * C + tl.arange(0, C), tl.arange(0, DP)
     real = key < Tk
@@ -227,14 +227,14 @@ def _place(slots, count, chosen, out, rows_per_group, Ng, K, W, key_block, BN: t
     row = b * tl.num_programs(0) + n
     slot = tl.program_id(1) * BN + tl.arange(0, BN)
     used = slot < tl.load(count + row)
-    found = tl.load(slots + row * K + slot, mask=used, other=0)
-    block = tl.load(chosen + (b * Ng + n // rows_per_group) * W + found // key_block, mask=used, other=0)
-    key = tl.where(used, block * key_block + found % key_block, -1)
+    picked = tl.load(slots + row * K + slot, mask=used, other=0)
+    block = tl.load(chosen + (b * Ng + n // rows_per_group) * W + picked // key_block, mask=used, other=0)
+    key = tl.where(used, block * key_block + picked % key_block, -1)
     tl.store(out + row * K + slot, key, mask=slot < K)
 
 
 def _inputs(qi: Tensor, w: Tensor | None, valid: Tensor | None) -> tuple[dict, Tensor, Tensor, tuple, tuple]:
-    """What every kernel gets of them: constants, placeholders for what is missing, and strides."""
+    """The arguments that every kernel takes: constants, placeholders for missing tensors, and strides."""
     constants = dict(
         HI=qi.shape[1], D=qi.shape[-1], DP=max(16, triton.next_power_of_2(qi.shape[-1])), WEIGHTED=w is not None,
         PADDED=valid is not None, PRECISION="ieee" if qi.dtype == torch.float32 else "tf32",

@@ -1,5 +1,5 @@
-"""Gradients of sparse attention: those of dense attention through the selected keys. Nothing is kept of the forward; scores are
-made again for a tile of queries at a time, over the union of its supports.
+"""Gradients of sparse attention: those of dense attention through the selected keys. Nothing is kept from the forward; scores are
+computed again for a tile of queries at a time, over the union of its supports.
 
 With P the weights of a query and dP = dO v^T: dv = P^T dO, dS = P (dP - sum(P dP)), dq = dS k scale, dk = dS^T q scale. The
 supports are constants: what is selected has no gradient."""
@@ -15,7 +15,7 @@ def gradients(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, indices: Tensor, count: Tensor, block: int, scale: float,
     tail: Tail | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Of q, k and v in their shapes, and with `tail` of its keys and values: fp32, or fp64 for fp64 inputs."""
+    """The gradients of q, k and v, and with `tail` of its keys and values, in their shapes: fp32, or fp64 for fp64 inputs."""
     B, Hq, Tq, _ = q.shape
     Hkv, Tk = k.shape[1], k.shape[2]
     Hs, G = indices.shape[1], Hq // Hkv
@@ -64,7 +64,7 @@ def block_sums(rows: Tensor, block: int) -> Tensor:
 
 
 def through_softmax(scores: Tensor, towards: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The weights of scores, zero where those are -inf, and the gradient of the products that `scale` made them of.
+    """The softmax weights of scores, zero where those are -inf, and the gradient of the products before `scale`.
 
     towards: the gradient of the weights.
     """

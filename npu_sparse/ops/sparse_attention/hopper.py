@@ -9,7 +9,7 @@ from ..hopper import is_hopper, is_readable, processors
 
 ROWS = 128  # query tokens x query heads of a tile; two tiles of half as many where supports are finer
 UNION_BITS = 32  # supports that one membership word can hold
-CHUNK, UNITERS = 16384, 512  # keys that a union is made of at once, and the threads that make it
+CHUNK, UNITERS = 16384, 512  # keys and threads of one step of building a union
 ARRIVING, PLANTED = 1, 0  # what scripts/racecheck.py changes; see hopper.cu
 SHAPES = {64: (128, 10), 128: (128, 5), 256: (64, 5)}  # dimension -> keys of a step, steps in flight
 
@@ -32,7 +32,7 @@ Unite = nvrtc.structure(
 
 
 def serves(q: Tensor, k: Tensor, v: Tensor, block: int, scale: float) -> bool:
-    """Whether the kernel takes these tensors; what it does not take is Triton's."""
+    """Whether the kernel takes these tensors; Triton's kernel serves the others."""
     G, D = q.shape[1] // k.shape[1], q.shape[-1]
     return (
         is_hopper(q.device)

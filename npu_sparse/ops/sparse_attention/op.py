@@ -47,10 +47,10 @@ def _remember(ctx, inputs, output):
 
 def _backward_of(suffix: str):
     def backward(ctx, grad):
-        found = dispatch.call(
+        gradients = dispatch.call(
             "sparse_attention_backward", "reference", grad.device.type, grad, *ctx.saved_tensors, ctx.block, ctx.scale
         )
-        return *found, None, None, None, None
+        return *gradients, None, None, None, None
 
     return backward
 

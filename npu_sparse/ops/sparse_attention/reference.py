@@ -1,8 +1,8 @@
 """sparse_attention in eager PyTorch. Both functions compute the same thing: shared supports are gathered block by block;
 per-query supports are served by the union of neighbouring queries' supports with a membership mask, which is exact.
 
-PyTorch's attention multiplies what a query does not see by zero, and zero times NaN is NaN. A tile with NaN in its result is
-therefore computed again with what is not finite kept apart."""
+PyTorch's attention multiplies values that a query does not see by zero, and zero times NaN is NaN. A tile with NaN in its result
+is therefore computed again with the non-finite values kept apart."""
 
 from dataclasses import dataclass
 
@@ -17,8 +17,8 @@ UNION_ROWS = 128
 
 @dataclass(frozen=True)
 class Tail:
-    """One more key for every block of queries: keys `[B, Hkv, Nq, D]`, values `[B, Hkv, Nq, Dv]`, and for how many keys it
-    stands, fp32 `[B, Hs, Nq]`."""
+    """One more key for every block of queries: keys `[B, Hkv, Nq, D]`, values `[B, Hkv, Nq, Dv]`, and the number of keys that
+    each stands for, fp32 `[B, Hs, Nq]`."""
 
     keys: Tensor
     values: Tensor
@@ -139,7 +139,7 @@ def gather_unions(q, k, v, indices, count, block, scale, tail: Tail | None = Non
 
 
 def _attend_apart(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """scaled_dot_product_attention where what is not finite reaches only the queries that see it.
+    """scaled_dot_product_attention in which NaN and Inf reach only the queries that see them.
 
     q: `[N, H, R, D]`, k, v: `[N, H / G, K, D or Dv]`, mask: `[N, 1, R, K]`, added to the scores, -inf where a query does not see.
     """

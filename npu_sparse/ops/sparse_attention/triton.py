@@ -13,7 +13,7 @@ from . import hopper
 
 TILE_ROWS = 128  # query tokens x query heads of a tile
 UNION_BITS = 32  # supports that one membership word can hold
-MENDED_TOKENS = 16  # whose results one program looks through
+MENDED_TOKENS = 16  # queries whose results one program checks for NaN
 
 
 @triton.jit
@@ -107,16 +107,16 @@ def _compact(words, union, member, count, end, Tk, width, BN: tl.constexpr):
     """The keys of a tile that any support holds, ascending, with their words."""
     program = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     words, union, member = words + program * Tk, union + program * width, member + program * width
-    found = 0
+    total = 0
     for start in range(0, end, BN):
         key = start + tl.arange(0, BN)
         word = tl.load(words + key, mask=key < end, other=0)
         held = (word != 0).to(tl.int32)
-        place = found + tl.cumsum(held, 0) - 1
+        place = total + tl.cumsum(held, 0) - 1
         tl.store(union + place, key, mask=held != 0)
         tl.store(member + place, word, mask=held != 0)
-        found += tl.sum(held, 0)
-    tl.store(count + program, found)
+        total += tl.sum(held, 0)
+    tl.store(count + program, total)
 
 
 @triton.jit
@@ -126,21 +126,21 @@ def _mend(
     Hq: tl.constexpr, Hkv: tl.constexpr, HEADS_PER_SUPPORT: tl.constexpr, TOKENS: tl.constexpr, D: tl.constexpr,
     DP: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr, BN: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
-    """Of TOKENS queries of one head, those whose result holds NaN: attention over what each sees, and nothing else read."""
+    """Computes those of TOKENS queries of one head again whose result holds NaN, reading only the keys that each one sees."""
     b, head = (tl.program_id(1) // Hq).to(tl.int64), tl.program_id(1) % Hq
     h = head // (Hq // Hkv)
     first = tl.program_id(0) * TOKENS
     token = first + tl.arange(0, TOKENS)
     d, dv = tl.arange(0, DP), tl.arange(0, DVP)
     out += b * o_b + head * o_h
-    found = out + token[:, None].to(tl.int64) * o_t + dv[None, :]
-    found = tl.load(found, mask=(token < Tq)[:, None] & (dv < DV)[None, :], other=0.0)
-    found = tl.max(tl.where(found != found, 1, 0), 1)
-    if tl.max(found, 0) > 0:
+    rows = out + token[:, None].to(tl.int64) * o_t + dv[None, :]
+    rows = tl.load(rows, mask=(token < Tq)[:, None] & (dv < DV)[None, :], other=0.0)
+    has_nan = tl.max(tl.where(rows != rows, 1, 0), 1)
+    if tl.max(has_nan, 0) > 0:
         keys, values = k + b * k_b + h * k_h, v + b * v_b + h * v_h
         for n in range(0, TOKENS):
             t = first + n
-            if tl.sum(tl.where(token == t, found, 0), 0) > 0:
+            if tl.sum(tl.where(token == t, has_nan, 0), 0) > 0:
                 row = t // block
                 support = indices + b * i_b + (h // HEADS_PER_SUPPORT) * i_h + row.to(tl.int64) * i_n
                 held = tl.load(count + b * c_b + (h // HEADS_PER_SUPPORT) * c_h + row * c_n)
@@ -244,8 +244,8 @@ def _launch(q, k, v, indices, count, member, tail, out, block, scale, TQ, first,
 
 
 def mend(q, k, v, indices, count, block, scale, tail, out) -> None:
-    """Computes the rows of `out` again that hold NaN, each by itself: tiles multiply what only some of their queries see by zero
-    for the others, and zero times NaN is NaN. Where there is none, this costs one reading of `out`."""
+    """Computes the rows of `out` that hold NaN again, one by one: a tile multiplies values that only some of its queries see by
+    zero for the others, and zero times NaN is NaN. Without NaN this costs one pass over `out`."""
     B, Hq, Tq, D = q.shape
     Hkv, Dv = k.shape[1], v.shape[-1]
     if not out.numel() or indices.shape[-1] == 0:

@@ -43,11 +43,11 @@ def _remember(ctx, inputs, output):
 def _backward_of(suffix: str):
     def backward(ctx, grad):
         q, k, v, indices, count, *valid = ctx.saved_tensors
-        found = dispatch.call(
+        gradients = dispatch.call(
             "sparse_attention_with_tail_backward", "reference", grad.device.type, grad, q, k, v, indices, count, ctx.block,
             ctx.scale, *(valid or [None]),
         )  # fmt: skip
-        return *found, None, None, None, None, None
+        return *gradients, None, None, None, None, None
 
     return backward
 

@@ -1,4 +1,4 @@
-"""sparse_attention_with_tail in Triton: the kernel of sparse_attention, begun with the tail as the first key."""
+"""sparse_attention_with_tail in Triton: the kernel of sparse_attention with the tail as its first key."""
 
 from torch import Tensor
 

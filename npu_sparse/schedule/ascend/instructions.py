@@ -55,11 +55,11 @@ class Lowering:
     @property
     def scratch_floats(self) -> dict[str, int]:
         """Floats of the buffers besides arrays: registers, and what reductions and scalar functions need."""
-        found = {f"register{n}": self.width for n in range(self.registers)}
+        floats = {f"register{n}": self.width for n in range(self.registers)}
         for spread in self.spreads.values():
-            found.update(spread.buffers)
+            floats.update(spread.buffers)
         work = {"work": round_up(2 * math.ceil(self.width / 64))} if self.reduces else {}
-        return {**found, **work, "result": 8}
+        return {**floats, **work, "result": 8}
 
     # ---- nests
 
@@ -411,7 +411,7 @@ class _Vector(_Statement):
 def _array_nodes(node) -> list:
     if isinstance(node, c_ast.ArrayRef):
         return [node]
-    return [found for _, child in node.children() for found in _array_nodes(child)]
+    return [below for _, child in node.children() for below in _array_nodes(child)]
 
 
 def _tensor(operand: str) -> str:

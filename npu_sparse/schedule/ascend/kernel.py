@@ -158,15 +158,15 @@ def _scratch_bytes(lowering: Lowering) -> int:
 
 
 def _arguments(scop: Scop, nests: list["_Nest"]) -> tuple[Argument, ...]:
-    found = []
+    arguments = []
     for array in scop.arrays.values():
         moved = [nest.layout.slices[array.name] for nest in nests if array.name in nest.layout.slices]
         moved = [s for s in moved if s.loaded or s.stored]
         if moved:
             written, live = any(s.stored for s in moved), array.live_out
             use = ("readwrite" if moved[0].loaded else "write" if live else "workspace") if written else "read"
-            found.append(Argument(array.name, use, math.prod(moved[0].shape)))
-    return tuple(found)
+            arguments.append(Argument(array.name, use, math.prod(moved[0].shape)))
+    return tuple(arguments)
 
 
 @dataclass(frozen=True)

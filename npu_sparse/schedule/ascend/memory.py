@@ -61,13 +61,13 @@ class Slice:
     @property
     def pitches(self) -> tuple[int, ...]:
         """Floats in UB from one index to the next, along each dimension; rows begin at multiples of 32 bytes."""
-        kept, pitch, found = self.kept(), 1, []
+        kept, pitch, listed = self.kept(), 1, []
         for axis in reversed(range(len(kept))):
-            found.append(pitch)
+            listed.append(pitch)
             pitch *= kept[axis]
             if axis == len(kept) - 1 and len(kept) > 1:
                 pitch = round_up(pitch)
-        return tuple(reversed(found))
+        return tuple(reversed(listed))
 
     @property
     def floats(self) -> int:
@@ -76,11 +76,11 @@ class Slice:
 
     def place(self, indices: list[Affine]) -> Affine:
         """Of an element in UB."""
-        found = Affine()
+        offset = Affine()
         for axis, index in enumerate(indices):
             if axis not in self.folded:
-                found += (index - self.low[axis]).times(self.pitches[axis])
-        return found
+                offset += (index - self.low[axis]).times(self.pitches[axis])
+        return offset
 
 
 @dataclass(frozen=True)
@@ -107,13 +107,13 @@ class Layout:
         """Copies of the slices that move, so that one turn computes while others load and store."""
         return 2 if self.total > 1 else 1
 
-    def copies(self, found: Slice) -> int:
-        return self.buffers if (found.loaded or found.stored) and not found.fixed else 1
+    def copies(self, piece: Slice) -> int:
+        return self.buffers if (piece.loaded or piece.stored) and not piece.fixed else 1
 
     @property
     def bytes(self) -> int:
         """Of UB, for all slices."""
-        return sum(4 * found.floats * self.copies(found) for found in self.slices.values() if not found.register)
+        return sum(4 * piece.floats * self.copies(piece) for piece in self.slices.values() if not piece.register)
 
 
 def round_up(floats: int) -> int:
@@ -124,11 +124,11 @@ def place(scop: Scop, phase: Phase, sizes: dict[str, int], scratch) -> Layout:
     """The layout with the fewest loops shared by the cores whose slices, and the bytes of `scratch(layout)`, fit in UB."""
     needed = []
     for depth in range(min(1, len(phase.outer) - 1), len(phase.outer)):
-        found = layout(scop, phase, sizes, depth)
-        if found is not None:
-            needed.append(found.bytes + scratch(found))
+        fitted = layout(scop, phase, sizes, depth)
+        if fitted is not None:
+            needed.append(fitted.bytes + scratch(fitted))
             if needed[-1] <= UB_BYTES:
-                return found
+                return fitted
     if not needed:
         raise ScopError(f"{scop.name}: cores must share loops of constant bounds and write apart, got a plan where they do not")
     raise ScopError(f"{scop.name}: what one turn of a core uses must fit in {UB_BYTES} bytes of UB, got {min(needed)}")
@@ -199,8 +199,8 @@ class _Footprints:
     def _elements(self, relations: list[isl.Map]) -> isl.Map:
         """Turns to the elements that their instances access."""
         accesses = union(relations).intersect_domain(self.phase.domain)
-        found = isl.Map.from_union_map(self.turn.reverse().apply_range(accesses)).reset_tuple_id(isl.dim_type.out)
-        return found.project_out(isl.dim_type.param, 0, found.dim(isl.dim_type.param))
+        touched = isl.Map.from_union_map(self.turn.reverse().apply_range(accesses)).reset_tuple_id(isl.dim_type.out)
+        return touched.project_out(isl.dim_type.param, 0, touched.dim(isl.dim_type.param))
 
     def _needs(self, name: str) -> bool:
         """Whether a turn reads a value that it has not written."""
@@ -240,13 +240,13 @@ def _interval(touched: isl.Map, axis: int) -> isl.Map:
 
 def _folded(name: str, body: list[Node], sizes: dict[str, int]) -> frozenset[int]:
     """Dimensions that every access runs through with the same loop."""
-    found = list(_accesses(name, body, sizes, {}))
+    touched = list(_accesses(name, body, sizes, {}))
     folded = set()
-    for axis in range(len(found[0][0])):
-        indices = {str(place[axis]) for place, _ in found}
+    for axis in range(len(touched[0][0])):
+        indices = {str(place[axis]) for place, _ in touched}
         iterator = next(iter(indices))
-        loops = {id(loops.get(iterator)) for _, loops in found}
-        if len(indices) == len(loops) == 1 and iterator in found[0][1]:
+        loops = {id(loops.get(iterator)) for _, loops in touched}
+        if len(indices) == len(loops) == 1 and iterator in touched[0][1]:
             folded.add(axis)
     return frozenset(folded)
 

@@ -125,12 +125,12 @@ def phases(scop: Scop, tree: isl.Schedule, sizes: dict[str, int]) -> list[Phase]
     fixed = isl.Set(f"[{', '.join(scop.parameters)}] -> {{ : {values} }}")
     check = Dependences(scop)
     tree, hints = _examine(check, tree.intersect_domain(scop.domain().intersect_params(fixed)))
-    found = []
+    listed = []
     for node in _nests(tree.get_root()):
         domain = node.get_domain()
         ast = build_ast(fixed, tree.intersect_domain(domain), "t")
-        found.append(Phase(_Reader(scop, sizes, hints).nodes(ast, ()), domain, tuple(_outer(node, hints)), check))
-    return found
+        listed.append(Phase(_Reader(scop, sizes, hints).nodes(ast, ()), domain, tuple(_outer(node, hints)), check))
+    return listed
 
 
 @cache
@@ -207,11 +207,8 @@ def affine(expr: isl.AstExpr, sizes: dict[str, int]) -> Affine:
 
 def _text(expr: isl.AstExpr, sizes: dict[str, int]) -> str:
     names = {**sizes, "min": "Least", "max": "Most", "floord": "FloorDivide"}
-    text = re.sub(r"\b[A-Za-z_]\w*\b", lambda found: str(names.get(found[0], found[0])), expr.to_C_str())
+    text = re.sub(r"\b[A-Za-z_]\w*\b", lambda match: str(names.get(match[0], match[0])), expr.to_C_str())
     return text if re.fullmatch(r"\w+\(.*\)", text) else f"({text})"
-
-
-# ---- trees ------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -279,10 +276,10 @@ class _Reader:
             return self.nodes(node.mark_get_node(), (*around, self.hints[node.mark_get_id().get_name()]))
         if kind == types.if_:
             condition = _text(node.if_get_cond(), self.sizes)
-            found = [Branch(condition, self.nodes(node.if_get_then_node(), around))]
+            branches = [Branch(condition, self.nodes(node.if_get_then_node(), around))]
             if node.if_has_else_node():
-                found.append(Branch(f"(!{condition})", self.nodes(node.if_get_else_node(), around)))
-            return found
+                branches.append(Branch(f"(!{condition})", self.nodes(node.if_get_else_node(), around)))
+            return branches
         if kind == types.user:
             return [self.instance(node.user_get_expr())]
         return [self.loop(node, around)]

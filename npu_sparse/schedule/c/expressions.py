@@ -15,7 +15,7 @@ class Names:
     maximum: str
     floor: str
     function: str
-    part: str  # of a sum or product
+    part: str  # of a sum, product, maximum or minimum
     elements: dict[str, str] = field(default_factory=dict)
     updates: dict[str, str] = field(default_factory=dict)
     macros: dict[str, str] = field(default_factory=dict)

@@ -37,9 +37,9 @@ def isolate_unrolled(tree: isl.Schedule) -> isl.Schedule:
 
 def sets(domain: isl.UnionSet) -> list[isl.Set]:
     """The sets of a union, one per statement."""
-    found = []
-    domain.foreach_set(found.append)
-    return found
+    parts = []
+    domain.foreach_set(parts.append)
+    return parts
 
 
 def _isolate(band, points):

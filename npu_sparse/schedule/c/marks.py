@@ -70,10 +70,10 @@ def _order(band) -> isl.UnionMap:
 
 
 def _parse_mark(text: str) -> tuple[str, bool, int]:
-    found = MARK.match(text)
-    if not found:
+    match = MARK.match(text)
+    if not match:
         raise CodegenError(f"mark must be one of parallel, vector, unroll and unroll(n), got {text!r}")
-    return found[1] or "unroll", bool(found[2]), int(found[3] or 0)
+    return match[1] or "unroll", bool(match[2]), int(match[3] or 0)
 
 
 def node_map(tree: isl.Schedule, transform) -> isl.Schedule:

@@ -58,12 +58,12 @@ def check_pluto(polycc: str) -> str:
 
     Raises ForeignError in one sentence where it is not there or does not do that.
     """
-    found = _program("--pluto", polycc)
+    program = _program("--pluto", polycc)
     try:
-        schedule_by_pluto(found, PROBE, "default")
+        schedule_by_pluto(program, PROBE, "default")
     except ForeignError as error:
         raise ForeignError(f"--pluto must be a polycc that schedules a copy of an array, got {polycc}: {error}") from error
-    return found
+    return program
 
 
 def schedule_by_pluto(polycc: str, text: str, variant: str, limit_s: float = SCHEDULE_S) -> str:
@@ -101,8 +101,8 @@ def check_polly(clang: str) -> dict[str, tuple[str, ...]]:
 
     Raises ForeignError in one sentence where clang is not there or has no Polly.
     """
-    found = _program("--polly", clang)
-    commands = {"clang": (found, *CLANG), "Polly": (found, *POLLY)}
+    program = _program("--polly", clang)
+    commands = {"clang": (program, *CLANG), "Polly": (program, *POLLY)}
     with tempfile.TemporaryDirectory(prefix="polly-") as name:
         source = Path(name) / "probe.c"
         source.write_text(PROBE)
@@ -117,7 +117,7 @@ def check_polly(clang: str) -> dict[str, tuple[str, ...]]:
 
 
 def _program(option: str, name: str) -> str:
-    found = shutil.which(name)
-    if found is None:
+    path = shutil.which(name)
+    if path is None:
         raise ForeignError(f"{option} must be the path of a program, or one on PATH, got {name}")
-    return str(Path(found).absolute())
+    return str(Path(path).absolute())

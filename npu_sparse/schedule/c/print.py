@@ -108,9 +108,6 @@ def _within_budget(operations: int, function):
         context.reset_operations()
 
 
-# ---- C ----------------------------------------------------------------------------------------------------------------------
-
-
 def _names(scop: Scop, reserved: Iterable[str]) -> Names:
     used = set(reserved) | set(scop.parameters) | set(scop.arrays) | set(scop.aliases.values())
     used |= identifiers(" ".join(scop.fields.values()))
@@ -159,7 +156,7 @@ def _print(scop: Scop, ast, hints, names: Names, note: str, outline: bool) -> tu
             parts = accumulation(s)
             needed += [(f"{names.elements[s.name]}({', '.join(s.iterators)})", parts.element)]
             head = f"{names.updates[s.name]}({', '.join([names.part + '0', *s.iterators])})"
-            needed += [(head, f"do {{ {names.part}0 {parts.assign} {' '.join(parts.value.split())}; }} while (0)")]
+            needed += [(head, f"do {{ {parts.update(names.part + '0')} }} while (0)")]
     # The functions have them as parameters.
     fields = [(name, path) for name, path in scop.fields.items() if "[]" not in path]
     first = [note] if note else []
@@ -252,10 +249,10 @@ class _Printer:
         first, last = [], []
         for name in new:
             statement, [element] = self.scop.statement(name), elements[name]
-            operator = accumulation(statement).operator
+            kept = accumulation(statement)
             array = self.scop.arrays[statement.writes[0].array]
-            first.append(f"{pad}  {array.ctype} {parts[name]} = {int(operator == '*')};")
-            last.append(f"{pad}  {element} {operator}= {parts[name]};")
+            first.append(f"{pad}  {array.ctype} {parts[name]} = {kept.start};")
+            last.append(f"{pad}  {kept.join(element, parts[name])}")
         return [pad + "{", *first, *lines, *last, pad + "}"]
 
     def _loop(self, node, level: int, loop: tuple[Hint, ...], below: tuple[Hint, ...]) -> list[str]:

@@ -217,10 +217,10 @@ def _results(records: list[dict], names: list[str]) -> list[Result]:
         grouped.setdefault((record["threads"], record["variant"]), []).append(record)
     return [
         Result(
-            names[variant], threads, next((r["difference"] for r in found if r["difference"]), ""),
-            tuple(r["wall_s"] for r in found), tuple(r["cpu_s"] for r in found),
+            names[variant], threads, next((r["difference"] for r in group if r["difference"]), ""),
+            tuple(r["wall_s"] for r in group), tuple(r["cpu_s"] for r in group),
         )
-        for (threads, variant), found in grouped.items()
+        for (threads, variant), group in grouped.items()
     ]  # fmt: skip
 
 

@@ -92,9 +92,9 @@ class _Branch:
                 scope.symbols[node.name] = scope.known[symbol.key] = replace(symbol, form=form)
 
     def reading(self, node: c_ast.Node) -> None:
-        found: list[Touch] = []
-        self.walk.scope.expression(node, found, ())
-        for touch in found:
+        touches: list[Touch] = []
+        self.walk.scope.expression(node, touches, ())
+        for touch in touches:
             self.keep(self.reads, touch)
 
     def keep(self, touches: list[Touch], touch: Touch) -> None:

@@ -372,8 +372,8 @@ class Walk:
         step, value = node.next, None
 
         def constant(part):
-            found = types.evaluate(part, self.scope.lookup, self.scope.typedefs)
-            return found[0] if found else None
+            evaluated = types.evaluate(part, self.scope.lookup, self.scope.typedefs)
+            return evaluated[0] if evaluated else None
 
         if isinstance(step, c_ast.UnaryOp) and step.op in ("p++", "++", "p--", "--") and show(step.expr) == name:
             value = 1 if "+" in step.op else -1

@@ -19,11 +19,11 @@ def is_pure(name: str, declared: frozenset[str]) -> bool:
 
 def declared_pure(text: str) -> set[str]:
     """The functions that text without comments declares or defines with __attribute__((const))."""
-    found = set()
+    pure = set()
     for match in ATTRIBUTE.finditer(text):
         before, after = text[:match.start()], text[match.end():]
         begin = max(before.rfind(mark) for mark in ";{}") + 1
         end = min((at for mark in ";{" if (at := after.find(mark)) >= 0), default=len(after))
         names = re.findall(r"([A-Za-z_]\w*)\s*\(", ATTRIBUTE.sub(" ", before[begin:] + " " + after[:end]))
-        found.update(name for name in names[:1] if not name.startswith("__attribute"))
-    return found
+        pure.update(name for name in names[:1] if not name.startswith("__attribute"))
+    return pure

@@ -59,8 +59,8 @@ class Declarations:
         value = None
         if whole and not shape and node.init is not None and node.name not in self.assigned and not argument and \
                 not quals & {"volatile", "_Atomic"} and (not outer or "const" in quals):
-            found = types.evaluate(node.init, scope.lookup, scope.typedefs)
-            value = whole.wrapped(found[0]) if found else None
+            constant = types.evaluate(node.init, scope.lookup, scope.typedefs)
+            value = whole.wrapped(constant[0]) if constant else None
         key = node.name
         hidden = scope.symbols.get(node.name)
         if local and key in scope.known or hidden and hidden.argument:
@@ -78,16 +78,16 @@ class Declarations:
     def field(self, path: str, variable: Symbol) -> None:
         """Declares the field of a struct that a path from the variable leads to."""
         scope = self.scope
-        found = follow(path, variable.node.type, scope.typedefs, scope.tags)
+        followed = follow(path, variable.node.type, scope.typedefs, scope.tags)
         key = "_".join(re.findall(r"\w+", path))
         key = self.fresh(key) if key in self.words or key in scope.known and scope.known[key].name != path else self.key(key)
-        symbol = Symbol(key, path, "", missing=found.got, node=variable.node)
-        if found.kind is not None:
-            kind, shape, quals, pointer, ctype = self.described(found.kind, {*variable.node.quals, *found.quals})
-            shape = (*found.shape, *shape)
+        symbol = Symbol(key, path, "", missing=followed.got, node=variable.node)
+        if followed.kind is not None:
+            kind, shape, quals, pointer, ctype = self.described(followed.kind, {*variable.node.quals, *followed.quals})
+            shape = (*followed.shape, *shape)
             symbol = replace(symbol, ctype=ctype, shape=shape, kind=types.integer(kind, scope.typedefs),
                              floats=types.floating(kind, scope.typedefs), arithmetic=types.arithmetic(kind, scope.typedefs),
-                             pointers=(*found.pointers, *([path] if pointer else [])), names=self.meant(shape),
+                             pointers=(*followed.pointers, *([path] if pointer else [])), names=self.meant(shape),
                              volatile=bool(quals & {"volatile", "_Atomic"}) or "_Thread_local" in variable.node.storage)
         scope.symbols[path] = scope.known[key] = symbol
 
@@ -106,9 +106,9 @@ class Declarations:
                 shape.append(kind.dim if isinstance(kind, c_ast.ArrayDecl) else None)
             names = getattr(getattr(kind, "type", None), "names", None)
             if isinstance(kind, c_ast.TypeDecl) and names and len(names) == 1 and names[0] in scope.typedefs:
-                found = scope.typedefs[names[0]]
-                if isinstance(found, (c_ast.ArrayDecl, c_ast.PtrDecl)):
-                    kind = found
+                alias = scope.typedefs[names[0]]
+                if isinstance(alias, (c_ast.ArrayDecl, c_ast.PtrDecl)):
+                    kind = alias
                     continue
             if not isinstance(kind, (c_ast.ArrayDecl, c_ast.PtrDecl)):
                 break

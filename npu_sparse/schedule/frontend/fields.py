@@ -61,10 +61,10 @@ def root(name: str) -> str:
 
 def paths(node: c_ast.Node) -> dict[str, list[str]]:
     """The paths below a node, by the variables that they begin with."""
-    found: dict[str, list[str]] = {}
+    by_root: dict[str, list[str]] = {}
     for name in dict.fromkeys(part.name for part in nodes(node, c_ast.ID) if STEP.search(part.name)):
-        found.setdefault(root(name), []).append(name)
-    return found
+        by_root.setdefault(root(name), []).append(name)
+    return by_root
 
 
 def related(one: str, other: str) -> bool:
@@ -91,13 +91,13 @@ def follow(path: str, kind: c_ast.Node, typedefs: types.Typedefs, tags: Tags) ->
             if isinstance(struct, c_ast.Struct) and struct.decls is None:
                 struct = tags.get(struct.name, struct)
             decls = struct.decls or () if isinstance(struct, c_ast.Struct) else ()
-            found = next((decl for decl in decls if getattr(decl, "name", None) == step.lstrip("->.")), None)
-            if found is None:
+            member = next((decl for decl in decls if getattr(decl, "name", None) == step.lstrip("->.")), None)
+            if member is None:
                 return Field(None, got="a union" if isinstance(struct, c_ast.Union) else "what no struct of the file declares")
-            if found.bitsize is not None:  # threads that write neighbours would write over each other
+            if member.bitsize is not None:  # threads that write neighbours would write over each other
                 return Field(None, got="a bit-field")
-            kind = found.type
-            quals |= set(found.quals)
+            kind = member.type
+            quals |= set(member.quals)
         place = path[: match.end()]
     if path.count("->") + path.count("[]") > 1 and len(pointers) > 1:
         return Field(None, got="a pointer behind a pointer")

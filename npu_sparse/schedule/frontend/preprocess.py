@@ -87,8 +87,9 @@ def _closing(text: str, at: int) -> int:
 
 
 def run_cpp(path: Path, options: tuple[str, ...], text: str | None = None) -> str:
-    """The file after `gcc -E` with these options; lines that come from headers are left out, the others keep their places.
+    """The file after `gcc -E` with these options, its lines in their places.
 
+    Of headers that are not the system's, the types that the file uses stand on the lines that include them; the rest is left out.
     `text`, where it is given, is taken for what the file holds.
     """
     def limited():
@@ -109,15 +110,50 @@ def run_cpp(path: Path, options: tuple[str, ...], text: str | None = None) -> st
             message = (done.stderr.decode(errors="replace").splitlines() or ["no message"])[0].replace("<stdin>:", "line ")
             raise ScopError(f"{path}: preprocessor must succeed, got {message}")
         text = result.read_text(errors="replace")
-    out, number, inside = {}, 1, True
+    out, headers, number, home, place = {}, {}, 1, 1, "<stdin>"
     for line in text.split("\n"):
-        if marker := re.match(r'#\s+(\d+)\s+"((?:\\.|[^"\\])*)"', line):
-            number, inside = int(marker[1]), marker[2] == "<stdin>"
+        if marker := re.match(r'#\s+(\d+)\s+"((?:\\.|[^"\\])*)"([ \d]*)', line):
+            if place == "<stdin>":
+                home = number
+            number, place = int(marker[1]), "<system>" if "3" in marker[3].split() else marker[2]
             continue
-        if inside and (not line.lstrip().startswith("#") or KEPT_PRAGMA.match(line)):
+        directive = line.lstrip().startswith("#")
+        if place == "<stdin>" and (not directive or KEPT_PRAGMA.match(line)):
             out[number] = out.get(number, "") + line
+        elif not place.startswith("<") and not directive:
+            headers[home] = f"{headers.get(home, '')}{line} "
         number += 1
+    known = identifiers_of("\n".join(out.values()))
+    for at, types in reversed(headers.items()):  # on the line that includes them
+        kept, known = declared_types(types, known)
+        out[at] = kept + out.get(at, "")
     return "\n".join(out.get(number, "") for number in range(1, max(out, default=0) + 1))
+
+
+def identifiers_of(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z_]\w*", text))
+
+
+def declared_types(text: str, used: set[str]) -> tuple[str, set[str]]:
+    """The structs, enumerations and typedefs of a header whose names are used, and the names that are used with these."""
+    depth, start, found = 0, 0, []
+    for match in re.finditer(r"[{};]|" + TOKEN.pattern, text, re.S):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if not depth and (match[0] == ";" or match[0] == "}" and "(" in text[start:match.start()]):  # or a function ends
+            declaration, start = text[start:match.end()].strip(), match.end()
+            if re.match(r"(typedef|struct|union|enum)\b", declaration) and "(" not in declaration:
+                found.append(declaration)
+    kept: list[str] = []
+    for declaration in reversed(found):  # what uses a type stands behind it
+        body = re.search(r"\{.*\}", declaration, re.S)
+        outside = declaration.replace(body[0], " ") if body else declaration
+        names = set(re.findall(r"(?:struct|union|enum)\s+([A-Za-z_]\w*)|([A-Za-z_]\w*)\s*(?:\[[^\]]*\]\s*)*[,;]", outside))
+        names = {name for pair in names for name in pair if name}
+        names |= identifiers_of(body[0]) if body and re.match(r"(typedef\s+)?enum\b", declaration) else set()
+        if names & used:
+            kept.insert(0, declaration)
+            used = used | identifiers_of(declaration)
+    return " ".join(kept), used
 
 
 class _Macros(dict):
@@ -245,12 +281,12 @@ def _arguments(line: str, at: int) -> tuple[list[str], int] | None:
     match = re.compile(r"\s*\(").match(line, at)
     if not match:
         return None
-    depth, start, found = 1, match.end(), []
+    depth, start, arguments = 1, match.end(), []
     for position in range(match.end(), len(line)):
         depth += {"(": 1, ")": -1}.get(line[position], 0)
         if depth == 0 or (depth == 1 and line[position] == ","):
-            found.append(line[start:position].strip())
+            arguments.append(line[start:position].strip())
             start = position + 1
         if depth == 0:
-            return ([] if found == [""] else found), position + 1
+            return ([] if arguments == [""] else arguments), position + 1
     return None

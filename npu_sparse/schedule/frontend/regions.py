@@ -48,13 +48,13 @@ def find_region(text: str, source: str, function: str | None = None, number: int
     expanded, bare = _in_function(preprocess(text, source), source, function)
     relevant, begin, _ = _relevant(without_extensions(expanded), source, function, number)
     tree = _parse(relevant, source)
-    found = next((node for node in tree.ext if isinstance(node, c_ast.FuncDef)), None)
-    if found is None:
+    definition = next((node for node in tree.ext if isinstance(node, c_ast.FuncDef)), None)
+    if definition is None:
         raise ScopError(f"{source}: #pragma scop must stand in a function that C can define, got it elsewhere")
     first = len(expanded) - len(expanded[begin:].lstrip())
     alone = not expanded[expanded.rfind("\n", 0, first) + 1:first].strip()
     start = expanded.count("\n", 0, first) + 1 if alone and not bare else 0
-    return Region(tree, found, start, frozenset(declared_pure(expanded)), bare, frozenset(re.findall(r"[A-Za-z_]\w*", text)))
+    return Region(tree, definition, start, frozenset(declared_pure(expanded)), bare, frozenset(re.findall(r"[A-Za-z_]\w*", text)))
 
 
 def _in_function(expanded: str, source: str, function: str | None) -> tuple[str, bool]:
@@ -92,20 +92,20 @@ def _relevant(text: str, source: str, function: str | None, number_of_region: in
             f"{source}: source must hold #pragma scop"
         raise ScopError(f"{where}, got none")
     definitions = list(_definitions(text, source))
-    found, out = {}, list(text)
+    functions, out = {}, list(text)
     for begin, end, header in definitions:
         inside = [at for at in starts if begin <= at < end]
         name = (re.findall(r"([A-Za-z_]\w*)\s*\(", header) or [""])[0]
         if inside:
-            found[name] = (begin, end, inside, [at for at in ends if begin <= at < end])
-    if not found:
+            functions[name] = (begin, end, inside, [at for at in ends if begin <= at < end])
+    if not functions:
         raise ScopError(f"{source}:{number(starts[0])}: #pragma scop must stand in a function, got it outside")
-    if function is None and len(found) > 1:
-        raise ScopError(f"{source}: function must be named where several hold a scop, got {', '.join(found)}")
-    if function is not None and function not in found:
-        raise ScopError(f"{source}: function must hold a scop ({', '.join(found)}), got {function}")
-    name = function or next(iter(found))
-    begin, end, inside, closing = found[name]
+    if function is None and len(functions) > 1:
+        raise ScopError(f"{source}: function must be named where several hold a scop, got {', '.join(functions)}")
+    if function is not None and function not in functions:
+        raise ScopError(f"{source}: function must hold a scop ({', '.join(functions)}), got {function}")
+    name = function or next(iter(functions))
+    begin, end, inside, closing = functions[name]
     if number_of_region is None and len(inside) > 1:
         raise ScopError(f"{source}:{number(inside[1])}: function must hold one scop, got a second in {name}")
     opened = None

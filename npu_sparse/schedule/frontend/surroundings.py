@@ -50,11 +50,11 @@ class Surroundings:
         if isinstance(node, c_ast.Compound) and self.pragma in (node.block_items or ()):
             return [item for item in node.block_items if self.place[id(item)] > self.end]
         for _, child in node.children():
-            found = self.following(child)
-            if found is not None:
+            after = self.following(child)
+            if after is not None:
                 rest = [] if not isinstance(node, c_ast.Compound) else \
                     [item for item in node.block_items if self.place[id(item)] > self.place[id(child)]]
-                return found + rest
+                return after + rest
         return None
 
     def change(self, name: str, variable: c_ast.Node | None, persistent: bool, since: c_ast.Node | None) -> c_ast.Node | None:
@@ -79,12 +79,12 @@ class Surroundings:
         pairs = [(node.name, node.init) for node in nodes(self.function.body, c_ast.Decl) if node.init is not None]
         pairs += [(node.lvalue.name, node.rvalue) for node in nodes(self.function.body, c_ast.Assignment)
                   if isinstance(node.lvalue, c_ast.ID)]
-        found, new = set(), {name}
+        reached, new = set(), {name}
         while new:
-            found |= new
+            reached |= new
             values = [value for target, value in pairs if any(related(target, other) for other in new & pointers)]
-            new = {part.name for value in values for part in nodes(value, c_ast.ID)} - found
-        return found - {name}
+            new = {part.name for value in values for part in nodes(value, c_ast.ID)} - reached
+        return reached - {name}
 
 
 def _escaped(body: c_ast.Node, whole: bool) -> Iterator[str]:

@@ -77,15 +77,16 @@ def rewritten(node: c_ast.Node, rule: Callable[[c_ast.Node], c_ast.Node]) -> c_a
 
 
 def subscripted(node: c_ast.Node) -> c_ast.Node:
-    """*(a + i) written as a[i], which C defines to be the same; other nodes as they are."""
+    """*(a + i) written as a[i], and *(a - i) as a[-i], which C defines to be the same; other nodes as they are."""
     if isinstance(node, c_ast.UnaryOp) and node.op == "*":
-        base, indices = node.expr, []
-        while isinstance(base, c_ast.BinaryOp) and base.op == "+":
-            base, indices = base.left, [base.right, *indices]
+        base, moves = node.expr, []
+        while isinstance(base, c_ast.BinaryOp) and base.op in ("+", "-"):
+            base, moves = base.left, [(base.op, base.right), *moves]
         if isinstance(base, (c_ast.ID, c_ast.ArrayRef)):
-            index = indices[0] if indices else c_ast.Constant("int", "0", node.coord)
-            for other in indices[1:]:  # a pointer moves by each of them in turn, and not by a sum in their own types
-                index = c_ast.BinaryOp("+", _long(index), _long(other), node.coord)
+            index = c_ast.Constant("int", "0", node.coord)
+            for at, (op, other) in enumerate(moves):  # a pointer moves by each in turn, and not by a sum in their own types
+                first = at == 0 and op == "+"
+                index = other if first else c_ast.BinaryOp(op, _long(index), _long(other), node.coord)
             return c_ast.ArrayRef(base, index, node.coord)
     return node
 
@@ -97,21 +98,21 @@ def _long(node: c_ast.Node) -> c_ast.Node:
 
 def declarations(body: c_ast.Node) -> dict[int, int]:
     """The id of the declaration that each name (by the id of its node) refers to, where that is one in the function's body."""
-    found: dict[int, int] = {}
+    declared: dict[int, int] = {}
 
     def visit(node, known):
         if isinstance(node, (c_ast.Compound, c_ast.For)):
             known = dict(known)
         name = re.match(r"\w*", node.name)[0] if isinstance(node, c_ast.ID) else ""  # of a path, the variable
         if name in known:
-            found[id(node)] = known[name]
+            declared[id(node)] = known[name]
         for _, child in node.children():
             visit(child, known)
         if isinstance(node, c_ast.Decl):
             known[node.name] = id(node)
 
     visit(body, {})
-    return found
+    return declared
 
 
 def first_use(node: c_ast.Node, name: str) -> str | None:
@@ -125,8 +126,8 @@ def first_use(node: c_ast.Node, name: str) -> str | None:
     sure, perhaps = list(node.children()), []  # what runs in any case, then what may run
     if isinstance(node, c_ast.If):
         use, branches = first_use(node.cond, name), [node.iftrue, node.iffalse]
-        found = {first_use(branch, name) if branch is not None else None for branch in branches}
-        return use or ("read" if "read" in found else "write" if found == {"write"} else None)
+        uses = {first_use(branch, name) if branch is not None else None for branch in branches}
+        return use or ("read" if "read" in uses else "write" if uses == {"write"} else None)
     if isinstance(node, c_ast.For):
         sure, perhaps = [("", part) for part in (node.init, node.cond) if part is not None], [node.stmt, node.next]
     elif isinstance(node, c_ast.While):

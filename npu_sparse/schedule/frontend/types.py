@@ -148,12 +148,12 @@ def base(names: tuple[str, ...], typedefs: Typedefs) -> tuple[str, ...]:
     for _ in range(20):
         if len(names) != 1 or names[0] not in typedefs:
             break
-        found = typedefs[names[0]]
-        while isinstance(found, (c_ast.Typename, c_ast.TypeDecl)):
-            found = found.type
-        if not isinstance(found, c_ast.IdentifierType):
+        alias = typedefs[names[0]]
+        while isinstance(alias, (c_ast.Typename, c_ast.TypeDecl)):
+            alias = alias.type
+        if not isinstance(alias, c_ast.IdentifierType):
             break
-        names = tuple(found.names)
+        names = tuple(alias.names)
     if len(names) == 1 and names[0] not in typedefs:
         match = re.fullmatch(r"(u?)int(?:_least)?(8|16|32|64)_t", names[0])
         bits, signed = (int(match[2]), not match[1]) if match else NAMED.get(names[0], (0, True))

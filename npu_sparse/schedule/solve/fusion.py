@@ -68,17 +68,17 @@ def _asked_parts(group: Group, asked: Fusion) -> list[tuple[str, ...]]:
         for index in part:
             if index not in known:
                 raise ConfigError(f"{asked.where}stmts_fusion must name statements 0 to {len(known) - 1}, got {index}")
-    found = [tuple(known[index] for index in part if known[index] in group.names) for part in asked.stmts_fusion]
-    mentioned = {name for part in found for name in part}
-    found += [(name,) for name in group.names if name not in mentioned]
-    found = [part for part in found if part]
-    place = {name: i for i, part in enumerate(found) for name in part}
+    parts = [tuple(known[index] for index in part if known[index] in group.names) for part in asked.stmts_fusion]
+    mentioned = {name for part in parts for name in part}
+    parts += [(name,) for name in group.names if name not in mentioned]
+    parts = [part for part in parts if part]
+    place = {name: i for i, part in enumerate(parts) for name in part}
     for d in group.active:
         if place[d.source] > place[d.sink]:
             raise ConfigError(
                 f"{asked.where}stmts_fusion must respect dependences, got {d.sink} before {d.source} against {describe(d)}"
             )
-    return found
+    return parts
 
 
 def refuse_forced(group: Group) -> None:
@@ -104,24 +104,24 @@ def separate(group: Group) -> list[tuple[str, ...]]:
     components = strong_components(group.names, group.active)
     if len(components) == 1 or group.problem.config.fusion_heuristic != "max":
         return components
-    found = [components[0]]
+    parts = [components[0]]
     for component in components[1:]:
-        if _has_row(group.part(found[-1] + component)):
-            found[-1] += component
+        if _has_row(group.part(parts[-1] + component)):
+            parts[-1] += component
         else:
-            found.append(component)
-    return found if len(found) > 1 else components
+            parts.append(component)
+    return parts if len(parts) > 1 else components
 
 
 def _runs(components: list[tuple[str, ...]], key) -> list[tuple[str, ...]]:
     """Neighbouring components of equal key together."""
-    found: list[tuple[str, ...]] = []
+    runs: list[tuple[str, ...]] = []
     for component in components:
-        if found and key(found[-1]) == key(component):
-            found[-1] += component
+        if runs and key(runs[-1]) == key(component):
+            runs[-1] += component
         else:
-            found.append(component)
-    return found
+            runs.append(component)
+    return runs
 
 
 def _by_parallelism(group: Group) -> list[tuple[str, ...]]:
@@ -137,22 +137,22 @@ def _by_parallelism(group: Group) -> list[tuple[str, ...]]:
     alone = [_parallel_rows(group.part(component)) for component in components]
     if len(set(alone)) == len(set(depth.values())) == 1 and _connected(group) and _parallel_rows(group) >= alone[0]:
         return [group.names]
-    found: list[tuple[str, ...]] = []
+    parts: list[tuple[str, ...]] = []
     parallel: list[int] = []
     for component, loops in zip(components, alone):
-        if inside and found and _shares_threads(group.part(found[-1] + component)):
-            found[-1] += component
+        if inside and parts and _shares_threads(group.part(parts[-1] + component)):
+            parts[-1] += component
             parallel[-1] = min(parallel[-1], loops)
             continue
-        same = found and max(depth[name] for name in component) == max(depth[name] for name in found[-1])
-        if same and parallel[-1] == loops and any(d.source in found[-1] and d.sink in component for d in group.active):
-            fused = group.part(found[-1] + component)
+        same = parts and max(depth[name] for name in component) == max(depth[name] for name in parts[-1])
+        if same and parallel[-1] == loops and any(d.source in parts[-1] and d.sink in component for d in group.active):
+            fused = group.part(parts[-1] + component)
             if _parallel_rows(fused) >= loops and (loops or _has_row(fused)):
-                found[-1] = fused.names
+                parts[-1] = fused.names
                 continue
-        found.append(component)
+        parts.append(component)
         parallel.append(loops)
-    return found
+    return parts
 
 
 def _shares_threads(group: Group) -> bool:
@@ -186,8 +186,8 @@ def _parallel_rows(group: Group) -> int:
         row = Program(group, Dimension((), require_parallel=True)).any_row()
         if row is None:
             return loops
-        found = {name: (*group.found[name], row[name].it) for name in group.names}
-        group = replace(group, found=found)
+        directions = {name: (*group.directions[name], row[name].it) for name in group.names}
+        group = replace(group, directions=directions)
     return depth
 
 

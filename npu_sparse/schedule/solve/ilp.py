@@ -71,12 +71,12 @@ class Model:
             terms = {column: factor for column, factor in terms.items() if factor}
             if solution is None or _value(terms, solution) > self._least(terms):
                 left = time_limit - (time.perf_counter() - started)
-                found, status = _run(solver, terms, len(self.lower), left) if left > 0 else (None, "late")
+                candidate, status = _run(solver, terms, len(self.lower), left) if left > 0 else (None, "late")
                 if status == "infeasible" and solution is None:
                     return None
                 self.optimal &= status == "optimal"
-                if found is not None and fixed.holds(found):
-                    solution = found
+                if candidate is not None and fixed.holds(candidate):
+                    solution = candidate
                 elif solution is None:
                     raise SolverTimeoutError(f"no solution within {time_limit} s")
             value = _value(terms, solution)

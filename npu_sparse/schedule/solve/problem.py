@@ -23,7 +23,7 @@ class Attempt:
         dimension: the scheduling dimension, counted from the outermost, scalar dimensions not included.
         number: 0 for the first attempt at this dimension; higher when the previous answer had no solution.
         statements: names of the statements scheduled together.
-        band: rows found in the current band; empty where a band starts.
+        band: rows of the current band so far; empty where a band starts.
         outer: rows of enclosing bands.
         active: labels of the dependences the row must respect.
     """
@@ -70,7 +70,7 @@ class Group:
         active: the dependences among them that no enclosing band carries.
         outer: rows of the enclosing bands.
         band: rows of the band that is being built.
-        found: statement -> iterator parts of its rows, those that depend on earlier ones left out.
+        directions: statement -> iterator parts of its rows, those that depend on earlier ones left out.
     """
 
     problem: Problem
@@ -78,7 +78,7 @@ class Group:
     active: tuple[Dependence, ...]
     outer: tuple[Row, ...]
     band: tuple[Row, ...]
-    found: dict[str, tuple[tuple[int, ...], ...]]
+    directions: dict[str, tuple[tuple[int, ...], ...]]
 
     @property
     def number(self) -> int:
@@ -87,7 +87,7 @@ class Group:
 
     def missing(self, name: str) -> int:
         """Loops that the statement still needs."""
-        return self.problem.depth(name) - len(self.found[name])
+        return self.problem.depth(name) - len(self.directions[name])
 
     def part(self, names: tuple[str, ...]) -> "Group":
         """Some of the statements, with the dependences among them."""
@@ -96,12 +96,12 @@ class Group:
 
     def with_row(self, row: Row) -> "Group":
         """The group after one more row of the band, which gets some statement further."""
-        found = dict(self.found)
+        directions = dict(self.directions)
         for name in self.names:
-            if outside([*self.problem.fixed[name], *found[name]], row[name].it):
-                found[name] = (*found[name], row[name].it)
-        assert sum(map(len, found.values())) > sum(map(len, self.found.values()))
-        return replace(self, band=(*self.band, row), found=found)
+            if outside([*self.problem.fixed[name], *directions[name]], row[name].it):
+                directions[name] = (*directions[name], row[name].it)
+        assert sum(map(len, directions.values())) > sum(map(len, self.directions.values()))
+        return replace(self, band=(*self.band, row), directions=directions)
 
     def configured(self, **options) -> "Group":
         """The group under a configuration with other options."""
@@ -113,14 +113,14 @@ class Group:
         An iteration of a loop that carries no flow of such an array may have a copy of its own, which code generation provides.
         """
         problem, names = self.problem, self.names
-        found = set()
+        arrays = set()
         for array in {d.array for d in problem.dependences if not d.flow and d.source in names and d.sink in names}:
             flows = [d for d in problem.dependences if d.flow and d.array == array]
             inside = all((d.source in names) == (d.sink in names) for d in flows)
             own = problem.scop.arrays[array].sized and not problem.scop.arrays[array].live_out
             if inside and own and all(_fed(problem, name, array, flows) for name in names):
-                found.add(array)
-        return frozenset(found)
+                arrays.add(array)
+        return frozenset(arrays)
 
 
 def prepare(scop: Scop, config: Config, dependences: list) -> Problem:
@@ -141,7 +141,7 @@ def everything(problem: Problem) -> Group:
 def _split(problem: Problem, dependences: list) -> tuple[Dependence, ...]:
     """The dependences, one per basic map, aligned to the scop's parameters and restricted to its context."""
     scop = problem.scop
-    found = []
+    edges = []
     for item in dependences:
         relation = isl.Map.from_basic_map(item.relation) if isinstance(item.relation, isl.BasicMap) else item.relation
         relation = relation.align_params(scop.context.get_space()).intersect_params(scop.context)
@@ -151,8 +151,8 @@ def _split(problem: Problem, dependences: list) -> tuple[Dependence, ...]:
             if not piece.is_empty():
                 flow = item.kind == "RAW"
                 relaxed = item.reduction and problem.config.relax_reductions
-                found.append(Dependence(item.source, item.sink, piece, label, problem.extents, item.array, flow, relaxed))
-    return tuple(found)
+                edges.append(Dependence(item.source, item.sink, piece, label, problem.extents, item.array, flow, relaxed))
+    return tuple(edges)
 
 
 def restricted(config: Config) -> bool:
@@ -177,28 +177,28 @@ def _fed(problem: Problem, name: str, array: str, flows: list[Dependence]) -> bo
 def _flat_directions(domain: isl.Set) -> list[tuple[int, ...]]:
     """Iterator parts of the equalities that hold on the whole domain."""
     hull = domain.affine_hull()
-    found: list[tuple[int, ...]] = []
+    directions: list[tuple[int, ...]] = []
     width = domain.dim(isl.dim_type.set)
     for constraint in hull.get_constraints():
         if constraint.is_equality() and not constraint.involves_dims(isl.dim_type.div, 0, hull.dim(isl.dim_type.div)):
             row = tuple(constraint.get_coefficient_val(isl.dim_type.set, k).to_python() for k in range(width))
-            if outside(found, row):
-                found.append(row)
-    return found
+            if outside(directions, row):
+                directions.append(row)
+    return directions
 
 
 def _extents(scop: Scop, threshold: int) -> tuple[int, ...]:
     """Constant extents of loops that are at least the threshold."""
-    found = set()
+    extents = set()
     for statement in scop.statements:
         for place in range(len(statement.iterators)):
             low, high = statement.domain.dim_min_val(place), statement.domain.dim_max_val(place)
             if low.is_int() and high.is_int():
                 size = high.sub(low).to_python() + 1
                 if size >= threshold:
-                    found.add(size)
+                    extents.add(size)
     kept: list[int] = []
-    for size in sorted(found):
+    for size in sorted(extents):
         if not kept or size > kept[-1] + kept[-1] // 4:
             kept.append(size)
     return tuple(kept)

@@ -58,15 +58,15 @@ class Program:
         """row . (coefficients of phi_sink - phi_source), as terms in the columns; row is in the columns of the cone."""
         parameters, lifted = len(self.problem.scop.parameters), len(d.lifted)
         variables = row[1 + parameters + lifted :]
-        found: Terms = {}
+        sums: Terms = {}
 
         def add(column: int, factor: int) -> None:
-            found[column] = found.get(column, 0) + factor
+            sums[column] = sums.get(column, 0) + factor
 
         if d.own:
             for column, factor in zip(self.it[d.source], variables):
                 add(column, factor)
-            return found
+            return sums
         add(self.cst[d.sink], row[0])
         add(self.cst[d.source], -row[0])
         for p in range(parameters):
@@ -77,7 +77,7 @@ class Program:
             add(column, -factor)
         for column, factor in zip(self.it[d.sink], variables[depth:]):
             add(column, factor)
-        return found
+        return sums
 
     def legal(self, d: Dependence) -> None:
         """phi_sink - phi_source >= 0, or = 0 where the row has to be parallel."""
@@ -90,9 +90,9 @@ class Program:
             self.model.row(self.terms(d, row), 0, 0 if parallel else None)
 
     def progress(self, name: str) -> None:
-        """T_it leaves the span of the rows found so far, unless they span everything."""
+        """T_it leaves the span of the directions so far, unless they span everything."""
         width = len(self.it[name])
-        basis = null_space([*self.problem.fixed[name], *self.group.found[name]], width)
+        basis = null_space([*self.problem.fixed[name], *self.group.directions[name]], width)
         if not basis:
             return
         model = self.model
@@ -128,7 +128,7 @@ class Program:
                         model.row({column: 1}, value, value)
                 else:
                     model.row({self.it[name][k]: 1}, 0, 0)
-            if directive.type == "parallel" and not self.group.found[name]:
+            if directive.type == "parallel" and not self.group.directions[name]:
                 for column, value in zip(self.it[name], unit):
                     model.row({column: 1}, value, value)
                 for d in self.group.active:

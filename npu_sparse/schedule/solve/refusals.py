@@ -21,9 +21,9 @@ def witness(relation: isl.BasicMap) -> str:
     """One pair of instances of a relation: "S0[0, 1] -> S1[1, 1] (n = 4)"."""
     point = relation.sample()
     values = {kind: [] for kind in (isl.dim_type.param, isl.dim_type.in_, isl.dim_type.out)}
-    for kind, found in values.items():
+    for kind, coordinates in values.items():
         for place in range(point.dim(kind)):
-            found.append(str(point.plain_get_val_if_fixed(kind, place)))
+            coordinates.append(str(point.plain_get_val_if_fixed(kind, place)))
     names = [point.get_tuple_name(kind) for kind in (isl.dim_type.in_, isl.dim_type.out)]
     pair = [f"{name}[{', '.join(values[k])}]" for name, k in zip(names, (isl.dim_type.in_, isl.dim_type.out))]
     parameters = [f"{point.get_dim_name(isl.dim_type.param, p)} = {value}" for p, value in enumerate(values[isl.dim_type.param])]

@@ -16,13 +16,13 @@ import torch
 from npu_sparse import Budget, Indexer, SparsePrefill
 from npu_sparse.testing import tiny_model
 
-NOISE = 1e-4  # of a log-probability, in float32: the two programs add in different orders
+NOISE = 1e-4  # of float32 log-probabilities: the two programs add in different orders
 CHANGES = {
     "llama": dict(head_dim=32),
     "qwen2": dict(hidden_size=128),
     "qwen3": dict(head_dim=32),
     "gemma3": dict(head_dim=32),
-    # what the CPU engine's Gated DeltaNet takes
+    # sizes that the CPU engine's Gated DeltaNet takes
     "qwen3_5": dict(head_dim=32, linear_key_head_dim=128, linear_value_head_dim=128, dtype=torch.bfloat16),
 }
 
@@ -139,7 +139,7 @@ class Engine:
         for output in self.llm.llm_engine.step():
             one = served[_known(output.request_id, served)]
             one.tokens = list(output.outputs[0].token_ids)
-            one.logprobs = [next(iter(found.values())).logprob for found in output.outputs[0].logprobs]
+            one.logprobs = [next(iter(position.values())).logprob for position in output.outputs[0].logprobs]
             one.finished = output.finished
 
     def end(self, served: dict[str, Served]) -> list[Served]:
@@ -208,11 +208,11 @@ class Reference:
         """
         from transformers import DynamicCache
 
-        model, cache, found = self.checkpoint.model, DynamicCache(), {}  # sliding layers keep all, so that they can be cropped
+        model, cache, rows = self.checkpoint.model, DynamicCache(), {}  # sliding layers keep all, so that they can be cropped
         attached = nullcontext() if self.budget is None else SparsePrefill.attach(model, self.checkpoint.indexer, self.budget)
         with attached:
             for served, steps in parts:
-                tokens, found = served.prompt + served.tokens, {}
+                tokens, rows = served.prompt + served.tokens, {}
                 if steps[0][0] < cache.get_seq_length():
                     cache.crop(steps[0][0])
                 for start, count in steps:
@@ -222,8 +222,8 @@ class Reference:
                     decodes = self.budget is not None and start >= len(served.prompt) and count > 1
                     length = len(served.prompt) if self.said else start if decodes else None
                     told = {} if length is None or self.budget is None else {"prompt_length": length}
-                    found[start + count] = model(ids, past_key_values=cache, **told).logits[0, -1].float().log_softmax(-1)
-        return found
+                    rows[start + count] = model(ids, past_key_values=cache, **told).logits[0, -1].float().log_softmax(-1)
+        return rows
 
     def check(self, served: Served, *, before: Served | None = None, noise: float = NOISE) -> float:
         """Asserts that every sampled token is the most likely one, with its log-probability. Returns the largest difference.
@@ -231,17 +231,17 @@ class Reference:
         before: the request whose pages this one begins with.
         """
         assert served.finished and len(served.tokens) == len(served.logprobs) > 0
-        found, parts = {}, []
+        rows, parts = {}, []
         if before is not None:
             start = served.steps[0][0]
             assert (before.prompt + before.tokens)[:start] == served.prompt[:start]
             parts = [(before, segment) for segment in segments(before.steps)]
         for segment in segments(served.steps):
             parts = [*(parts if segment[0][0] else []), (served, segment)]
-            found = self.walk(parts) | found
+            rows = self.walk(parts) | rows
         worst = 0.0
         for n, (token, logprob) in enumerate(zip(served.tokens, served.logprobs)):
-            expected = found[len(served.prompt) + n]
+            expected = rows[len(served.prompt) + n]
             assert int(expected.argmax()) == token, f"token {n}"
             worst = max(worst, abs(float(expected[token]) - logprob))
         assert worst <= noise

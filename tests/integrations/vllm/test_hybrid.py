@@ -55,7 +55,7 @@ def test_chunks_select_and_attend_as_the_whole_prompt(budget, vllm, torchvision,
         chunks = [(inputs, out) for inputs, out in calls if inputs.layer == layer]
         assert [inputs.q.shape[2] for inputs, _ in chunks] == [128, 128, 44]
         whole = chunks[-1][0]
-        for inputs, _ in chunks:  # what the pages give is what was computed when they were written
+        for inputs, _ in chunks:  # pages return what was computed when they were written
             length = inputs.k.shape[2]
             assert torch.equal(whole.k[:, :, :length], inputs.k) and torch.equal(whole.v[:, :, :length], inputs.v)
             assert torch.equal(whole.index[1][:, :length], inputs.index[1])

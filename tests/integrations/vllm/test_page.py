@@ -25,14 +25,14 @@ def column(text: str) -> list[str]:
 def commands() -> list[list[str]]:
     """The arguments of every `vllm serve` and api_server of the page, shell variables replaced."""
     sparse = ["--load-format", "npu_sparse", "--model-loader-extra-config", '{"adapter": "a", "budget": "k=64"}']
-    found = []
+    expanded = []
     for line in PAGE.splitlines():
         words = shlex.split(line, comments=True) if re.search(r"vllm serve |openai.api_server ", line) and "|" not in line else []
         begin = next((n + 1 for n, word in enumerate(words) if word in ("serve", "vllm.entrypoints.openai.api_server")), None)
         if begin is not None and words[0] != "-":
             words = [word for word in words[begin:] if word != "&"]
-            found.append([one for word in words for one in (sparse if word == "${SPARSE[@]}" else [word])])
-    return found
+            expanded.append([one for word in words for one in (sparse if word == "${SPARSE[@]}" else [word])])
+    return expanded
 
 
 def test_versions_are_those_that_the_plugin_takes():

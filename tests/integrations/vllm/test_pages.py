@@ -5,10 +5,18 @@ import torch
 
 from npu_sparse.integrations.vllm.pages import read_keys, read_kv, write_keys
 
-HKV, D, SIZE, BLOCKS = 2, 8, 4, 9
+HKV, D, SIZE, BLOCKS = 2, 32, 32, 9
 
 
-def written(backend: str, length: int, physical: str):
+def places(isa: str, t: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where a CPU's half of a page for keys, and its half for values, has the D channels of a token."""
+    d = torch.arange(D)
+    if isa == "amx":
+        return t // 16 * 16 * D + d // 2 * 32 + t % 16 * 2 + d % 2, d // 16 * 16 * SIZE + t // 2 * 32 + d % 16 * 2 + t % 2
+    return d * SIZE + t, t * D + d
+
+
+def written(backend: str, length: int, physical: str, isa: str | None = None):
     """Pages that hold `length` tokens in blocks 5, 2, 7, ..., NaN elsewhere; and what they hold."""
     k, v = torch.randn(2, HKV, length, D).unbind(0)
     table = torch.tensor([5, 2, 7, 1, 8, 0, 0], dtype=torch.int32)
@@ -19,10 +27,9 @@ def written(backend: str, length: int, physical: str):
     for t in range(length):
         page, slot = pages[table[t // SIZE]], t % SIZE
         for h in range(HKV):
-            if backend == "CPU_ATTN":  # keys [D, tokens], then values [tokens, D], in one page of a head
-                flat = page[h].view(-1)
-                flat[: SIZE * D].view(D, SIZE)[:, slot] = k[h, t]
-                flat[SIZE * D :].view(SIZE, D)[slot] = v[h, t]
+            if backend == "CPU_ATTN":  # keys, then values, in one page of a head
+                for half, row, at in zip(page[h].view(2, -1), (k[h, t], v[h, t]), places(isa, slot)):
+                    half[at] = row
             else:
                 page[h, slot, :D], page[h, slot, D:] = k[h, t], v[h, t]
     return pages, table, k[None], v[None]
@@ -30,17 +37,19 @@ def written(backend: str, length: int, physical: str):
 
 @pytest.mark.parametrize("length", [1, SIZE, SIZE + 1, 5 * SIZE - 1])
 @pytest.mark.parametrize(
-    "backend, physical",
+    "backend, physical, isa",
     [
-        ("CPU_ATTN", "heads first"),
-        ("FLASH_ATTN", "heads first"),
-        ("FLASH_ATTN", "tokens first"),
-        ("TRITON_ATTN", "tokens first"),
+        ("CPU_ATTN", "heads first", "vec"),
+        ("CPU_ATTN", "heads first", "vec16"),
+        ("CPU_ATTN", "heads first", "amx"),
+        ("FLASH_ATTN", "heads first", None),
+        ("FLASH_ATTN", "tokens first", None),
+        ("TRITON_ATTN", "tokens first", None),
     ],
 )
-def test_keys_and_values_of_a_request(backend, physical, length):
-    pages, table, k, v = written(backend, length, physical)
-    got_k, got_v = read_kv(backend, pages, table, length)
+def test_keys_and_values_of_a_request(backend, physical, isa, length):
+    pages, table, k, v = written(backend, length, physical, isa)
+    got_k, got_v = read_kv(backend, pages, table, length, isa)
     assert torch.equal(got_k, k) and torch.equal(got_v, v)
 
 
@@ -52,7 +61,7 @@ def test_a_token_first_cache_is_copied_once():
 
 
 def test_index_keys_come_back_and_padding_goes_to_the_null_page():
-    pages = torch.full((6, SIZE, 3), float("nan"), dtype=torch.float64)
+    pages = torch.full((6, 4, 3), float("nan"), dtype=torch.float64)
     keys = torch.randn(7, 3)
     table = torch.tensor([4, 2, 0], dtype=torch.int32)
     slots = torch.tensor([16, 17, 18, 19, 8, -1, -1])  # page 4, then page 2; the last two are padding
@@ -63,6 +72,30 @@ def test_index_keys_come_back_and_padding_goes_to_the_null_page():
 
 
 def test_slots_may_be_fewer_than_padded_tokens():
-    pages = torch.zeros(3, SIZE, 2)
+    pages = torch.zeros(3, 4, 2)
     write_keys(pages, torch.ones(5, 2), torch.tensor([4, 5]))
     assert pages[1, :2].eq(1).all() and pages.sum() == 4
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    "isa, head_dim, tokens",
+    [
+        ("vec", 32, 32), ("vec", 128, 64), ("vec16", 80, 32), ("vec16", 64, 48), ("amx", 32, 32), ("amx", 64, 128),
+        ("amx", 128, 96),
+    ],
+)  # fmt: skip
+def test_pages_are_read_as_vllm_writes_them(vllm, isa, head_dim, tokens):
+    from vllm import _custom_ops
+
+    if isa == "amx" and not torch.cpu._is_amx_tile_supported():
+        pytest.skip("this CPU has no AMX")
+    k, v = torch.randn(2, tokens + 3, HKV, head_dim, dtype=torch.bfloat16).unbind(0)
+    pages = torch.zeros(4, HKV, tokens, 2 * head_dim, dtype=torch.bfloat16)
+    halves = pages.view(4, HKV, 2 * tokens, head_dim).chunk(2, dim=2)
+    table = torch.tensor([2, 1], dtype=torch.int32)
+    at = torch.arange(tokens + 3)
+    slots = table[at // tokens].long() * tokens + at % tokens
+    _custom_ops.cpu_attn_reshape_and_cache(k, v, *halves, slots, isa)
+    got_k, got_v = read_kv("CPU_ATTN", pages, table, tokens + 3, isa)
+    assert torch.equal(got_k[0], k.transpose(0, 1)) and torch.equal(got_v[0], v.transpose(0, 1))

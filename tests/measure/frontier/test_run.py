@@ -175,14 +175,14 @@ def test_config_survives_json():
 
 def test_teacher_forced_answers_stand_beside_the_scores_of_every_point(model, tokenizer, indexer, tmp_path):
     config = replace(CONFIG, ks=(32,), tasks=("vt",), max_new_tokens=60, instruments=("generated", "forced"))
-    found = run_frontier(config, tmp_path, model=model, tokenizer=tokenizer, indexer=indexer)
+    frontier = run_frontier(config, tmp_path, model=model, tokenizer=tokenizer, indexer=indexer)
     for k, block in config.points():
         report = json.loads((tmp_path / "quality" / f"k{k}-b{block}" / "report.json").read_text())
         macro = {row["variant"]: row for row in report["forced"]["rows"] if row["task"] == MACRO}
-        (row,) = [row for row in found["rows"] if row["evidence"] == "untrained" and row["block"] == block]
+        (row,) = [row for row in frontier["rows"] if row["evidence"] == "untrained" and row["block"] == block]
         expected = macro[timed_variant(block)]
         assert row["forced"] == {name: expected[name] for name in ("right", "change", "kl")} and row["forced"]["kl"]["value"] > 0
-    assert found["rows"][0]["forced"]["kl"]["value"] == 0 and found["forced_tasks"] == ["vt"]
+    assert frontier["rows"][0]["forced"]["kl"]["value"] == 0 and frontier["forced_tasks"] == ["vt"]
     text = (tmp_path / "report.md").read_text()
     assert "KL (nats)" in text and "flatter" in text
 

@@ -68,8 +68,8 @@ def test_each_cell_is_what_score_forced_says_of_its_prompts(finished, model, tok
 
     attach = lambda: SparsePrefill.attach(model, selectors.ByIndexer(indexer), CONFIG.budget, impl="reference")  # noqa: E731
     expected, _ = teacher_forced.score_forced(model, prompts.asked, attach, dense)
-    found = record(directory, "vt", "indexer-shared")["samples"]
-    assert [{name: sample[name] for name in ("right", "tokens", "kl")} for sample in found] == expected
+    samples = record(directory, "vt", "indexer-shared")["samples"]
+    assert [{name: sample[name] for name in ("right", "tokens", "kl")} for sample in samples] == expected
 
 
 def test_the_report_says_why_generated_scores_flatter_and_shows_both_measures(finished):
@@ -147,9 +147,9 @@ def test_differences_are_paired_and_the_macro_average_is_over_what_dense_solves(
         {"vt": {"dense": [1, 1, 1, 0], "local": [1, 0, 0, 1]}, "fwe": {"dense": [0, 0, 1, 0], "local": [1, 1, 1, 1]}},
         {"vt": {"dense": [0] * 4, "local": [0.1, 0.2, 0.3, 0.4]}, "fwe": {"dense": [0] * 4, "local": [9] * 4}},
     )
-    found = tabulate_forced(config, records)
-    assert found["tasks"] == {"vt": {"dense": 0.75, "solved": True}, "fwe": {"dense": 0.25, "solved": False}}
-    rows = {(row["variant"], row["task"]): row for row in found["rows"]}
+    table = tabulate_forced(config, records)
+    assert table["tasks"] == {"vt": {"dense": 0.75, "solved": True}, "fwe": {"dense": 0.25, "solved": False}}
+    rows = {(row["variant"], row["task"]): row for row in table["rows"]}
     assert rows["local", MACRO]["change"]["value"] == -0.25 and rows["local", "fwe"]["change"]["value"] == 0.75
     assert rows["local", MACRO]["kl"]["value"] == pytest.approx(0.25)
     assert rows["local", MACRO]["change"]["low"] < -0.25 < rows["local", MACRO]["change"]["high"]

@@ -55,10 +55,10 @@ def records(directory):
 
 def test_every_variant_of_a_task_runs_on_the_same_prompts(finished):
     directory, _ = finished
-    found = records(directory)
-    assert len(found) == len(CONFIG.tasks) * len(CONFIG.variants)
+    cells = records(directory)
+    assert len(cells) == len(CONFIG.tasks) * len(CONFIG.variants)
     for task in CONFIG.tasks:
-        of_task = [record for record in found.values() if record["task"] == task]
+        of_task = [record for record in cells.values() if record["task"] == task]
         assert len({record["prompts"] for record in of_task}) == 1
         order = [[(sample["index"], sample["length"]) for sample in record["samples"]] for record in of_task]
         assert all(samples == order[0] for samples in order)
@@ -67,8 +67,8 @@ def test_every_variant_of_a_task_runs_on_the_same_prompts(finished):
 
 def test_rows_name_the_evidence_and_the_budget_they_ran_at(finished):
     _, result = finished
-    found = {row["variant"]: (row["evidence"], row["k"], row["block"]) for row in result["rows"]}
-    assert found == {
+    named = {row["variant"]: (row["evidence"], row["k"], row["block"]) for row in result["rows"]}
+    assert named == {
         "dense": ("dense", None, None),
         "oracle": ("oracle", 32, 1),
         "oracle-shared": ("oracle", 32, 16),
@@ -216,7 +216,7 @@ def test_an_options_change_is_paired_by_prompt():
 
     scores = {"dense": [1, 1, 0, 1], "oracle": [1, 0, 0, 1], "oracle+k=64": [0, 1, 1, 1]}
     config = replace(CONFIG, tasks=("vt",), count=4, variants=tuple(scores))
-    result = tabulate(config, {("vt", name): record(name, found) for name, found in scores.items()})
+    result = tabulate(config, {("vt", name): record(name, values) for name, values in scores.items()})
     changes = {(entry["from"], entry["task"]): entry["change"] for entry in result["options"]}
     assert changes["oracle", "vt"]["value"] == pytest.approx(1 / 4)
     assert changes["dense", "vt"]["value"] == pytest.approx(0)
@@ -236,16 +236,42 @@ def test_batches_and_early_stops_do_not_change_what_is_found(model, tokenizer, m
         plain.append(tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True))
     assert generate_texts(model, tokenizer, examples, ids, batch=2) == plain
 
-    # with answers that the outputs contain, rows stop early, at different times, without losing them
-    found = [
+    # rows whose outputs contain their answers stop early, at different times, and keep them
+    asked = [
         replace(example, answers=(text[2 * n : 2 * n + 2],)) for n, (example, text) in enumerate(zip(examples, plain))
     ]
     steps, forward = [], model.forward
     monkeypatch.setattr(model, "forward", lambda *args, **kwargs: steps.append(1) or forward(*args, **kwargs))
-    early = generate_texts(model, tokenizer, found, ids, batch=5)
-    for example, text, whole in zip(found, early, plain):
+    early = generate_texts(model, tokenizer, asked, ids, batch=5)
+    for example, text, whole in zip(asked, early, plain):
         assert whole.startswith(text) and score(example, text) == 1
     assert len(steps) < 12
+
+
+def test_what_is_found_after_a_sparse_prefill_does_not_depend_on_the_batch(evaluate, tmp_path, tokenizer):
+    """Blocks of queries and keys, and random draws, would begin at a batch's padding."""
+    names = ("dense", "oracle-shared", "indexer-shared", "random", "indexer+candidates=64")
+    config = replace(CONFIG, tasks=("niah_single_1",), variants=names, budget="k=64,block=16,key_block=16", max_new_tokens=8)
+    examples = generate("niah_single_1", tokenizer, length=900, count=3, seed=config.seed)
+    assert len({len(encode(tokenizer, example)) for example in examples}) == 3
+    found = {}
+    for batch in (1, 3):
+        evaluate(replace(config, batch=batch), tmp_path / str(batch))
+        for name in names:
+            (path,) = (tmp_path / str(batch) / "records").glob(f"niah_single_1-{name}.json")
+            record = json.loads(path.read_text())
+            found[batch, name] = [sample["output"] for sample in record["samples"]]
+            assert record.get("batch") == (None if name == "dense" else 1)
+    assert [name for name in names if found[1, name] != found[3, name]] == []
+
+
+def test_sparse_prompts_that_were_generated_in_batches_are_not_joined_by_others(evaluate, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    record = tmp_path / "run/records/vt-oracle-shared.json"
+    record.write_text(json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "batch"}))
+    (tmp_path / "run/records/vt-local.json").unlink()
+    with pytest.raises(RunError, match="the same number of sparse prompts generated together, got (1 and 2|2 and 1)"):
+        evaluate(CONFIG, tmp_path / "run")
 
 
 def test_records_of_the_same_cell_are_adopted_from_another_budget(evaluate, finished, tmp_path, counted):

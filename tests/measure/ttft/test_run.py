@@ -17,6 +17,8 @@ from npu_sparse.measure.ttft.run import LeftOutError
 from npu_sparse.measure.ttft.shapes import SHAPES, drawn
 from npu_sparse.measure.variants import Subject
 from npu_sparse.models.architectures import text_config
+from npu_sparse.models.hybrid import attach as hybrid
+from npu_sparse.ops.dispatch import KernelUnavailableError
 from npu_sparse.runs.store import RunError, read_stage
 
 CONFIG = TtftConfig(
@@ -36,12 +38,12 @@ def record(directory, length):
 
 
 def test_every_round_runs_every_variant_once_in_changing_order(finished):
-    found = record(finished[0], 96)
+    cell = record(finished[0], 96)
     names = {*CONFIG.variants, "attached"}
-    assert len(found["orders"]) == 3
-    assert all(set(order) == names and len(order) == len(names) for order in found["orders"])
-    assert len({tuple(order) for order in found["orders"]}) > 1
-    assert all(len(times) == 3 and min(times) > 0 for times in found["seconds"].values())
+    assert len(cell["orders"]) == 3
+    assert all(set(order) == names and len(order) == len(names) for order in cell["orders"])
+    assert len({tuple(order) for order in cell["orders"]}) > 1
+    assert all(len(times) == 3 and min(times) > 0 for times in cell["seconds"].values())
 
 
 def test_a_variant_with_options_is_timed_beside_the_others(model, indexer, tmp_path):
@@ -146,8 +148,8 @@ def test_rows_name_evidence_budget_and_speed_up(finished):
 
 
 def test_attached_but_dense_gives_the_dense_token_and_keeps_index_keys_up_to_date(finished):
-    found = record(finished[0], 200)
-    assert found["first_tokens"]["attached"] == found["first_tokens"]["dense"]
+    cell = record(finished[0], 200)
+    assert cell["first_tokens"]["attached"] == cell["first_tokens"]["dense"]
 
 
 def test_setting_of_the_measurement_is_reported(finished):
@@ -204,9 +206,9 @@ def test_text_prompts_have_the_length_and_follow_the_seed(model, tokenizer, tmp_
         (tmp_path / f"{n}.txt").write_text(f"Text {n}. " + "The sky is blue. " * 20)
     config = replace(CONFIG, prompt="text", texts=(str(tmp_path),))
     subject = Subject(model, tokenizer, None)
-    found = [prompt_ids(replace(config, seed=seed), subject, 150) for seed in (0, 0, 1)]
-    assert all(ids.shape == (1, 150) for ids in found)
-    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
+    prompts = [prompt_ids(replace(config, seed=seed), subject, 150) for seed in (0, 0, 1)]
+    assert all(ids.shape == (1, 150) for ids in prompts)
+    assert torch.equal(prompts[0], prompts[1]) and not torch.equal(prompts[0], prompts[2])
     with pytest.raises(ValueError, match="texts must hold 4000 tokens"):
         prompt_ids(config, subject, 4000)
 
@@ -238,6 +240,28 @@ def test_errors_come_before_anything_is_measured(model, tmp_path, monkeypatch):
     foreign.base = {**foreign.base, "weights_fingerprint": "0" * 16}
     with pytest.raises(AdapterError, match="another base"):
         run_ttft(CONFIG, tmp_path / "b", model=model, indexer=foreign)
+
+
+@pytest.mark.parametrize("layers", [("fast",), ("stock", "fast")])
+@pytest.mark.parametrize(
+    "shape, error, message",
+    [
+        ("qwen2.5-tiny", ValueError, r"model must have Gated DeltaNet layers .*, got 'qwen2'"),
+        ("qwen3.5-tiny", KernelUnavailableError, "FastHybrid's kernels need triton: run `pip install triton`"),
+    ],
+)
+def test_fast_layers_that_do_not_run_are_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, layers, shape, error, message
+):
+    if error is KernelUnavailableError:  # as on a GPU
+        functions = hybrid._functions
+        monkeypatch.setattr(hybrid, "_missing", lambda module: True)
+        monkeypatch.setattr(hybrid, "_functions", lambda impl, device: functions(impl, "cuda"))
+    monkeypatch.setattr(ttft, "_measure", lambda *_: pytest.fail("measured"))
+    config = replace(SHAPE, shape=shape, layers=layers, chunk=0)
+    with pytest.raises(error, match=message):
+        run_ttft(config, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("4*.json"))
 
 
 def test_config_survives_json():

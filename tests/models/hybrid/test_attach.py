@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from npu_sparse import Budget, FastHybrid, Indexer, SparsePrefill
 from npu_sparse.models.architectures import delta_net_modules, gated_mlp_modules, norm_modules
 from npu_sparse.models.hybrid import attach
-from npu_sparse.ops import KernelUnavailableError
+from npu_sparse.ops import KernelUnavailableError, dispatch
 from npu_sparse.testing import tiny_model, tokens
 
 T = 75
@@ -32,9 +32,10 @@ def interpreted(monkeypatch):
     """Attaches with the Triton kernels in the interpreter, around the reference's delta rule."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton interprets its kernels on the CPU only under TRITON_INTERPRET=1: run `make test-triton`")
-    kernels = import_module("npu_sparse.models.hybrid.triton")
-    monkeypatch.setattr(kernels, "delta_rule", import_module("npu_sparse.models.hybrid.reference").delta_rule)
-    monkeypatch.setattr(attach, "_functions", lambda impl, device_type: kernels)
+    dispatch.register_triton("cpu")
+    delta_rule = import_module("npu_sparse.ops.hybrid.reference").delta_rule
+    monkeypatch.setitem(dispatch._KERNELS, ("delta_rule", "cpu"), delta_rule)
+    monkeypatch.setattr(attach, "_implementation", lambda impl, device_type: "kernel")
     return FastHybrid.attach
 
 
@@ -62,9 +63,9 @@ def test_logits_and_states_are_those_of_transformers(fast, name, changes):
     model, ids = tiny_model(name, **changes), tokens()
     expected, cache = fed(model, ids, ())
     with fast(model):
-        found, fast_cache = fed(model, ids, ())
+        actual, fast_cache = fed(model, ids, ())
         close(model(ids).logits, expected)
-    close(found, expected)
+    close(actual, expected)
     for mine, theirs in zip(states(fast_cache), states(cache)):
         for a, b in zip(mine, theirs):
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
@@ -111,15 +112,15 @@ def test_padding_changes_nothing(fast, name, side):
     mask[(0, slice(None, 20)) if side == "left" else (1, slice(-9, None))] = 0
     expected = model(ids, attention_mask=mask).logits
     with fast(model):
-        found = model(ids, attention_mask=mask).logits
-    close(found[mask.bool()], expected[mask.bool()])
+        actual = model(ids, attention_mask=mask).logits
+    close(actual[mask.bool()], expected[mask.bool()])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_differs_by_no_more_than_transformers_does(fast, dtype):
     exact, ids = tiny_model("qwen3_5"), tokens()
     model = copy.deepcopy(exact).to(dtype)
-    exact = copy.deepcopy(model).float()  # of the same rounded weights
+    exact = copy.deepcopy(model).float()  # with the same rounded weights
     whole = exact(ids).logits
     theirs = (model(ids).logits.float() - whole).square().mean().sqrt()
     with fast(model):
@@ -135,8 +136,8 @@ def test_interpreted_kernels_give_the_logits_and_states_of_transformers(interpre
     whole, cache = fed(model, ids, ())
     padded = model(ids, attention_mask=mask).logits
     with interpreted(model):
-        found, fast_cache = fed(model, ids, (2, 34))
-        close(found, whole)
+        actual, fast_cache = fed(model, ids, (2, 34))
+        close(actual, whole)
         close(model(ids, attention_mask=mask).logits[mask.bool()], padded[mask.bool()])
     for mine, theirs in zip(states(fast_cache), states(cache)):
         close(mine[0], theirs[0])
@@ -247,26 +248,25 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, missing):
     monkeypatch.setattr(attach, "_missing", lambda module: module.startswith(missing))
     package = {"triton": "triton", "fla": "'flash-linear-attention>=0.6'"}[missing]
     with pytest.raises(KernelUnavailableError, match=f"need {missing}: run `pip install {package}`"):
-        attach._functions("kernel", "cuda")
+        attach._implementation("kernel", "cuda")
 
 
 @pytest.mark.parametrize("version, served", [("0.5.1", False), ("0.6.0", True), ("1.0", True), (None, False)])
 def test_an_old_flash_linear_attention_is_refused(monkeypatch, version, served):
     import importlib.metadata
 
-    def found(package):
+    def version_of(package):
         if version is None:
             raise importlib.metadata.PackageNotFoundError(package)
         return version
 
     monkeypatch.setattr(attach, "_missing", lambda module: False)
-    monkeypatch.setattr(attach.importlib.metadata, "version", found)
-    monkeypatch.setattr(attach.importlib, "import_module", lambda name: name)
+    monkeypatch.setattr(attach.importlib.metadata, "version", version_of)
     if served:
-        assert attach._functions("kernel", "cuda") == "npu_sparse.models.hybrid.triton"
+        assert attach._implementation("kernel", "cuda") == "kernel"
     else:
         with pytest.raises(KernelUnavailableError, match="need fla-core 0.6 or newer"):
-            attach._functions("kernel", "cuda")
+            attach._implementation("kernel", "cuda")
 
 
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200])

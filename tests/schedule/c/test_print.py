@@ -280,9 +280,9 @@ def guards(code: str) -> list[str]:
 
 def estimated(code: str, values: dict[str, int]) -> list[float]:
     """The estimates of the parallel loops that are entered once, as C computes them."""
-    found = re.findall(r"((?: *const long \w+ = .*;\n)*) *#pragma omp parallel.* if\((.*) >= \d+\)", code)
+    guarded = re.findall(r"((?: *const long \w+ = .*;\n)*) *#pragma omp parallel.* if\((.*) >= \d+\)", code)
     macros = "".join(line + "\n" for line in code.splitlines() if re.match(r"#define (min|max|floord)", line))
-    shown = "".join(f'{{ {declared} printf("%.17g\\n", (double)({text})); }}\n' for declared, text in found)
+    shown = "".join(f'{{ {declared} printf("%.17g\\n", (double)({text})); }}\n' for declared, text in guarded)
     sizes = "".join(f"int {name} = {value};" for name, value in values.items())
     source = f"#include <stdio.h>\n{macros}int main(void) {{ {sizes}\n{shown} return 0; }}\n"
     with tempfile.TemporaryDirectory() as folder:

@@ -29,15 +29,15 @@ def within(seconds: float, holds) -> bool:
 
 def processes(directory: Path) -> list[int]:
     """Of programs that lie in the directory."""
-    found = []
+    ids = []
     for link in Path("/proc").glob("[0-9]*/exe"):
         try:
             target = os.readlink(link)
         except OSError:
             continue
         if target.startswith(str(directory)):
-            found.append(int(link.parent.name))
-    return found
+            ids.append(int(link.parent.name))
+    return ids
 
 
 @pytest.mark.skipif(not Path("/proc/self/exe").exists(), reason="processes must be listed under /proc")

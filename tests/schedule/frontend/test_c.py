@@ -71,11 +71,11 @@ def test_random_scop_describes_its_execution(seed):
     text = testing.random_scop(seed)
     n, m = random.Random(seed).choice([(4, 4), (3, 5), (5, 2), (1, 1)])
     try:
-        found = described(text, n, m)
+        instances = described(text, n, m)
     except ScopError as error:
         assert "conditions that never hold" in str(error) and not trace(text, n, m)
         return
-    assert found == trace(text, n, m)
+    assert instances == trace(text, n, m)
 
 
 @pytest.mark.parametrize("body", [

@@ -217,7 +217,7 @@ def test_macros_that_grow_without_end_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_macros_that_grow_without_end_are_refused_by_gcc_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(preprocess, "GCC_SECONDS", 2)  # of its processor time, all of which it takes
+    monkeypatch.setattr(preprocess, "GCC_SECONDS", 2)  # it uses up all of this processor time
     path = tmp_path / "k.c"
     path.write_text("#define A0 1 + 1\n" + "".join(f"#define A{k + 1} A{k} + A{k}\n" for k in range(60)) +
                     SIGNATURE + " {\n" + REGION.replace("2 *", "A60 *") + "}\n")

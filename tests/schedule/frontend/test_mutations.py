@@ -12,7 +12,7 @@ from npu_sparse.schedule import config
 from npu_sparse.schedule.command import schedule_file
 
 KERNELS = sorted((Path(npu_sparse.schedule.__file__).parent / "kernels").glob("*.c"))
-SECONDS = 10  # of one thread, for one file
+SECONDS = 10  # processor time of one file on one thread
 STRATEGY = config.load("cpu-vector")
 PASSED = set()  # texts that were checked: different faults make the same file of some
 WRITTEN = [

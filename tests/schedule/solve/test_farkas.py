@@ -17,7 +17,7 @@ from npu_sparse.schedule.solve import farkas  # noqa: E402
 )
 def test_cone_holds_exactly_the_forms_that_are_nowhere_negative(text):
     points = isl.BasicSet(text)
-    found = farkas.cone(points)
+    cone = farkas.cone(points)
     inside = []
     isl.Set.from_basic_set(points).foreach_point(
         lambda point: inside.append([point.get_coordinate_val(isl.dim_type.set, k).to_python() for k in range(2)])
@@ -25,7 +25,7 @@ def test_cone_holds_exactly_the_forms_that_are_nowhere_negative(text):
     assert inside
     for c0, c1, c2 in itertools.product(range(-6, 7), range(-2, 3), range(-2, 3)):
         nowhere_negative = all(c0 + c1 * i + c2 * j >= 0 for i, j in inside)
-        assert found.contains((c0, c1, c2)) == nowhere_negative
+        assert cone.contains((c0, c1, c2)) == nowhere_negative
 
 
 def test_lifted_constants_hold_for_the_constant():

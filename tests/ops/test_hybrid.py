@@ -1,7 +1,8 @@
-"""The functions of a fast hybrid layer against float64, and against transformers' own in the same dtype."""
+"""The operators of a fast hybrid layer against float64, and against transformers' own in the same dtype."""
 
 import os
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -11,9 +12,10 @@ from torch.nn.functional import conv1d, pad, silu, softplus
 
 from npu_sparse.models.architectures import DeltaNet, delta_net
 from npu_sparse.models.hybrid import attach
+from npu_sparse.ops import dispatch, hybrid
 from npu_sparse.testing import DTYPES, assert_accurate, normal, rms_error
 
-reference = import_module("npu_sparse.models.hybrid.reference")
+reference = import_module("npu_sparse.ops.hybrid.reference")
 
 
 # 16-bit results round where transformers rounds; in fp32 the order of sums and the device's exp are rounding too
@@ -22,9 +24,9 @@ AS_ACCURATE = {torch.bfloat16: 1.05, torch.float16: 1.05, torch.float32: 1.5}
 
 @pytest.fixture(params=["reference", "interpreted", "cuda"])
 def functions(request):
-    """Every implementation of the functions, with the device of their inputs."""
+    """Every implementation of the operators, with the device of their inputs."""
     if request.param == "reference":
-        return SimpleNamespace(**vars(reference), device="cpu", name="reference")
+        return implementation("reference", "cpu")
     if request.param == "interpreted" and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton interprets its kernels on the CPU only under TRITON_INTERPRET=1: run `make test-triton`")
     if request.param == "cuda":
@@ -34,8 +36,17 @@ def functions(request):
     dtypes = arguments.get("dtype"), getattr(arguments.get("case"), "dtype", None)
     if request.param == "interpreted" and torch.bfloat16 in dtypes:
         pytest.skip("Triton's interpreter truncates to bfloat16 instead of rounding")
-    module = import_module("npu_sparse.models.hybrid.triton")
-    return SimpleNamespace(**vars(module), device="cuda" if request.param == "cuda" else "cpu", name=request.param)
+    device = "cuda" if request.param == "cuda" else "cpu"
+    dispatch.register_triton(device)
+    return implementation("kernel", device)
+
+
+def implementation(impl: str, device: str) -> SimpleNamespace:
+    return SimpleNamespace(device=device, **{op: partial(getattr(hybrid, op), impl=impl) for op in hybrid.__all__})
+
+
+def heads(net: DeltaNet) -> dict[str, int]:
+    return dict(key_heads=net.key_heads, value_heads=net.value_heads, key_dim=net.key_dim, value_dim=net.value_dim)
 
 
 def layout(kind: str, Hk: int, Hv: int, K: int, V: int, W: int = 4) -> DeltaNet:
@@ -105,10 +116,10 @@ def test_convolution_is_as_accurate_as_rounding_once(functions, case):
     state = normal(case.B, C, case.W, dtype=case.dtype, device=functions.device, seed=2) if case.state else None
     if state is not None:
         state[..., 0] = float("nan")  # W taps read W - 1 earlier tokens
-    found = functions.short_convolution(mixed, weight, state, columns, case.net)
+    actual = functions.short_convolution(mixed, weight, state, columns, **heads(case.net))
     exact = naive_convolution(case, mixed, weight, state, order, torch.float64, rounded=False)
     naive = naive_convolution(case, mixed, weight, state, order, torch.float32, rounded=True)
-    for part, whole, yardstick in zip(found, exact, naive):
+    for part, whole, yardstick in zip(actual, exact, naive):
         assert part.is_contiguous() and part.dtype == case.dtype
         assert_accurate(part, whole, yardstick)
 
@@ -117,11 +128,11 @@ def test_pieces_of_a_convolution_are_the_whole(functions):
     case = Case(B=2, T=50)
     mixed, (columns, *_, order) = case.mixed(functions.device), case.tables(functions.device)
     weight = normal(len(order), 4, device=functions.device, seed=1)
-    whole = functions.short_convolution(mixed, weight, None, columns, case.net)
+    whole = functions.short_convolution(mixed, weight, None, columns, **heads(case.net))
     parts, state = [], None
     for start, stop in ((0, 1), (1, 3), (3, 40), (40, 50)):
         piece = mixed[:, start:stop]
-        parts.append(functions.short_convolution(piece, weight, state, columns, case.net))
+        parts.append(functions.short_convolution(piece, weight, state, columns, **heads(case.net)))
         seen = pad(mixed[:, :stop, order].transpose(1, 2), (4, 0))
         state = seen[..., -4:]
     for n in range(3):
@@ -136,7 +147,7 @@ def test_gates_are_exact_to_their_dtype_over_the_whole_range(functions, kind, Hk
     raw *= 12.0  # far into both ends of softplus
     A_log, dt_bias = normal(Hv, device=functions.device, seed=1), normal(Hv, device=functions.device, seed=2)
     _, _, columns, _ = case.tables(functions.device)
-    g, beta = functions.gates(raw, columns, A_log, dt_bias)
+    g, beta = functions.delta_gates(raw, columns, A_log, dt_bias)
     b, a = raw[..., list(case.net.beta)].double(), raw[..., list(case.net.decay)].double()
     assert (g.dtype, beta.dtype) == (torch.float32, dtype)
     exact = -A_log.double().exp() * softplus(a + dt_bias.double())
@@ -156,14 +167,14 @@ def test_gated_norm_is_as_accurate_as_transformers(functions, B, T, Hv, V, kind,
     theirs = Qwen3_5RMSNormGated(V, eps=1e-5).to(functions.device, dtype)
     theirs.weight.data = normal(V, dtype=dtype, device=functions.device, seed=2)
     _, columns, _, _ = case.tables(functions.device)
-    found = functions.gated_norm(x, gate, columns, theirs.weight.data, 1e-5)
+    actual = functions.gated_norm(x, gate, columns, theirs.weight.data, 1e-5)
     wide = x.double()
     exact = wide * (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * theirs.weight.data.double() * silu(z.double())
     with torch.no_grad():
         expected = theirs(x, z).flatten(-2)
-    assert_accurate(found, exact.flatten(-2), expected, factor=AS_ACCURATE[dtype])
+    assert_accurate(actual, exact.flatten(-2), expected, factor=AS_ACCURATE[dtype])
     if dtype != torch.float32:  # it rounds where theirs rounds, and only the order of a sum may differ
-        assert (found == expected).float().mean() > 0.97
+        assert (actual == expected).float().mean() > 0.97
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -185,9 +196,9 @@ def test_norm_of_a_view_is_that_of_its_copy(functions):
     halves = normal(2, 9, 3, 64, device=functions.device)
     weight = normal(32, device=functions.device, seed=1)
     for view in (halves[..., :32], halves[..., 32:], halves[:, :, 1:, :32], halves.transpose(1, 2)[..., ::2]):
-        found = functions.rms_norm(view, weight, 1e-6)
-        assert found.is_contiguous()
-        torch.testing.assert_close(found, functions.rms_norm(view.contiguous(), weight, 1e-6), rtol=0, atol=0)
+        actual = functions.rms_norm(view, weight, 1e-6)
+        assert actual.is_contiguous()
+        torch.testing.assert_close(actual, functions.rms_norm(view.contiguous(), weight, 1e-6), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -212,7 +223,7 @@ def test_delta_rule_is_that_of_transformers(case, dtype):
     g = -normal(case.B, case.T, case.Hv, seed=3).abs()
     beta = normal(case.B, case.T, case.Hv, dtype=dtype, seed=4).sigmoid()
     state = normal(case.B, case.Hv, case.K, case.V, seed=5) if case.state else None
-    out, last = reference.delta_rule(q, k, v, g, beta, state, True)
+    out, last = hybrid.delta_rule(q, k, v, g, beta, state, True, impl="reference")
     groups = case.Hv // case.Hk
     theirs, their_last = torch_chunk_gated_delta_rule(
         q.repeat_interleave(groups, 2), k.repeat_interleave(groups, 2), v, g=g, beta=beta, initial_state=state,
@@ -221,7 +232,7 @@ def test_delta_rule_is_that_of_transformers(case, dtype):
     tolerance = 2e-5 if dtype == torch.float32 else 1e-2
     torch.testing.assert_close(out, theirs, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(last, their_last.float(), rtol=2e-5, atol=2e-5)
-    assert reference.delta_rule(q, k, v, g, beta, state, False)[1] is None
+    assert hybrid.delta_rule(q, k, v, g, beta, state, False, impl="reference")[1] is None
 
 
 @pytest.mark.parametrize("case", [Case(T=1, K=32, V=32), Case(B=2, T=70, Hv=4, K=32, V=64, state=True), Case(T=200, K=64, V=64)],
@@ -230,7 +241,6 @@ def test_the_cuda_delta_rule_is_within_the_rounding_of_its_intermediates(case):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     pytest.importorskip("fla")
-    kernels = import_module("npu_sparse.models.hybrid.triton")
     dtype = torch.bfloat16
     shapes = ((case.Hk, case.K), (case.Hk, case.K), (case.Hv, case.V))
     q, k, v = (normal(case.B, case.T, H, D, dtype=dtype, device="cuda", seed=n) for n, (H, D) in enumerate(shapes))
@@ -238,7 +248,69 @@ def test_the_cuda_delta_rule_is_within_the_rounding_of_its_intermediates(case):
     g = -normal(case.B, case.T, case.Hv, device="cuda", seed=3).abs()
     beta = normal(case.B, case.T, case.Hv, dtype=dtype, device="cuda", seed=4).sigmoid()
     state = normal(case.B, case.Hv, case.K, case.V, device="cuda", seed=5) if case.state else None
-    exact, last = reference.delta_rule(q.float(), k.float(), v.float(), g, beta.float(), state, True)
-    out, found = kernels.delta_rule(q, k, v, g, beta, state, True)
-    for mine, theirs in ((out, exact), (found, last)):  # it keeps what passes between its kernels in bf16, 2 ** -8 each
+    exact, last = hybrid.delta_rule(q.float(), k.float(), v.float(), g, beta.float(), state, True, impl="reference")
+    out, final = hybrid.delta_rule(q, k, v, g, beta, state, True, impl="kernel")
+    for mine, theirs in ((out, exact), (final, last)):  # it keeps what passes between its kernels in bf16, 2 ** -8 each
         assert rms_error(mine, theirs) <= 1e-2 * float(theirs.double().square().mean().sqrt())
+
+
+def test_swiglu_needs_no_third_tensor_and_leaves_a_view_alone(functions):
+    gate, up = normal(2, 5, 24, device=functions.device), normal(2, 5, 24, device=functions.device, seed=1)
+    assert functions.swiglu(gate, up).data_ptr() == gate.data_ptr()
+    halves = normal(2, 5, 48, device=functions.device)
+    before = halves.clone()
+    torch.testing.assert_close(functions.swiglu(halves[..., :24], up), silu(before[..., :24]) * up)
+    assert torch.equal(halves, before)
+
+
+def zeros(*shape, dtype=torch.float32):
+    return torch.zeros(shape, dtype=dtype)
+
+
+INDICES = dict(dtype=torch.int32)
+CONVOLUTION = zeros(1, 5, 64), zeros(64, 4), zeros(1, 64, 4), zeros(3, **INDICES)
+RULE = zeros(1, 5, 2, 16), zeros(1, 5, 2, 16), zeros(1, 5, 4, 8), zeros(1, 5, 4), zeros(1, 5, 4), zeros(1, 4, 16, 8)
+NORM = zeros(1, 5, 2, 8), zeros(1, 5, 16), zeros(2, **INDICES), zeros(8)
+
+
+@pytest.mark.parametrize(
+    "op, inputs, place, wrong, sentence",
+    [
+        ("short_convolution", CONVOLUTION, 0, zeros(1, 5, 64, **INDICES), "mixed must be float32 or"),
+        ("short_convolution", CONVOLUTION, 1, zeros(63, 4), r"weight must have shape \(64, \*\), got \(63, 4\)"),
+        ("short_convolution", CONVOLUTION, 2, zeros(1, 64, 3), r"state must have shape \(1, 64, 4\), got \(1, 64, 3\)"),
+        ("short_convolution", CONVOLUTION, 3, zeros(4, **INDICES), r"columns must have shape \(3\), got \(4,\)"),
+        ("delta_gates", (zeros(1, 5, 4), zeros(4, **INDICES), zeros(2), zeros(2)), 3, zeros(3), r"dt_bias must have shape \(2\)"),
+        ("delta_gates", (zeros(1, 5, 4), zeros(4, **INDICES), zeros(2), zeros(2)), 1, zeros(4), "columns must be int32"),
+        ("delta_rule", RULE, 1, zeros(1, 4, 2, 16), r"k must have shape \(1, 5, 2, 16\)"),
+        ("delta_rule", RULE, 2, zeros(1, 5, 3, 8), "value heads must be a multiple of key heads, got 3 and 2"),
+        ("delta_rule", RULE, 3, zeros(1, 5, 4, dtype=torch.bfloat16), "g must be float32, got torch.bfloat16"),
+        ("delta_rule", RULE, 5, zeros(1, 4, 8, 16), r"state must have shape \(1, 4, 16, 8\)"),
+        ("gated_norm", NORM, 1, zeros(1, 4, 16), r"gate must have shape \(1, 5, \*\)"),
+        ("gated_norm", NORM, 3, zeros(9), r"weight must have shape \(8\), got \(9,\)"),
+        ("rms_norm", (zeros(3, 8), zeros(8)), 1, zeros(7), r"weight must have shape \(8\), got \(7,\)"),
+        ("swiglu", (zeros(3, 8), zeros(3, 8)), 1, zeros(3, 7), r"up must have shape \(3, 8\), got \(3, 7\)"),
+    ],
+)
+def test_bad_input_is_refused_in_one_sentence(op, inputs, place, wrong, sentence):
+    more = {
+        "short_convolution": dict(key_heads=1, value_heads=1, key_dim=16, value_dim=32), "delta_rule": dict(keep=True),
+        "gated_norm": dict(eps=1e-6), "rms_norm": dict(eps=1e-6),
+    }.get(op, {})  # fmt: skip
+    with torch.no_grad():
+        getattr(hybrid, op)(*inputs, **more, impl="reference")
+    with pytest.raises((ValueError, TypeError), match=sentence):
+        getattr(hybrid, op)(*inputs[:place], wrong, *inputs[place + 1 :], **more)
+
+
+def test_kernels_elsewhere_and_without_their_package_are_refused(monkeypatch):
+    gate = zeros(3, 8)
+    monkeypatch.setattr(dispatch, "_KERNELS", {})
+    with pytest.raises(dispatch.KernelUnavailableError, match="swiglu has no kernel on 'cpu': it has kernels for cuda only"):
+        hybrid.swiglu(gate, gate, impl="kernel")
+    sentence = "delta_rule has no kernel on 'cuda': its kernel needs triton and fla"
+    with pytest.raises(dispatch.KernelUnavailableError, match=sentence):
+        raise dispatch._unavailable("delta_rule", "cuda")
+    kernels = {(op, "cuda"): print for op in dispatch.OPERATORS if op != "delta_rule"}
+    monkeypatch.setattr(dispatch, "_KERNELS", kernels)
+    dispatch.require_kernels("cuda")  # sparse prefill does without

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
+RESULTS = Path(__file__).resolve().parents[1] / "docs" / "results"
 DRAWN = sorted(path.parent for path in RESULTS.glob("eval-*/report.png"))
 
 

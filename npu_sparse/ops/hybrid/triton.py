@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..architectures import DeltaNet
-
 # Tiles of a program, and its warps; `scripts/profile_hybrid.py --tiles` times others
 CONVOLUTION = 32, 4  # tokens of one head
 NORM = 4096, 4  # elements, in whole rows
@@ -59,9 +57,11 @@ def _short_convolution(
         tl.store(v + (row * HV + head - 2 * HK) * D + d[None, :], y, mask=live)
 
 
-def short_convolution(mixed: Tensor, weight: Tensor, state: Tensor | None, columns: Tensor, net: DeltaNet) -> tuple[Tensor, ...]:
+def short_convolution(
+    mixed: Tensor, weight: Tensor, state: Tensor | None, columns: Tensor, HK: int, HV: int, K: int, V: int
+) -> tuple[Tensor, Tensor, Tensor]:
     B, T, _ = mixed.shape
-    HK, HV, K, V, W = net.key_heads, net.value_heads, net.key_dim, net.value_dim, net.kernel
+    W = weight.shape[1]
     q, k = mixed.new_empty(B, T, HK, K), mixed.new_empty(B, T, HK, K)
     v = mixed.new_empty(B, T, HV, V)
     mixed = mixed if mixed.stride(-1) == 1 else mixed.contiguous()
@@ -101,7 +101,7 @@ def _gates(raw, columns, A_log, dt_bias, g, beta, rows, r_t, H: tl.constexpr, HP
     tl.store(beta + place, (1.0 / (1.0 + tl.exp(-b))).to(beta.dtype.element_ty), mask=live)
 
 
-def gates(raw: Tensor, columns: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
+def delta_gates(raw: Tensor, columns: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Tensor, Tensor]:
     raw = raw.contiguous()
     B, T, _ = raw.shape
     H = A_log.shape[0]
@@ -113,10 +113,11 @@ def gates(raw: Tensor, columns: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple
 
 def delta_rule(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, keep: bool
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
 
-    return chunk_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=keep)
+    out, last = chunk_gated_delta_rule(q, k, v, g=g, beta=beta, initial_state=state, output_final_state=keep)
+    return out, last if keep else g.new_empty(0)
 
 
 @triton.jit
@@ -183,8 +184,9 @@ def _swiglu(gate, up, elements, BLOCK: tl.constexpr):
     tl.store(gate + place, passed.to(gate.dtype.element_ty), mask=live)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    gate, up = gate.contiguous(), up.contiguous()
+def swiglu(gate: Tensor, up: Tensor) -> None:
+    if not gate.is_contiguous():
+        raise ValueError(f"gate must be contiguous, as it is written over, got strides {gate.stride()}")
+    up = up.contiguous()
     elements, warps = SWIGLU
     _swiglu[triton.cdiv(gate.numel(), elements),](gate, up, gate.numel(), elements, num_warps=warps)
-    return gate
