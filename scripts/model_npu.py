@@ -125,14 +125,19 @@ def exact_end_cycles(programs, chip: cost.Chip, rows: int, length: int, scale: f
     return turns * (few + (many - few) / (lengths[1] - lengths[0]) * (length - lengths[0]))
 
 
-def layer(programs, chip: cost.Chip, length: int, args, scale: float, budget: Budget) -> dict:
-    """Modelled seconds of one layer's attention stage at a context. softmax_max is with learned log-partitions."""
+def layers(programs, chip: cost.Chip, args, scale: float, budget: Budget) -> list[dict]:
+    """`layer` at all contexts. softmax_max is with learned log-partitions."""
+    line = selection_line(programs, args.dim, budget.k, budget.block, budget.reduce == "softmax_max", scale)
+    return [layer(programs, chip, length, args, scale, budget, line) for length in CONTEXTS]
+
+
+def layer(programs, chip: cost.Chip, length: int, args, scale: float, budget: Budget, line: dict) -> dict:
+    """Modelled seconds of one layer's attention stage at a context, with `selection_line`."""
     k = budget.k
     traces = attention_traces(programs, DIM, k, budget.block, args.run)
     workspace = traces[0]["workspace"]  # dense_rows has the same
     hit = l2_share(chip, length, k, budget.block, workspace)
     gather = attention_cycles(traces, scale, hit)
-    line = selection_line(programs, args.dim, k, budget.block, budget.reduce == "softmax_max", scale)
     hertz = chip.ghz * 1e9
     attention_s = gather["cycles_per_query"] * length * KV_HEADS / chip.cores / hertz
     missed = gather["gm_bytes_per_query"] * length * KV_HEADS * (1 - hit)
@@ -185,9 +190,9 @@ def main(arguments=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         programs = build(Path(folder))
         fast = Budget(k=args.k, block=args.block)
-        rows = {scale: [layer(programs, chip, length, args, scale, fast) for length in CONTEXTS] for scale in SCALES}
+        rows = {scale: layers(programs, chip, args, scale, fast) for scale in SCALES}
         careful = Budget.parse(LOSSLESS)
-        lossless = {scale: [layer(programs, chip, length, args, scale, careful) for length in CONTEXTS] for scale in SCALES}
+        lossless = {scale: layers(programs, chip, args, scale, careful) for scale in SCALES}
         fa = check_against_published(programs)
         ours = scored_as_published(programs, cost.CHIPS["910B3"])
     b = (DENSE_256K_S - 2 * DENSE_128K_S) / (2 * 131072**2)  # dense attention's seconds per token^2, all layers
