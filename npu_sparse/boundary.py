@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from .errors import full_device_error
+
 JSON_BYTES = 64 << 20  # more than any config, index or record has; tokenizers are not read through here
 
 
@@ -31,12 +33,13 @@ def reading(path, error: type[Exception] = ValueError, what: str = "") -> Iterat
 
 
 def is_the_files_fault(error: BaseException) -> bool:
-    """Whether an exception is about the file that was read, and not an interrupt or a full device.
+    """Whether an exception tells about what was read, and not about an interrupt or a device that is full.
 
-    A panic of a Rust library is not an Exception in Python, but counts as one here.
+    A panic of a library in Rust is no Exception in Python, and is one here. Every such library makes a class of its own for it,
+    which cannot be imported: its name is all that these classes share.
     """
-    named = type(error).__name__
-    return named == "PanicException" or isinstance(error, Exception) and named != "OutOfMemoryError"
+    panicked = type(error).__name__ == "PanicException"
+    return panicked or isinstance(error, Exception) and not isinstance(error, full_device_error())
 
 
 def reason(error: BaseException) -> str:

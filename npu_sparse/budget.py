@@ -156,19 +156,19 @@ class Budget:
         axes: the fields that may have several values, joined by |. Errors as in `parse`.
         """
         _check_text(text)
-        found: dict[str, tuple] = {}
+        grids: dict[str, tuple] = {}
         rest = []
         for item in text.split(",") if text.strip() else ():
             name, _, values = (part.strip() for part in item.partition("="))
             if name not in axes:
                 rest += [_spelled(*change) for change in cls.changes(item).items()]
                 continue
-            if name in found:
+            if name in grids:
                 raise ValueError(f"{name} must be given once, got {text!r}")
-            found[name] = tuple(cls.changes(f"{name}={value}")[name] for value in values.split("|"))
-            if any(isinstance(value, Mapping) for value in found[name]):
+            grids[name] = tuple(cls.changes(f"{name}={value}")[name] for value in values.split("|"))
+            if any(isinstance(value, Mapping) for value in grids[name]):
                 raise ValueError(f"{name} of a grid must be whole numbers joined by |, got {values!r}")
-        return found, ",".join(rest)
+        return grids, ",".join(rest)
 
     @classmethod
     def of(cls, value) -> "Budget":

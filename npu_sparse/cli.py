@@ -18,7 +18,7 @@ import typer
 
 from . import cann
 from .budget import FORMER
-from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError
+from .errors import FAILURE, UNFINISHED, USER_ERROR, ActionableError, full_device_error
 
 RUN_OPTIONS = {  # options of a stage's function that its config does not have, because they change no figure
     "workers": (int, 0, "Processes that prepare batches ahead."),
@@ -364,8 +364,7 @@ def _status(error: Exception) -> int | None:
         return error.exit_status
     if isinstance(error, (ValueError, TypeError, FileNotFoundError, NotADirectoryError)):
         return USER_ERROR
-    full = getattr(sys.modules.get("torch"), "OutOfMemoryError", OSError)  # not loaded: not raised
-    if isinstance(error, (OSError, FloatingPointError, full)) or type(error) is RuntimeError:
+    if isinstance(error, (OSError, FloatingPointError, full_device_error())) or type(error) is RuntimeError:
         return FAILURE
     return None
 

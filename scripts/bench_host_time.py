@@ -259,11 +259,11 @@ def tabulate(args, host: dict, ttft: list[dict], graphs: dict[int, dict]) -> dic
             row[f"{stage}_us"] = 1e6 * stats.summary(times)["median"] if times else None
         rows.append(row)
     first, names = [], sparse_names(args)
-    for found in ttft:
-        name = names.get(found["variant"], found["variant"])
-        over = found["over_best_dense"]["value"]
-        row = {"length": found["length"], "variant": name, "ttft_ms": 1e3 * found["ttft_s"]["median"], "over_dense": over}
-        if times := graphs.get(found["length"], {}).get(name):
+    for timing in ttft:
+        name = names.get(timing["variant"], timing["variant"])
+        over = timing["over_best_dense"]["value"]
+        row = {"length": timing["length"], "variant": name, "ttft_ms": 1e3 * timing["ttft_s"]["median"], "over_dense": over}
+        if times := graphs.get(timing["length"], {}).get(name):
             row["graph_ms"] = 1e3 * stats.summary(times)["median"]
         first.append(row)
     return {"rows": rows, "ttft": first}

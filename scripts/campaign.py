@@ -36,7 +36,7 @@ from npu_sparse.errors import UNFINISHED
 from npu_sparse.measure.quality import EvalConfig, prepare_prompts
 from npu_sparse.measure.variants import split_names
 from npu_sparse.runs.page import markdown_table, say
-from npu_sparse.runs.store import read_json, write_json
+from npu_sparse.runs.store import read_json, write_json, write_text
 
 STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,7 +156,8 @@ def steps(seeds: tuple[int, ...] = (0, 1)) -> list[Step]:
         ),
         Step("peers-0.5b-32k-stages", "What does each peer's attention stage take here?", "ttft", SMALL, {
             "adapter": SMALL, "lengths": "32768", "budget": f"k=2048,{SHARED}", "runs": 5, "stage_runs": 3, "baselines": "fa3",
-            "texts": "bible-kjv-text", "variants": "dense,indexer-shared,pooled,antidiagonal,vertical-slash,local", **CARD,
+            "texts": "bible-kjv-text", "variants": "dense,indexer-shared,pooled,antidiagonal,vertical-slash,local:block=64",
+            **CARD,
         }, 60),
     ]  # fmt: skip
     found += [matched(
@@ -174,7 +175,7 @@ def steps(seeds: tuple[int, ...] = (0, 1)) -> list[Step]:
     found += [Step(f"generated-{size}-16k", "The same prefills, generated and decoded densely.", "eval", model, {
         "adapter": model, "length": 16384, "count": 30, "tasks": HARD, "texts": "bible-kjv-text", "instruments": "generated",
         "batch": 5, "max_new_tokens": 48, "budget": "k=1024,block=64,exact_last=128", "impl": "auto",
-        "variants": f"dense,indexer,indexer-shared:k=2048,{SHARED},indexer-shared:exact_last=0,local", **CARD,
+        "variants": f"dense,indexer,indexer-shared:k=2048,{SHARED},indexer-shared:exact_last=0,local:block=64", **CARD,
     }, seconds) for (model, size), seconds in zip(pair, (240, 330))]  # fmt: skip
     small = {
         "texts": "anarchism,python3.11-doc", "lengths": "1024,2048,4096", "tokens": 16384, "micro_batch": 16, "warmup": 100,
@@ -212,8 +213,8 @@ def steps(seeds: tuple[int, ...] = (0, 1)) -> list[Step]:
 
 LENGTHS = {"1024": "1000", "2048": "1024", "4096": "1100", "8192": "1152", "16384": "1280", "32768": "1536"}
 TINY = {
-    "device": "cpu", "dtype": "float32", "impl": "reference", "count": 1, "rounds": 2, "runs": 1, "stage_runs": 1,
-    "dense": "sdpa,eager", "baselines": "sdpa", "texts": "builtin", "steps": 2, "lm_steps": 1, "warmup": 1, "workers": 0,
+    "device": "cpu", "dtype": "float32", "impl": "reference", "count": 1, "rounds": 1, "runs": 1, "stage_runs": 1,
+    "dense": "sdpa", "baselines": "sdpa", "texts": "{out}/tiny/texts", "steps": 2, "lm_steps": 1, "warmup": 1, "workers": 0,
     "tokens": 1600, "rows": 128, "segment": 64, "validation_prompts": 2, "validation_length": 1024, "validate_every": 2,
     "save_every": 1, "budgets": "8,16", "batch": 1, "max_new_tokens": 48, "micro_batch": 1,
 }  # fmt: skip
@@ -249,7 +250,11 @@ def make_tiny(out: Path) -> dict[str, str]:
 
     paths = {name: out / "tiny" / name for name in KINDS}
     if not all((path / "adapter" / "config.json").exists() for path in paths.values()):
-        lines = tasks.documents(("builtin",))[0].text[:100_000].splitlines() + [" ".join((*ADJECTIVES, *NOUNS))] * 9
+        texts = [document.text[:40_000] for document in tasks.documents(("builtin",))[:12]]
+        (out / "tiny" / "texts").mkdir(parents=True, exist_ok=True)
+        for n, text in enumerate(texts):
+            write_text(out / "tiny" / "texts" / f"{n}.txt", text)
+        lines = "".join(texts)[:100_000].splitlines() + [" ".join((*ADJECTIVES, *NOUNS))] * 9
         tokenizer = tiny_tokenizer(lines, size=3000, special=("<eos>",), begins=False, eos_token="<eos>", pad_token="<eos>")
         for name, path in paths.items():
             model = tiny_model(KINDS[name], vocab_size=len(tokenizer), max_position_embeddings=2048, eos_token_id=0)
@@ -461,15 +466,14 @@ def failures(out: Path) -> dict[str, str]:
 def prepare(chosen: list[Step], out: Path) -> None:
     """The prompts of all steps, for which a GPU need not wait."""
     for step in sorted(chosen, key=lambda step: -int(step.options.get("count", 0))):  # others read the first of the most
-        words = step.words(out)
         if step.kind == "matched":
-            load_matched().main([*words, "--prepare"])
+            load_matched().main([*step.words(out), "--prepare"])
         elif step.kind == "eval":
-            whole = ("length", "count", "batch", "max_new_tokens")
-            listed = {name: step.options[name].split(",") for name in ("tasks", "texts", "instruments")}
-            options = {**step.options, **{name: int(step.options[name]) for name in whole}, **listed}
-            options |= {"variants": split_names(step.options["variants"]), "adapter": words[words.index("--adapter") + 1]}
-            prepare_prompts(EvalConfig(model=step.model, **options), out / step.name)
+            options = {name: str(value).replace("{out}", str(out)) for name, value in step.options.items()}
+            options |= {name: int(options[name]) for name in ("length", "count", "batch", "max_new_tokens")}
+            options |= {name: options[name].split(",") for name in ("tasks", "texts", "instruments")}
+            config = EvalConfig(model=step.model, **{**options, "variants": split_names(options["variants"])})
+            prepare_prompts(config, out / step.name)
 
 
 # Carrying

@@ -26,7 +26,7 @@ import json
 import random
 import sys
 import time
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 from npu_sparse import cann
@@ -136,9 +136,14 @@ class Subject:
         return self.asked[task]
 
 
+@cache
+def documents(texts: tuple[str, ...]) -> list[tasks.Document]:
+    return tasks.documents(texts)
+
+
 def prompts_of(args, task: str, tokenizer) -> list[Forced]:
     """The prompts of a task with their answers: those in `args.prompts`, where they are kept, or made, and kept there."""
-    haystack = {"haystack": tasks.documents(tuple(args.texts))} if task_named(task).needs == "haystack" else {}
+    haystack = {"haystack": documents(tuple(args.texts))} if task_named(task).needs == "haystack" else {}
     read = hashlib.sha256(json.dumps([len(tokenizer), tokenizer(SAMPLE)["input_ids"]]).encode())
     for document in haystack.get("haystack", ()):
         read.update(document.text.encode("utf-8", "surrogatepass"))
@@ -183,8 +188,8 @@ def score(subject: Subject, directory: Path, task: str, spec: str) -> dict:
 def timing(subject: Subject, length: int) -> dict:
     """One cell of timing: seconds of every variant and dense implementation, by round, at one length."""
     args, model = subject.args, subject.loaded.model
-    documents = tasks.documents(tuple(args.texts))
-    ((_, ids),) = text_prompts(subject.loaded.tokenizer, documents, length=length, count=1, seed=args.seed)
+    texts = documents(tuple(args.texts))
+    ((_, ids),) = text_prompts(subject.loaded.tokenizer, texts, length=length, count=1, seed=args.seed)
     names = [*(f"dense {name}" for name in args.dense), *args.variants]
     seconds, shuffled = {name: [] for name in names}, random.Random(args.seed)
     for turn in range(-2, args.rounds):

@@ -9,8 +9,9 @@ layer, a context and a model:
 
 * sparse_attention: cycles per query from two numbers of queries, supports of `--k` keys in runs of `--run` neighbours (the
   shipped indexers select runs of 1.7 to 2.7 keys on real text);
-* select_by_index: cycles of a tile of queries as a straight line through contexts, checked at a third one;
-* the share of reads that L2 serves: what is read again, as far as all keys and values fit into it;
+* select_by_index: cycles of one more tile of queries as a straight line through contexts, checked at a third one;
+* the share of reads that L2 serves: what is read again, as far as all keys and values fit into it beside the workspaces, which
+  its cores write and read all the time and HBM does not see;
 * dense attention: its FLOPs at `--dense-efficiency` of the peak. The rest of the model: the linear part of the dense times that
   arXiv 2606.07703 publishes for Qwen3.5-0.8B on its NPU (5.957 s at 128K, 17.928 s at 256K), taken as it is for both.
 
@@ -60,45 +61,56 @@ def trace(program: Path, *arguments) -> dict:
     return cost.load_trace(path)
 
 
-def attention_cycles(programs, dim: int, k: int, block: int, run: float, scale: float, l2_hit: float) -> dict:
-    """Cycles per query and KV head of sparse_attention on one AI core, and its cube's utilisation, tiles back to back."""
+def attention_traces(programs, dim: int, k: int, block: int, run: float) -> list[dict]:
+    """sparse_attention for 256 and for 512 queries of one KV head on one AI core."""
     key = (dim, k, block, run)
     if key not in _TRACES:
         _TRACES[key] = [trace(programs["sparse_attention"], 4, dim, n, max(16384, 2 * k), k, block, run, 0) for n in (256, 512)]
+    return _TRACES[key]
+
+
+def attention_cycles(traces: list[dict], scale: float, l2_hit: float) -> dict:
+    """Cycles per query and KV head of `attention_traces`, and its cube's utilisation, tiles back to back."""
     rates = cost.Rates().scaled(scale)
-    few, many = (cost.simulate(traced, rates, l2_hit=l2_hit) for traced in _TRACES[key])
+    few, many = (cost.simulate(traced, rates, l2_hit=l2_hit) for traced in traces)
     cycles = many.cycles - few.cycles
     busy = {pipe: (many.busy[pipe] - few.busy[pipe]) / cycles for pipe in many.busy}
-    return {"cycles_per_query": cycles / 256, "busy": busy, "gm_bytes_per_query": (many.gm_read - few.gm_read) / 256}
+    tensors = [timing.gm_read - timing.workspace_read for timing in (few, many)]
+    return {"cycles_per_query": cycles / 256, "busy": busy, "gm_bytes_per_query": (tensors[1] - tensors[0]) / 256}
 
 
 def selection_line(programs, dim: int, k: int, block: int, partition: bool, scale: float) -> dict:
-    """Cycles of select_by_index for `queries` queries on one AI core: intercept + slope x keys, and what a third point says."""
+    """Cycles of select_by_index on one AI core for one more tile of `queries` queries: intercept + slope x keys, and what a third
+    point says; `once`: the cycles that a core's first tile takes longer."""
     queries, lengths = max(256, 4 * block), (16384, 32768, 65536)  # as many as fill both vector cores' sub-tiles
     key = (dim, k, block, partition)
     if key not in _TRACES:
-        _TRACES[key] = [trace(programs["select_by_index"], dim, queries, n, k, block, 1, int(partition), 0) for n in lengths]
+        sizes = [(tiles * queries, n) for n in lengths for tiles in (1, 2)]
+        _TRACES[key] = [trace(programs["select_by_index"], dim, *size, k, block, 1, int(partition), 0) for size in sizes]
     rates = cost.Rates().scaled(scale)
     timings = [cost.simulate(each, rates, l2_hit=1.0) for each in _TRACES[key]]  # all index keys fit into L2
-    slope = (timings[2].cycles - timings[0].cycles) / (lengths[2] - lengths[0])
-    intercept = timings[0].cycles - slope * lengths[0]
-    keys, cycles = lengths[2] - lengths[0], timings[2].cycles - timings[0].cycles
+    # a core begins with the tile that has the most keys, so the second one ends where the first began
+    more = [two.cycles - one.cycles for one, two in zip(timings[::2], timings[1::2])]
+    keys = lengths[2] - lengths[0]
+    slope = (more[2] - more[0]) / keys
+    intercept = more[0] - slope * (lengths[0] - queries)
+    last = timings[4]
     return {
-        "queries": queries, "intercept": intercept, "slope": slope,
-        "off_the_line": timings[1].cycles / (intercept + slope * lengths[1]) - 1,
-        "busy": {pipe: (timings[2].busy[pipe] - timings[0].busy[pipe]) / cycles for pipe in timings[2].busy},
-        "cube_cycles_per_key": (timings[2].mac - timings[0].mac) / 4096 / keys,
+        "queries": queries, "intercept": intercept, "slope": slope, "once": timings[0].cycles - (intercept + slope * lengths[0]),
+        "off_the_line": more[1] / (intercept + slope * (lengths[1] - queries)) - 1,
+        "busy": {pipe: (last.busy[pipe] - timings[0].busy[pipe]) / (last.cycles - timings[0].cycles) for pipe in last.busy},
     }  # fmt: skip
 
 
 _TRACES: dict[tuple, list[dict]] = {}
 
 
-def l2_share(chip: cost.Chip, length: int, k: int, block: int) -> float:
-    """The share of gathered bytes that L2 serves: repeated reads, as far as the layer's keys and values fit."""
+def l2_share(chip: cost.Chip, length: int, k: int, block: int, workspace: int) -> float:
+    """The share of gathered bytes that L2 serves: repeated reads, as far as the layer's keys and values fit beside the cores'
+    `workspace` bytes."""
     footprint = 2 * length * KV_HEADS * DIM * 2
     repeats = max(0.0, 1 - length / max(length, length / block * k))
-    return repeats * min(1.0, chip.l2 / footprint)
+    return repeats * min(1.0, (chip.l2 - chip.cores * workspace) / footprint)
 
 
 def exact_end_cycles(programs, chip: cost.Chip, rows: int, length: int, scale: float, hit: float) -> float:
@@ -113,22 +125,30 @@ def exact_end_cycles(programs, chip: cost.Chip, rows: int, length: int, scale: f
     return turns * (few + (many - few) / (lengths[1] - lengths[0]) * (length - lengths[0]))
 
 
-def layer(programs, chip: cost.Chip, length: int, args, scale: float, budget: Budget) -> dict:
-    """Modelled seconds of one layer's attention stage at a context. softmax_max is with learned log-partitions."""
+def layers(programs, chip: cost.Chip, args, scale: float, budget: Budget) -> list[dict]:
+    """`layer` at all contexts. softmax_max is with learned log-partitions."""
+    line = selection_line(programs, args.dim, budget.k, budget.block, budget.reduce == "softmax_max", scale)
+    return [layer(programs, chip, length, args, scale, budget, line) for length in CONTEXTS]
+
+
+def layer(programs, chip: cost.Chip, length: int, args, scale: float, budget: Budget, line: dict) -> dict:
+    """Modelled seconds of one layer's attention stage at a context, with `selection_line`."""
     k = budget.k
-    hit = l2_share(chip, length, k, budget.block)
-    gather = attention_cycles(programs, DIM, k, budget.block, args.run, scale, hit)
-    line = selection_line(programs, args.dim, k, budget.block, budget.reduce == "softmax_max", scale)
+    traces = attention_traces(programs, DIM, k, budget.block, args.run)
+    workspace = traces[0]["workspace"]  # dense_rows has the same
+    hit = l2_share(chip, length, k, budget.block, workspace)
+    gather = attention_cycles(traces, scale, hit)
     hertz = chip.ghz * 1e9
     attention_s = gather["cycles_per_query"] * length * KV_HEADS / chip.cores / hertz
     missed = gather["gm_bytes_per_query"] * length * KV_HEADS * (1 - hit)
     attention_s = max(attention_s, missed / chip.hbm)
     tiles = length / line["queries"]
-    selection_s = tiles * (line["intercept"] + line["slope"] * length / 2) / chip.cores / hertz
+    selection_s = (tiles * (line["intercept"] + line["slope"] * length / 2) / chip.cores + line["once"]) / hertz
     projection_s = 2 * length * 1024 * 2 * args.dim / (0.5 * chip.peak_flops)  # W_Q and W_K, one index head, half the peak
     exact_s = 0.0
     if budget.exact_last:
-        exact_s = exact_end_cycles(programs, chip, budget.exact_last, length, scale, l2_share(chip, length, length, 64)) / hertz
+        all_keys = l2_share(chip, length, length, 64, workspace)
+        exact_s = exact_end_cycles(programs, chip, budget.exact_last, length, scale, all_keys) / hertz
     launches = (3 + bool(budget.exact_last)) * cost.Rates().launch_us * 1e-6
     total = attention_s + selection_s + projection_s + exact_s + launches
     return {
@@ -170,9 +190,9 @@ def main(arguments=None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         programs = build(Path(folder))
         fast = Budget(k=args.k, block=args.block)
-        rows = {scale: [layer(programs, chip, length, args, scale, fast) for length in CONTEXTS] for scale in SCALES}
+        rows = {scale: layers(programs, chip, args, scale, fast) for scale in SCALES}
         careful = Budget.parse(LOSSLESS)
-        lossless = {scale: [layer(programs, chip, length, args, scale, careful) for length in CONTEXTS] for scale in SCALES}
+        lossless = {scale: layers(programs, chip, args, scale, careful) for scale in SCALES}
         fa = check_against_published(programs)
         ours = scored_as_published(programs, cost.CHIPS["910B3"])
     b = (DENSE_256K_S - 2 * DENSE_128K_S) / (2 * 131072**2)  # dense attention's seconds per token^2, all layers

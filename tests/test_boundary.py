@@ -44,6 +44,12 @@ def test_what_is_not_the_files_fault_passes_through(raised):
     assert caught.value is raised
 
 
+def test_an_error_that_is_merely_called_out_of_memory_is_the_files_fault():
+    named = type("OutOfMemoryError", (ValueError,), {})
+    with pytest.raises(FileError, match="cannot be read"), reading("a", FileError):
+        raise named("a length in it")
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

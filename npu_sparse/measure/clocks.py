@@ -192,11 +192,6 @@ def peak_memory_bytes(device: torch.device) -> int | None:
         return None
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory is full; libraries say it in words of their own."""
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-
-
 def release_memory(device: torch.device) -> None:
     """Frees unused memory: Python's reference cycles, and the blocks that the allocator keeps."""
     gc.collect()

@@ -102,6 +102,7 @@ class Timing:
     cycles: float
     busy: dict[str, float]  # "M", "FIX", ... of the AIC; "V", ... of an AIV, with the kind in front: "AIC.M"
     gm_read: int
+    workspace_read: int  # the part of gm_read that comes from workspaces
     gm_written: int
     mac: int
 
@@ -116,7 +117,7 @@ class Timing:
 
 
 def load_trace(path) -> dict:
-    """A trace file of the emulation, `{"kernel", "columns", "spaces", "cores"}`."""
+    """A trace file of the emulation, `{"kernel", "workspace", "columns", "spaces", "cores"}`."""
     return json.loads(Path(path).read_text())
 
 
@@ -145,7 +146,7 @@ def simulate(trace: dict, rates: Rates = Rates(), *, l2_hit: float = 0.0) -> Tim
             busy[name] = max(busy[name], cycles)
     return Timing(
         max((core.end for core in cores), default=0.0), dict(busy), sum(core.gm_read for core in cores),
-        sum(core.gm_written for core in cores), sum(core.mac for core in cores),
+        sum(core.workspace_read for core in cores), sum(core.gm_written for core in cores), sum(core.mac for core in cores),
     )  # fmt: skip
 
 
@@ -164,7 +165,7 @@ class _Core:
         self.busy: dict[str, float] = defaultdict(float)
         self.done: list[float] = []
         self.end = 0.0
-        self.gm_read = self.gm_written = self.mac = 0
+        self.gm_read = self.workspace_read = self.gm_written = self.mac = 0
 
     def advance(self, cores: list["_Core"]) -> bool:
         """Replays steps until one waits for another core's step that has no time yet; True if any step was replayed."""
@@ -216,6 +217,7 @@ class _Core:
         read, written = step[self.columns["read"]], step[self.columns["written"]]
         bursts, repeats = step[self.columns["bursts"]], step[self.columns["repeats"]]
         self.gm_read += read[self.gm]
+        self.workspace_read += read[self.workspace]
         self.gm_written += written[self.gm]
         if pipe == "M":
             m, n, k = (step[self.columns[axis]] for axis in "mnk")

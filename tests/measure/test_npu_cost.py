@@ -69,7 +69,8 @@ def test_reads_that_l2_serves_are_faster():
     assert cost.simulate(trace((False, [copy(6400)])), FREE, l2_hit=1.0).cycles == 100
     assert cost.simulate(trace((False, [copy(6400)])), FREE, l2_hit=0.5).cycles == 150
     passed_on = copy(6400, from_WORKSPACE=6400)
-    assert cost.simulate(trace((False, [passed_on])), FREE).cycles == 100
+    timing = cost.simulate(trace((False, [passed_on, copy(3200)])), FREE)
+    assert (timing.cycles, timing.gm_read, timing.workspace_read) == (200, 9600, 6400)
     with pytest.raises(ValueError, match=r"l2_hit must lie in \[0, 1\], got 2"):
         cost.simulate(trace(), FREE, l2_hit=2)
 

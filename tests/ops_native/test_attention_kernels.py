@@ -16,6 +16,7 @@ CHECKS = [
     "attention_causal",
     "attention_empty",
     "attention_future",
+    "attention_gather",
     "attention_seeds",
     "mass_shapes",
     "mass_tuned",

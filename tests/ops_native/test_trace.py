@@ -48,6 +48,16 @@ def test_longer_runs_take_fewer_copies_and_less_time(attention):
     assert long.mac == short.mac
 
 
+def test_a_copy_brings_the_next_run_too_where_it_is_no_shorter(attention):
+    trace = attention(k=128, length=2.0)
+    opcode, bursts = (trace["columns"].index(name) for name in ("opcode", "bursts"))
+    (cube,) = (core for core in trace["cores"] if core["cube"])
+    brought = [step[bursts] for step in cube["steps"] if step[opcode] == "DataCopy(Nd2Nz)"]
+    gathered = [rows for rows in brought if rows < BLOCK]  # all others: queries, values and weights, 32 or 128 rows
+    assert sum(gathered) == (QUERIES // BLOCK) * 128
+    assert len(gathered) < 0.8 * sum(gathered) / 2  # of as many runs
+
+
 def test_problems_outside_the_limits_are_refused(attention):
     with pytest.raises(subprocess.CalledProcessError) as refused:
         attention(dim=72)

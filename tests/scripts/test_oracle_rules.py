@@ -60,15 +60,15 @@ def test_a_rule_of_every_key_is_dense_and_parts_are_parts(script):
 
 
 def test_records_are_those_of_their_prompt_and_former_ones_are_read(script, tmp_path):
-    found = {"dense": [-1.5, True], "a rule": [-2.0, False]}
+    judged = {"dense": [-1.5, True], "a rule": [-2.0, False]}
     (tmp_path / "cells").mkdir()
-    for name, record in (("0000", found), ("0001", {}), ("0002", {"rules": found, "prompt": "0003"}), ("0003", {"dense": [1]})):
+    for name, record in (("0000", judged), ("0001", {}), ("0002", {"rules": judged, "prompt": "0003"}), ("0003", {"dense": [1]})):
         (tmp_path / "cells" / f"{name}.json").write_text(json.dumps(record))
-    cells = script.records(tmp_path, ["0000", "0001", "0002", "0003", "0004"], list(found))
-    assert [cells.read(name)["rules"] for name in ("0000", "0001")] == [found, {}]
+    cells = script.records(tmp_path, ["0000", "0001", "0002", "0003", "0004"], list(judged))
+    assert [cells.read(name)["rules"] for name in ("0000", "0001")] == [judged, {}]
     assert cells.missing() == ["0004"]
     for name, said in (("0002", "must be the record of prompt '0002', got '0003'"), ("0003", "must have")):
         with pytest.raises(RunError, match=said):
             cells.read(name)
-    cells.write("0004", {"rules": found})
-    assert cells.read("0004")["rules"] == found
+    cells.write("0004", {"rules": judged})
+    assert cells.read("0004")["rules"] == judged

@@ -1,6 +1,7 @@
 """report.md and report.png of a frontier."""
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...runs.figures import PALETTE, SERIES, caption, new_figure
@@ -9,6 +10,34 @@ from ..quality import GAPS, machine_lines, points
 from ..quality.forced import nats, percent
 from ..teacher_forced import FLATTERS
 from ..variants import VARIANTS, budget_in, budget_words
+
+
+@dataclass(frozen=True)
+class Row:
+    """A variant at one point of the grid, as a report has it.
+
+    Attributes:
+        score: the macro average of generated scores; forced: `right`, `change` and `kl` of the teacher-forced one, or None where
+            nothing was teacher-forced. Estimates, as `runs.stats` writes them.
+        ttft_s: summary of the seconds; dense_ttft_s: that of dense beside it. None where nothing was timed.
+        speed_up: over that dense; gaps: by name, paired differences of the score.
+        how: "measured"; machine, commit: of everything that the row is made of.
+    """
+
+    variant: str
+    label: str
+    evidence: str
+    k: int | None
+    block: int | None
+    score: dict
+    forced: dict | None
+    how: str
+    machine: str
+    commit: str
+    ttft_s: dict | None = None
+    dense_ttft_s: dict | None = None
+    speed_up: dict | None = None
+    gaps: dict = field(default_factory=dict)
 
 
 def markdown(result: dict) -> str:

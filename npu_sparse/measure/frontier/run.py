@@ -7,6 +7,7 @@ the same k) are computed once and shared. Running again resumes.
 At block 1 every query selects for itself, so the per-query indexer is timed; at larger blocks the shared one is.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 from ...runs.figures import write_figure
@@ -16,7 +17,7 @@ from ..quality import GAPS, MACRO, adopt_records, machine_lines, run_eval
 from ..ttft import run_ttft
 from ..variants import Subject, budget_in, load_subject, with_tokenizer
 from .config import RUNTIME, FrontierConfig, timed_variant
-from .page import figure, markdown
+from .page import Row, figure, markdown
 
 
 def run_frontier(config: FrontierConfig, output, *, model=None, tokenizer=None, indexer=None) -> dict:
@@ -76,10 +77,12 @@ def join(pairs: list[tuple[dict, dict]]) -> dict:
         "forced_tasks": [task for task, scored in (first.get("forced") or {"tasks": {}})["tasks"].items() if scored["solved"]],
         "unsolved": [task for task in first["tasks"] if task not in solved],
         "rows": [
-            {**_scored(first, "dense"), "ttft_s": summary(dense_s), **_where(first, *timings)},
-            *({**_scored(oracles[k], "oracle"), **_where(oracles[k])} for k in sorted(oracles)),
-            *(_point(quality, ttft) for quality, ttft in pairs),
-        ],
+            asdict(row) for row in (
+                Row(**_scored(first, "dense"), ttft_s=summary(dense_s), **_where(first, *timings)),
+                *(Row(**_scored(oracles[k], "oracle"), **_where(oracles[k])) for k in sorted(oracles)),
+                *(_point(quality, ttft) for quality, ttft in pairs),
+            )
+        ],  # fmt: skip
         "machines": [half["machines"][0] for pair in pairs for half in pair],
     }
 
@@ -132,21 +135,21 @@ def _hardware(ttft: dict) -> dict:
 
 
 def _scored(quality: dict, variant: str) -> dict:
-    """A row with the macro score of a variant and nothing timed."""
+    """The part of a Row that a quality report has: the macro score of a variant."""
     row = _row(quality, variant)
     kept = {name: row[name] for name in ("variant", "label", "evidence", "k", "block", "score")}
     kept["forced"] = None
     if quality.get("forced") is not None:
         forced = _row({**quality, "rows": quality["forced"]["rows"]}, variant)
         kept["forced"] = {name: forced[name] for name in ("right", "change", "kl")}
-    return {**kept, "ttft_s": None, "dense_ttft_s": None, "speed_up": None, "gaps": {}}
+    return kept
 
 
-def _point(quality: dict, ttft: dict) -> dict:
+def _point(quality: dict, ttft: dict) -> Row:
     scored = _scored(quality, timed_variant(budget_in(quality["config"]).block))
     timed = _row(ttft, scored["variant"])
     if scored["evidence"] != timed["evidence"]:
         raise RunError(f"a point must have one evidence type, got {scored['evidence']} and {timed['evidence']}")
     gaps = {gap["gap"]: gap["change"] for gap in quality["gaps"] if gap["task"] == MACRO and gap["gap"] in GAPS}
     times = {"ttft_s": timed["ttft_s"], "dense_ttft_s": _row(ttft, "dense")["ttft_s"], "speed_up": timed["speed_up"]}
-    return {**scored, **times, "gaps": gaps, **_where(quality, ttft)}
+    return Row(**scored, **times, gaps=gaps, **_where(quality, ttft))

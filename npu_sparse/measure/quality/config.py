@@ -37,7 +37,7 @@ class EvalConfig:
             indexers have candidates.
         variants: names of `VARIANTS`; "dense" must be among them. A colon and fields of its Budget may follow a name:
             indexer:block=16,k=2048 or indexer-shared:share_layers=2.
-        batch: prompts generated together.
+        batch: prompts generated together with dense prefill; sparse ones are generated one by one.
         max_new_tokens: for all tasks in place of RULER's, or None.
         chat: whether questions go through the tokenizer's chat template.
         question: where in a prompt the question stands: "end", "front" or "middle"; not every task has one that can be moved.

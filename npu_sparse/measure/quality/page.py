@@ -3,6 +3,7 @@
 import itertools
 import json
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ...runs import stats
@@ -20,6 +21,29 @@ from ..variants import (
 )
 from .config import GAPS, MACRO, TOTAL, EvalConfig
 from .forced import figure_forced, markdown_forced, tabulate_forced
+
+
+@dataclass(frozen=True)
+class Row:
+    """The score of one variant on one task, or on all that dense attention solves, as a report has it.
+
+    Attributes:
+        task: its name, or `MACRO`.
+        variant: its name, that of `VARIANTS` with its options; label: what a table calls it.
+        options: fields of its own Budget; k, block: of the Budget that it ran with, None where it has none.
+        prompts: how many it was scored on.
+        score: an estimate with its interval, as `runs.stats` writes it; a share of 1.
+    """
+
+    task: str
+    variant: str
+    label: str
+    evidence: str
+    options: dict
+    k: object
+    block: int | None
+    prompts: int
+    score: dict
 
 
 def mean_score(record: dict) -> float:
@@ -53,11 +77,11 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
             if not tasks or any((task, name) not in records for task in tasks):
                 continue
             estimate = stats.macro_mean([_scores(records[task, name]) for task in tasks], seed=config.seed)
-            rows.append({
-                "task": task, "variant": name, "label": variant_named(name).label, "evidence": evidence[0],
-                "options": dict(variant_named(name).options), "k": budget and budget.k,
-                "block": budget and budget.block, "prompts": config.count * len(tasks), "score": estimate.to_dict(),
-            })  # fmt: skip
+            rows.append(Row(
+                task=task, variant=name, label=variant_named(name).label, evidence=evidence[0],
+                options=dict(variant_named(name).options), k=budget and budget.k, block=budget and budget.block,
+                prompts=config.count * len(tasks), score=estimate.to_dict(),
+            ))  # fmt: skip
 
     def changes(before: str, after: str) -> list[dict]:
         """The paired difference of two variants on every task, and on those that dense attention solves."""
@@ -89,7 +113,7 @@ def tabulate(config: EvalConfig, records: dict) -> dict:
         "tasks": {
             task: {"dense": dense[task], "solved": task in solved, "label": task_named(task).label} for task in config.tasks
         },
-        "rows": rows,
+        "rows": [asdict(row) for row in rows],
         "gaps": gaps,
         "options": options,
         "forced": tabulate_forced(config, records),

@@ -9,9 +9,9 @@ A run directory holds
 A cell is finished when its record is there, and is not computed again. Cells may be computed by several processes
 (`shard`), one per GPU, into one directory.
 
-Generation is greedy, in left-padded batches; the prefill runs as the variant says and decoding is dense. Where queries
-share a support, the blocks of a padded row begin at its padding: batches are the same for all variants, and `batch` is
-in the config. Teacher-forced answers go through one prompt at a time (`measure.teacher_forced`).
+Generation is greedy; the prefill runs as the variant says and decoding is dense. Dense prompts are generated in left-padded
+batches, sparse ones by themselves: blocks of queries and of keys begin at the padding, so that a score would depend on what
+else is in the batch. Teacher-forced answers go through one prompt at a time (`measure.teacher_forced`).
 """
 
 import hashlib
@@ -46,6 +46,7 @@ from ..variants import (
 from .config import EvalConfig
 from .page import figure, forced_figure, is_solved, markdown, mean_score, tabulate
 
+SPARSE_BATCH = 1  # prompts of sparse prefills that are generated together
 EXAMPLE = {
     "task": str, "index": int, "prompt": str, "answers": [str], "length": int, "max_new_tokens": int, "seed": int,
     "comparable": bool,
@@ -183,7 +184,8 @@ def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
     prompts = {task: _prompts(config, directory, task, subject.tokenizer) for task in {cell[0]: None for cell in cells}}
     common = {**subject.inputs(), "machine": machines.machine(str(subject.model.device))}
     existing = _records(config, directory).values()
-    _check_agree(config, [*existing, *({**common, "prompts": p.digest, "task": task} for task, p in prompts.items())])
+    ours = ({**common, "prompts": p.digest, "task": task, "batch": SPARSE_BATCH} for task, p in prompts.items())
+    _check_agree(config, [*existing, *ours])
 
     # Whether a task is solved may be for another shard to say: such cells wait until this shard's others are done.
     order = [*cells, *cells] if config.only_solved else cells
@@ -203,14 +205,16 @@ def _compute(config, directory, cells, model, tokenizer, indexer) -> None:
 
 def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, common: dict) -> None:
     task, name = cell
+    dense = budget_of(name, config.budget) is None
     started = time.perf_counter()
     samples = [{"index": example.index, "length": example.length} for example in prompts.examples]
     if "forced" in config.instruments:
         for sample, judged in zip(samples, _forced(config, directory, cell, subject, prompts)):
             sample |= judged
     if "generated" in config.instruments:
+        batch = config.batch if dense else SPARSE_BATCH
         with _prefill(config, name, subject):
-            outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, config.batch)
+            outputs = generate_texts(subject.model, subject.tokenizer, prompts.examples, prompts.ids, batch)
         for sample, example, output in zip(samples, prompts.examples, outputs):
             sample |= {"score": score(example, output), "output": output}
     record = {
@@ -218,6 +222,7 @@ def _compute_cell(config, directory, cell, subject: Subject, prompts: Prompts, c
         "prompts": prompts.digest,
         **common,
         "adapter": common["adapter"] if needs_indexer([name]) else None,
+        **({} if dense else {"batch": SPARSE_BATCH}),
         "seconds": round(time.perf_counter() - started, 3),
         "samples": samples,
     }
@@ -338,12 +343,17 @@ def _budget_dict(config: EvalConfig, name: str) -> dict | None:
 
 
 def _check_agree(config: EvalConfig, records: list[dict]) -> None:
-    """Raises RunError unless records are of one model and one adapter, and those of a task of the same prompts."""
+    """Raises RunError unless records are of one model and one adapter, and those of a task of the same prompts.
+
+    Earlier versions put sparse prompts into batches, too, and their records do not say "batch".
+    """
     seen: dict[str, object] = {}
     for record in records:
         inputs = {"base model": record["base"], f"prompts of {record['task']}": record["prompts"]}
         if record["adapter"] is not None:
             inputs["adapter weights"] = record["adapter"]
+        if "generated" in config.instruments and ("batch" in record or record["budget"] is not None):
+            inputs["number of sparse prompts generated together"] = record.get("batch", config.batch)
         for name, value in inputs.items():
             if seen.setdefault(name, value) != value:
                 raise RunError(

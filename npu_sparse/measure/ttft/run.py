@@ -20,6 +20,7 @@ from pathlib import Path
 
 from ...budget import Budget
 from ...errors import ActionableError
+from ...ops.workspace import is_exhausted
 from ...runs import machine as machines
 from ...runs import stats
 from ...runs.figures import write_figure
@@ -29,7 +30,6 @@ from ..clocks import (
     collected_often,
     dense_attention_timed,
     modules_timed,
-    out_of_memory,
     peak_memory_bytes,
     release_memory,
     reset_peak_memory,
@@ -261,7 +261,7 @@ def _first_token(config: TtftConfig, subject: Subject, way: Way, ids, stage=None
     try:
         return once()
     except RuntimeError as error:
-        if not out_of_memory(error):
+        if not is_exhausted(error):
             raise
     release_memory(device)
     once()  # allocates anew, which is no time to report
@@ -290,7 +290,7 @@ def _measure(config: TtftConfig, subject: Subject, length: int, ids, profile: Pa
         try:
             return _first_token(config, subject, ways[name], ids, stage)
         except (RuntimeError, ValueError, TypeError) as error:
-            full = out_of_memory(error)
+            full = is_exhausted(error)
             if not full and os.environ.get("NPU_SPARSE_TRACEBACK"):
                 raise
             reason = str(error).strip().partition("\n")[0]

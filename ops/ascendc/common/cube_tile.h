@@ -56,6 +56,26 @@ __aicore__ inline void RepeatRowInL1(const LocalTensor<T>& matrix, uint32_t heig
     DataCopy(matrix[at * FRACTAL], rowGm, params);
 }
 
+// `runs` runs of `length` neighbouring rows, which begin `distance` rows apart, to rows at, at + 1, ... of an NZ matrix, in one
+// copy. As pairs of elements, which are as many bytes of a fractal's row: strides count elements, so this reaches twice as far.
+constexpr uint32_t MAX_RUN_STRIDE = 65535;  // pairs of elements between two runs
+template <typename T>
+__aicore__ inline void CopyRunsToL1(const LocalTensor<T>& matrix, uint32_t height, uint32_t at, const GlobalTensor<float>& pairsGm,
+                                    uint32_t runs, uint32_t length, uint32_t distance, uint32_t dim)
+{
+    const uint32_t pairs = dim / 2;
+    Nd2NzParams params;
+    params.ndNum = runs;
+    params.nValue = length;
+    params.dValue = pairs;
+    params.srcNdMatrixStride = distance * pairs;
+    params.srcDValue = pairs;
+    params.dstNzC0Stride = height;
+    params.dstNzNStride = 1;
+    params.dstNzMatrixStride = length * BLOCK_FLOATS;
+    DataCopy(matrix[at * FRACTAL].template ReinterpretCast<float>(), pairsGm, params);
+}
+
 // Products through double-buffered L0A, L0B and L0C. The caller orders L1: it waits for the operands before, and releases
 // them on PIPE_MTE1 after Multiply.
 template <typename T>

@@ -200,6 +200,7 @@ public:
         steps_.Init(tiling, indices, count, positions);
         queryGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(q));
         keyGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(k));
+        keyPairsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(k));
         gatheredGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace + ATTENTION_GATHERED_OFFSET));
         scoresGm_.SetGlobalBuffer(reinterpret_cast<__gm__ float*>(workspace));
         weightsGm_.SetGlobalBuffer(reinterpret_cast<__gm__ T*>(workspace + ATTENTION_SLOTS * ATTENTION_SCORES_BYTES));
@@ -274,7 +275,6 @@ private:
     static constexpr uint32_t QUERY_ELEMENTS = ATTENTION_TILE_ROWS * ATTENTION_MAX_DIM;
     static constexpr uint32_t KEY_ELEMENTS = ATTENTION_CHUNK * ATTENTION_MAX_DIM;
     static constexpr uint32_t WEIGHT_ELEMENTS = ATTENTION_TILE_ROWS * ATTENTION_CHUNK;
-    static constexpr uint32_t MAX_STRIDE = 65535;  // elements between two rows of a copy
     static constexpr uint32_t CHUNKS = ATTENTION_LAG + 2, RECENT = ATTENTION_LAG + 1;
     static constexpr uint32_t KEY_SLOTS = ATTENTION_AHEAD + 1;  // chunks of keys in L1
     static constexpr uint32_t VALUE_SLOTS = 2;                  // and of values
@@ -340,28 +340,37 @@ private:
         return (head * tiling_.queries + step.firstToken) * tiling_.dim;
     }
 
-    // Brings the chunk's keys up to slot `end` at least. One copy brings a run of neighbours, or two keys not too far apart.
+    // Brings the chunk's keys up to slot `end` at least. One copy brings a run of neighbours and, if it is not too far away, as much
+    // of the next run where that is no shorter.
     __aicore__ inline void GatherKeys(const AttentionStep& step, uint32_t end)
     {
-        const uint32_t dim = tiling_.dim, farthest = MAX_STRIDE / dim;
+        const uint32_t farthest = MAX_RUN_STRIDE / (tiling_.dim / 2);
         const LocalTensor<T> keys = keyL1_[step.chunkIndex % KEY_SLOTS * KEY_ELEMENTS];
         while (scanned_ < end) {
             const uint32_t first = scanned_, key = nextKey_;
-            uint32_t count = 1, stride = 1;
-            nextKey_ = KeyBefore(step, first + 1);
-            if (nextKey_ > key && nextKey_ - key <= farthest) {
-                stride = nextKey_ - key;
-                count = 2;
-                nextKey_ = KeyBefore(step, first + count);
-                while (stride == 1 && nextKey_ == key + count) {
-                    count = count < 4 ? count + 1 : RunLength(step, first, key);
-                    nextKey_ = KeyBefore(step, first + count);
-                }
+            uint32_t length = 1, runs = 1, distance = 1;
+            nextKey_ = KeyBefore(step, first + length);
+            while (nextKey_ == key + length) {
+                length = length < 4 ? length + 1 : RunLength(step, first, key);
+                nextKey_ = KeyBefore(step, first + length);
             }
-            CopyRowsToL1(keys, step.paddedKeys, first, 1, keyGm_[(steps_.KeyRow(step) + key) * dim], count, dim, stride * dim);
-            scanned_ += count;
-            lastKey_ = key + (count - 1) * stride;
+            lastKey_ = key + length - 1;
+            if (nextKey_ > key && nextKey_ - key <= farthest && EndsRun(step, first + length, nextKey_, length)) {
+                runs = 2;
+                distance = nextKey_ - key;
+                lastKey_ = nextKey_ + length - 1;
+                nextKey_ = KeyBefore(step, first + 2 * length);
+            }
+            CopyRunsToL1(keys, step.paddedKeys, first, keyPairsGm_[(steps_.KeyRow(step) + key) * (tiling_.dim / 2)], runs, length,
+                         distance, tiling_.dim);
+            scanned_ += runs * length;
         }
+    }
+
+    // Whether `length` slots of the chunk from slot i on, which holds `key`, are neighbours: keys ascend, so their ends tell.
+    __aicore__ inline bool EndsRun(const AttentionStep& step, uint32_t i, uint32_t key, uint32_t length) const
+    {
+        return i + length <= step.keys && (length == 1 || steps_.Key(step, i + length - 1) == key + length - 1);
     }
 
     __aicore__ inline uint32_t KeyBefore(const AttentionStep& step, uint32_t i) const
@@ -369,16 +378,15 @@ private:
         return i < step.keys ? steps_.Key(step, i) : 0;  // 0 is no key's successor
     }
 
-    // Of a run of more than four neighbours. Keys ascend, so slots whose ends are as far apart as the keys are a run.
+    // Of a run of more than four neighbours.
     __aicore__ inline uint32_t RunLength(const AttentionStep& step, uint32_t i, uint32_t key) const
     {
         uint32_t length = 4;
-        while (i + 2 * length <= step.keys && steps_.Key(step, i + 2 * length - 1) == key + 2 * length - 1) {
+        while (EndsRun(step, i, key, 2 * length)) {
             length *= 2;
         }
         for (uint32_t more = length / 2; more > 0; more /= 2) {
-            const uint32_t longer = length + more;
-            length = i + longer <= step.keys && steps_.Key(step, i + longer - 1) == key + longer - 1 ? longer : length;
+            length = EndsRun(step, i, key, length + more) ? length + more : length;
         }
         return length;
     }
@@ -437,7 +445,7 @@ private:
     EventIds<HardEvent::M_MTE2, 1> mToMte2_;
     CubeTile<T> cube_;
     GlobalTensor<T> queryGm_, keyGm_, gatheredGm_, weightsGm_;
-    GlobalTensor<float> scoresGm_, valuesGm_, sumsGm_;
+    GlobalTensor<float> scoresGm_, valuesGm_, sumsGm_, keyPairsGm_;
     TBuf<TPosition::A1> queryBuffer_, keyBuffer_, valueBuffer_, weightsBuffer_;
     LocalTensor<T> queryL1_, keyL1_, valueL1_, weightsL1_;
 };
@@ -512,16 +520,16 @@ public:
         LoadIndices(ahead);
         bool moreChunks = true;
         for (uint32_t chunk = 0; chunk < ATTENTION_AHEAD && moreChunks; ++chunk) {
-            moreChunks = GatherValues(ahead);
+            moreChunks = GatherValues(ahead, 0, 1);
         }
         LoadScores(step);
         for (bool more = true; more;) {
             const AttentionStep current = step;
+            if (moreChunks) {  // before the weights, whose way out would hold up that of the rows while V computes them
+                moreChunks = GatherValues(ahead, current.part, current.parts);
+            }
             Softmax(current);
             recent[current.index % (ATTENTION_LAG + 1)] = current;
-            if (moreChunks && current.part == 0) {
-                moreChunks = GatherValues(ahead);
-            }
             more = steps_.Next(step);
             if (more) {
                 LoadScores(step);
@@ -562,7 +570,7 @@ private:
     static constexpr uint32_t ROW_ELEMENTS =
         SoftmaxRows::ELEMENTS + ((ATTENTION_SLOTS + 1) * ATTENTION_PARTS + 1) * ROWS + ATTENTION_SLOTS * SoftmaxRows::WIDE;
     static constexpr uint32_t GATHER_KEYS = ATTENTION_CHUNK / 2;  // of a chunk, by one vector core
-    static constexpr uint32_t GATHER_ROWS = 24;  // as many as UB has room for
+    static constexpr uint32_t GATHER_ROWS = 16;  // of them at a time: a whole number of pieces in half of them
     static constexpr uint32_t GATHER_ELEMENTS = GATHER_ROWS * ATTENTION_MAX_DIM;
     static constexpr uint32_t SCORES_EVENT = 0, STAGING_EVENT = 0, PIECE_EVENT = 2, GATHER_EVENT = 0, INDEX_EVENT = 0;
 
@@ -591,28 +599,34 @@ private:
         }
     }
 
-    // Rows of v of half a chunk to where the cube core finds them in one piece; then the indices of the next chunk, if any.
-    __aicore__ inline bool GatherValues(AttentionStep& step)
+    // Rows of v of half a chunk to where the cube core finds them in one piece, in as many slices as the step has parts. After the
+    // last one the chunk goes on to the next, if any, and its indices are loaded. Returns whether there are rows left to gather.
+    __aicore__ inline bool GatherValues(AttentionStep& step, uint32_t part, uint32_t parts)
     {
         const uint32_t keys = GatheredKeys(step), dim = tiling_.valueDim;
         const uint32_t slot = step.chunkIndex % 2;
-        if (keys > 0) {
-            const LocalTensor<int32_t> index = indexUb_[slot * GATHER_KEYS];
+        const LocalTensor<int32_t> index = indexUb_[slot * GATHER_KEYS];
+        if (part == 0 && keys > 0) {
             WaitFlag<HardEvent::MTE2_S>(mte2ToS_[INDEX_EVENT + slot]);
-            for (uint32_t begin = 0; begin < keys; begin += GATHER_ROWS) {
-                const uint32_t piece = begin / GATHER_ROWS % 2;
-                const uint32_t end = Least(begin + GATHER_ROWS, keys);
-                WaitFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[GATHER_EVENT + piece]);
-                for (uint32_t i = begin; i < end;) {
-                    i += FetchRows(gatherUb_[piece * GATHER_ELEMENTS + (i - begin) * dim], index, i, end, steps_.KeyRow(step));
-                }
-                SetFlag<HardEvent::MTE2_MTE3>(mte2ToMte3_[GATHER_EVENT + piece]);
-                WaitFlag<HardEvent::MTE2_MTE3>(mte2ToMte3_[GATHER_EVENT + piece]);
-                const uint64_t row = step.chunkIndex % ATTENTION_GATHERED * ATTENTION_CHUNK * ATTENTION_MAX_DIM;
-                DataCopy(gatheredGm_[row + (FirstGathered() + begin) * dim], gatherUb_[piece * GATHER_ELEMENTS],
-                         (end - begin) * dim);
-                SetFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[GATHER_EVENT + piece]);
+        }
+        const uint32_t sliceEnd = Least(keys, Aligned(keys * (part + 1) / parts, GATHER_ROWS));
+        for (uint32_t begin = Aligned(keys * part / parts, GATHER_ROWS); begin < sliceEnd; begin += GATHER_ROWS) {
+            const uint32_t piece = begin / GATHER_ROWS % 2;
+            const uint32_t end = Least(begin + GATHER_ROWS, keys);
+            WaitFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[GATHER_EVENT + piece]);
+            for (uint32_t i = begin; i < end;) {
+                i += FetchRows(gatherUb_[piece * GATHER_ELEMENTS + (i - begin) * dim], index, i, end, steps_.KeyRow(step));
             }
+            SetFlag<HardEvent::MTE2_MTE3>(mte2ToMte3_[GATHER_EVENT + piece]);
+            WaitFlag<HardEvent::MTE2_MTE3>(mte2ToMte3_[GATHER_EVENT + piece]);
+            const uint64_t row = step.chunkIndex % ATTENTION_GATHERED * ATTENTION_CHUNK * ATTENTION_MAX_DIM;
+            DataCopy(gatheredGm_[row + (FirstGathered() + begin) * dim], gatherUb_[piece * GATHER_ELEMENTS], (end - begin) * dim);
+            SetFlag<HardEvent::MTE3_MTE2>(mte3ToMte2_[GATHER_EVENT + piece]);
+        }
+        if (part + 1 < parts) {
+            return true;
+        }
+        if (keys > 0) {
             SetFlag<HardEvent::S_MTE2>(sToMte2_[INDEX_EVENT + slot]);
         }
         CrossCoreSetFlag<2, PIPE_MTE3>(ATTENTION_ROWS_GATHERED);
@@ -628,24 +642,24 @@ private:
         return static_cast<uint32_t>(index.GetValue(i));
     }
 
-    // One copy: a run of neighbours, or two keys. Returns how many rows it brings.
+    // One copy: a run of neighbours and, where it is no shorter, as much of the next. Returns how many rows it brings.
     __aicore__ inline uint32_t FetchRows(const LocalTensor<T>& to, const LocalTensor<int32_t>& index, uint32_t i, uint32_t end,
                                          uint64_t head)
     {
         const uint32_t key = Index(index, i), rowBytes = tiling_.valueDim * sizeof(T);
-        uint32_t count = 1, distance = 1;
-        if (i + 1 < end) {
-            distance = Index(index, i + 1) - key;
-            for (count = 2; distance == 1 && i + count < end && Index(index, i + count) == key + count;) {
-                ++count;
+        uint32_t length = 1, next = key;
+        for (; i + length < end; ++length) {
+            next = Index(index, i + length);
+            if (next != key + length) {
+                break;
             }
         }
-        DataCopyExtParams copy(1, count * rowBytes, 0, 0, 0);
-        if (distance > 1) {
-            copy = DataCopyExtParams(count, rowBytes, (distance - 1) * rowBytes, 0, 0);
-        }
+        // keys ascend, so the ends of the next run tell
+        const bool two = i + 2 * length <= end && (length == 1 || Index(index, i + 2 * length - 1) == next + length - 1);
+        const uint32_t runs = two ? 2 : 1;
+        const DataCopyExtParams copy(runs, length * rowBytes, two ? (next - key - length) * rowBytes : 0, 0, 0);
         DataCopyPad(to, valueRowsGm_[(head + key) * tiling_.valueDim], copy, DataCopyPadExtParams<T>(false, 0, 0, T{}));
-        return count;
+        return runs * length;
     }
 
     __aicore__ inline void LoadScores(const AttentionStep& step)
@@ -855,7 +869,7 @@ private:
         const uint64_t line = static_cast<uint64_t>(step.batch) * tiling_.queries + token;
         const uint64_t place = (line * tiling_.queryHeads + head) * valueDim;
         const LocalTensor<float> sum = piecesUb_, query = sum[ATTENTION_MAX_DIM], other = query[ATTENTION_MAX_DIM];
-        const LocalTensor<float> few = other[ATTENTION_MAX_DIM];
+        const LocalTensor<float> few = other[ATTENTION_MAX_DIM + REPEAT_FLOATS];  // the last repeat reads that far
         FetchWide(sum, outGm_[place], valueDim);
         bool holds = false;
         for (uint32_t i = 0; i < valueDim; ++i) {

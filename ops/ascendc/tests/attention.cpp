@@ -282,7 +282,7 @@ void AttentionTuned(uint64_t seed)
             CheckAttention(MakeAttentionCase(Attention(64, 400, 64, 320, dim, dim, 8, 2, 1, 2, type), seed));
         }
     }
-    // keys too far apart for one strided copy
+    // keys near and far apart, each with a support of its own
     CheckAttention(MakeAttentionCase(Attention(16, 3000, 1, 8, 256, 256, 4, 1), seed, false));
 }
 
@@ -317,21 +317,23 @@ void AttentionCausal(uint64_t seed)
 // A selected key that only the last tile of its block sees may hold anything: the tiles before it do not read it.
 void AttentionFuture(uint64_t seed)
 {
-    AttentionCase c = MakeAttentionCase(Attention(128, 128, 128, 128, 64, 64, 16, 1), seed);
-    Random random(seed);
-    c.k = random.Normal(c.k.size(), c.p.type);
-    c.v = random.Normal(c.v.size(), c.p.type);
-    c.count[0] = 128;
-    for (int32_t i = 0; i < 128; ++i) {
-        c.indices[i] = i;
+    for (uint32_t dim : {64u, 256u}) {
+        AttentionCase c = MakeAttentionCase(Attention(128, 128, 128, 128, dim, dim, 16, 1), seed);
+        Random random(seed);
+        c.k = random.Normal(c.k.size(), c.p.type);
+        c.v = random.Normal(c.v.size(), c.p.type);
+        c.count[0] = 128;
+        for (int32_t i = 0; i < 128; ++i) {
+            c.indices[i] = i;
+        }
+        const std::vector<uint16_t> clean = LaunchAttention(c);
+        std::fill_n(c.k.end() - dim, dim, Rounded(NOT_A_NUMBER, c.p.type));
+        std::fill_n(c.v.end() - dim, dim, Rounded(NOT_A_NUMBER, c.p.type));
+        const std::vector<uint16_t> poisoned = LaunchAttention(c);
+        const size_t before = size_t(112) * 16 * dim;  // tiles of 16 tokens x 16 heads
+        Require(std::equal(clean.begin(), clean.begin() + before, poisoned.begin()), "a key of the future must not be read");
+        Require(std::isnan(Widened(poisoned.back(), c.p.type)), "the query that sees the key must be NaN");
     }
-    const std::vector<uint16_t> clean = LaunchAttention(c);
-    std::fill_n(c.k.end() - 64, 64, Rounded(NOT_A_NUMBER, c.p.type));
-    std::fill_n(c.v.end() - 64, 64, Rounded(NOT_A_NUMBER, c.p.type));
-    const std::vector<uint16_t> poisoned = LaunchAttention(c);
-    const size_t before = size_t(112) * 16 * 64;  // tiles of 16 tokens x 16 heads
-    Require(std::equal(clean.begin(), clean.begin() + before, poisoned.begin()), "a key of the future must not be read");
-    Require(std::isnan(Widened(poisoned.back(), c.p.type)), "the query that sees the key must be NaN");
 }
 
 void AttentionEmpty(uint64_t seed)
@@ -360,6 +362,39 @@ void RequireSameForSeeds(Launch launch, uint64_t seeds)
     const auto first = launch(Run{1, 3});
     for (uint64_t seed = 2; seed <= seeds; ++seed) {
         Require(launch(Run{seed, 3}) == first, "seed " + std::to_string(seed) + " must give the bits of seed 1");
+    }
+}
+
+// One copy may bring two runs. However long and far apart they are, what is gathered is the same keys side by side, to the bit.
+void AttentionGather(uint64_t seed)
+{
+    for (uint32_t dim : {256u, 48u}) {
+        Random random(seed + dim);
+        const uint32_t farthest = 65535 / (dim / 2);  // of the beginnings of two runs that a copy brings
+        std::vector<int32_t> chosen;
+        for (uint32_t key = 0; chosen.size() < 300;) {
+            for (uint32_t run = random.OneOf({1u, 1u, 2u, 2u, 3u, 4u, 5u, 9u, 30u}); run > 0; --run) {
+                chosen.push_back(static_cast<int32_t>(key++));
+            }
+            key += random.OneOf({1u, 2u, 5u, farthest - 2, farthest - 1, farthest, farthest + 1});
+        }
+        const uint32_t width = chosen.size(), far = chosen.back() + 1;
+        AttentionCase near{Attention(4, width + 4, 4, width, dim, dim, 4, 1, 1, 1, BFLOAT16), {}, {}, {}, {}, {int32_t(width)}};
+        near.q = random.Normal(size_t(16) * dim, BFLOAT16);
+        near.k = random.Normal(size_t(width + 4) * dim, BFLOAT16);
+        near.v = random.Normal(size_t(width + 4) * dim, BFLOAT16);
+        AttentionCase apart = near;
+        apart.p.keys = far + 4;
+        apart.k.assign(size_t(far + 4) * dim, Rounded(NOT_A_NUMBER, BFLOAT16));
+        apart.v = apart.k;
+        apart.indices = chosen;
+        for (uint32_t i = 0; i < width; ++i) {
+            near.indices.push_back(i);
+            std::copy_n(near.k.begin() + i * dim, dim, apart.k.begin() + size_t(chosen[i]) * dim);
+            std::copy_n(near.v.begin() + i * dim, dim, apart.v.begin() + size_t(chosen[i]) * dim);
+        }
+        CheckAttention(near);
+        Require(LaunchAttention(apart) == LaunchAttention(near), apart.Text() + ": must give the bits of the keys side by side");
     }
 }
 
@@ -583,7 +618,7 @@ int main(int argc, char** argv)
     const std::map<std::string, std::function<void(uint64_t)>> checks = {
         {"attention_shapes", AttentionShapes}, {"attention_tuned", AttentionTuned},   {"attention_lengths", AttentionLengths},
         {"attention_causal", AttentionCausal}, {"attention_empty", AttentionEmpty},   {"attention_future", AttentionFuture},
-        {"attention_seeds", AttentionSeeds},
+        {"attention_seeds", AttentionSeeds},   {"attention_gather", AttentionGather},
         {"mass_shapes", MassShapes},           {"mass_tuned", MassTuned},             {"mass_lengths", MassLengths},
         {"mass_padding", MassPadding},         {"mass_seeds", MassSeeds},             {"limits", Limits},
     };

@@ -298,22 +298,26 @@ void DataCopy(const LocalTensor<T>& dst, const GlobalTensor<T>& src, const Nd2Nz
     const uint64_t columns = (d + c0 - 1) / c0;
     Require(LocalSpace(dst.Bytes(0, 0), opcode, where) == Space::L1, 3, "DataCopy(Nd2Nz) must go to L1", where);
     RequireAligned(dst.Bytes(0, 0), opcode, where);
-    for (uint64_t p = 0; p < matrices; ++p) {
-        const Span read = src.Bytes(p * sourceMatrix, d * sizeof(T), n, sourceRow);
-        const Span write = row == kDataBlock ? dst.Bytes(p * matrix, n * kDataBlock, columns, column)
-                                             : dst.Bytes(p * matrix, kDataBlock, n, row, columns, column);
+    // One instruction, whatever ndNum. A span has two strides: of matrices whose rows lie apart in L1, each is recorded by itself
+    const bool together = n == 1 || row == kDataBlock;
+    const uint64_t instructions = together ? 1 : matrices, each = together ? matrices : 1;
+    for (uint64_t p = 0; p < instructions; ++p) {
+        const Span read = src.Bytes(p * sourceMatrix, d * sizeof(T), n, sourceRow, each, sourceMatrix);
+        const Span write = together ? dst.Bytes(0, n * kDataBlock, columns, column, each, matrix)
+                                    : dst.Bytes(p * matrix, kDataBlock, n, row, columns, column);
         Cost cost;
-        cost.bursts = static_cast<uint32_t>(n);
+        cost.bursts = static_cast<uint32_t>(each * n);
         cost.burstBytes = static_cast<uint32_t>(d * sizeof(T));
         const uint8_t* source = BytesOf(src) + p * sourceMatrix;
         uint8_t* target = reinterpret_cast<uint8_t*>(dst.Data()) + p * matrix;
         Issue(PIPE_MTE2, opcode, {read}, {write}, cost, where, [=] {
-            for (uint64_t i = 0; i < n; ++i) {
+            for (uint64_t j = 0; j < each * n; ++j) {
+                const uint8_t* from = source + j / n * sourceMatrix + j % n * sourceRow;
+                uint8_t* to = target + j / n * matrix + j % n * row;
                 for (uint64_t c = 0; c < columns; ++c) {
                     const uint64_t bytes = std::min<uint64_t>(kDataBlock, (d - c * c0) * sizeof(T));
-                    uint8_t* block = target + c * column + i * row;
-                    std::memcpy(block, source + i * sourceRow + c * kDataBlock, bytes);
-                    std::memset(block + bytes, 0, kDataBlock - bytes);
+                    std::memcpy(to + c * column, from + c * kDataBlock, bytes);
+                    std::memset(to + c * column + bytes, 0, kDataBlock - bytes);
                 }
             }
         });

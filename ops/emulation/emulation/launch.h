@@ -66,6 +66,7 @@ inline uint8_t* AddRegion(Machine& machine, std::deque<Region>& owned, const GmA
         region.flags.assign(argument.bytes, 0);
         memory.written = region.flags.data();
         memory.workspace = argument.use == GmUse::Workspace;
+        if (memory.workspace && machine.trace) machine.trace->workspace += argument.bytes;
     }
     return memory.bytes;
 }
@@ -192,6 +193,7 @@ void Launch(const LaunchOptions& options, Kernel kernel, const Arguments&... arg
     machine.random.seed(options.seed);
     if (machine.trace) {
         machine.trace->kernel = machine.kernel;
+        machine.trace->workspace = 0;
         machine.trace->cores.clear();
     }
     AddCores(machine);

@@ -53,17 +53,19 @@ struct TraceCore {
 
 struct Trace {
     std::string kernel;
+    uint64_t workspace = 0;             // bytes of the launch's workspaces
     std::vector<TraceCore> cores;
 };
 
-// One JSON object: {"kernel", "columns", "cores": [{"name", "steps": [[...]]}]}; a step's columns are named once, zeros are kept.
+// One JSON object: {"kernel", "workspace", "columns", "spaces", "cores": [{"name", "steps": [[...]]}]}; a step's columns are named once,
+// zeros are kept.
 inline bool WriteTrace(const Trace& trace, const std::string& path) {
     std::FILE* file = std::fopen(path.c_str(), "w");
     if (file == nullptr) return false;
     std::fprintf(file,
-                 "{\"kernel\":\"%s\",\"columns\":[\"step\",\"pipe\",\"opcode\",\"line\",\"id\",\"repeats\",\"m\",\"n\",\"k\","
-                 "\"bursts\",\"burst_bytes\",\"read\",\"written\",\"after\"],\"spaces\":[",
-                 trace.kernel.c_str());
+                 "{\"kernel\":\"%s\",\"workspace\":%llu,\"columns\":[\"step\",\"pipe\",\"opcode\",\"line\",\"id\",\"repeats\","
+                 "\"m\",\"n\",\"k\",\"bursts\",\"burst_bytes\",\"read\",\"written\",\"after\"],\"spaces\":[",
+                 trace.kernel.c_str(), static_cast<unsigned long long>(trace.workspace));
     for (int s = 0; s < kTraceSpaces; ++s) {
         std::fprintf(file, "%s\"%s\"", s ? "," : "", s < kSpaces ? kSpaceNames[s] : "WORKSPACE");
     }

@@ -95,10 +95,10 @@ def test_a_request_runs_sparse_where_a_forward_of_transformers_would(dense_below
     """Chunks that begin and end anywhere around a prompt's end."""
     for before, queries, prompt in itertools.product((0, 5, 18, 19, 20, 23), (1, 2, 3, 25), (None, 1, 2, 19, 20, 21, 60)):
         forward = ForwardContext(before, queries, prompt, dense_below)
-        found, dense = divided([3, 3 + queries], [before + queries], [True], 1, dense_below, prompt and [prompt])
-        assert sum(r.queries for r in found) == forward.sparse_queries, (before, queries, prompt)
-        assert [r.length for r in found] == ([forward.end] if found else [])
-        assert [row for r in found + dense for row in range(r.start, r.stop)] == [*range(3, 3 + queries)]
+        chosen, dense = divided([3, 3 + queries], [before + queries], [True], 1, dense_below, prompt and [prompt])
+        assert sum(r.queries for r in chosen) == forward.sparse_queries, (before, queries, prompt)
+        assert [r.length for r in chosen] == ([forward.end] if chosen else [])
+        assert [row for r in chosen + dense for row in range(r.start, r.stop)] == [*range(3, 3 + queries)]
 
 
 @pytest.mark.parametrize("dense_below, sparse", [(0, [0, 1]), (20, [1]), (21, [])])

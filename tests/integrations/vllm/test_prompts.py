@@ -47,8 +47,8 @@ def test_a_model_state_tells_the_prompts_of_the_batch_by_row():
 def test_a_model_that_has_a_state_of_its_own_keeps_it():
     model = SimpleNamespace(get_model_state_cls=lambda: ModelState)
     provide_state(model, None, Prompts())
-    found = model.get_model_state_cls()
-    assert issubclass(found, ModelState) and found is not ModelState
+    state = model.get_model_state_cls()
+    assert issubclass(state, ModelState) and state is not ModelState
 
 
 @pytest.fixture
@@ -115,8 +115,8 @@ def test_model_runner_v2_finds_the_class_of_its_state_on_the_model(vllm):
     config = SimpleNamespace(model_config=SimpleNamespace(is_hybrid=False, enable_prompt_embeds=False))
     model = torch.nn.Linear(1, 1)
     provide_state(model, config, Prompts())
-    found = model.get_model_state_cls()
-    assert issubclass(found, DefaultModelState)
+    state = model.get_model_state_cls()
+    assert issubclass(state, DefaultModelState)
     made = []
     model.get_model_state_cls = lambda: lambda *given: made.append(given)
     init_model_state(config, model, None, torch.device("cpu"))

@@ -248,6 +248,32 @@ def test_batches_and_early_stops_do_not_change_what_is_found(model, tokenizer, m
     assert len(steps) < 12
 
 
+def test_what_is_found_after_a_sparse_prefill_does_not_depend_on_the_batch(evaluate, tmp_path, tokenizer):
+    """Blocks of queries and keys, and random draws, would begin at a batch's padding."""
+    names = ("dense", "oracle-shared", "indexer-shared", "random", "indexer+candidates=64")
+    config = replace(CONFIG, tasks=("niah_single_1",), variants=names, budget="k=64,block=16,key_block=16", max_new_tokens=8)
+    examples = generate("niah_single_1", tokenizer, length=900, count=3, seed=config.seed)
+    assert len({len(encode(tokenizer, example)) for example in examples}) == 3
+    found = {}
+    for batch in (1, 3):
+        evaluate(replace(config, batch=batch), tmp_path / str(batch))
+        for name in names:
+            (path,) = (tmp_path / str(batch) / "records").glob(f"niah_single_1-{name}.json")
+            record = json.loads(path.read_text())
+            found[batch, name] = [sample["output"] for sample in record["samples"]]
+            assert record.get("batch") == (None if name == "dense" else 1)
+    assert [name for name in names if found[1, name] != found[3, name]] == []
+
+
+def test_sparse_prompts_that_were_generated_in_batches_are_not_joined_by_others(evaluate, finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "run")
+    record = tmp_path / "run/records/vt-oracle-shared.json"
+    record.write_text(json.dumps({key: value for key, value in json.loads(record.read_text()).items() if key != "batch"}))
+    (tmp_path / "run/records/vt-local.json").unlink()
+    with pytest.raises(RunError, match="the same number of sparse prompts generated together, got (1 and 2|2 and 1)"):
+        evaluate(CONFIG, tmp_path / "run")
+
+
 def test_records_of_the_same_cell_are_adopted_from_another_budget(evaluate, finished, tmp_path, counted):
     directory, single = finished
     config = replace(CONFIG, budget=CONFIG.budget.replace(block=64))
