@@ -10,8 +10,7 @@ from npu_sparse import checkpoints, demo
 SIZES = {
     "_oracle_config": {"length": 300, "budgets": (64, 256), "prompts": 1, "dtype": "float32", "noise_dtype": "bfloat16"},
     "_eval_config": {
-        "length": 600, "budget": "k=64,block=64", "count": 1, "tasks": ("niah_single_1",), "max_new_tokens": 2,
-        "min_dense_score": 0.0,
+        "length": 600, "budget": "k=64,block=64", "count": 1, "tasks": ("niah_single_1",), "min_dense_score": 0.0,
     },
     "_ttft_config": {"lengths": (128, 256), "budget": "k=64,block=64", "runs": 2, "dtype": "float32"},
 }
@@ -37,6 +36,9 @@ def test_the_demo_answers_its_four_questions(small, tmp_path, capsys):
     output = tmp_path / "demo"
     summary = demo.run_demo(output)["summary"]
     assert len({row["question"] for row in summary}) == 4
+    costs = [row for row in summary if row["question"] == "What do selecting and sharing cost?"]
+    assert [", KL " in row["found"] for row in costs] == [row["evidence"] != "dense" for row in costs]
+    assert {row["evidence"] for row in costs} >= {"dense", "oracle", "control"}
     assert {"oracle", "control", "noise floor", "dense"} <= {row["evidence"] for row in summary}
     text = (output / "report.md").read_text()
     figures = ("oracle/quality.png", "oracle/retained.png", "eval/report.png", "ttft/report.png")

@@ -1,6 +1,7 @@
 """The campaign: its commands are valid at their true size, run on random weights, go on where they stopped, and travel."""
 
 import importlib.util
+import json
 import sys
 import tarfile
 import time
@@ -46,6 +47,31 @@ def test_every_command_is_valid_at_its_true_size(campaign, monkeypatch, tmp_path
         assert campaign.cells(step, tmp_path)[0] == 0 < campaign.expected_s(step, tmp_path), step.name
     prompts = campaign.load_matched().arguments(next(s for s in every if s.name == "bar-0.5b-16k").words(tmp_path))
     assert prompts.count == 200 and prompts.length == 16384 and prompts.unsolved == "skip"
+
+
+ONE_OF_EACH_KIND = "fitted,peers-0.5b-32k,question-0.5b-front,generated-0.5b,ablation-shared,shape,speed-0.8b-16k"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", [ONE_OF_EACH_KIND, pytest.param("", marks=pytest.mark.exhaustive, id="all")])
+def test_steps_run_on_random_weights_and_nothing_is_done_twice(campaign, tmp_path, capsys, only):
+    words = ["--tiny", "--output", str(tmp_path), "--only", only]
+    assert campaign.main([*words, "--prepare"]) == 0
+    prepared = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("prompts/*")}
+    assert {path.parent.parent for path in prepared} == {tmp_path, *tmp_path.glob("generated-*")}
+    campaign.main(words)
+    assert prepared == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("prompts/*")}
+    assert json.loads((tmp_path / "failed.json").read_text()) == {}
+    assert "all is done" in capsys.readouterr().out
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")}
+    lost = tmp_path / "question-0.5b-front" / "quality" / "niah_multikey_1-1.json"
+    before = json.loads(lost.read_text())["samples"]
+    lost.unlink()
+    assert campaign.main(words) == 0
+    assert json.loads(lost.read_text())["samples"] == before
+    changed = {path for path, when in done.items() if path.stat().st_mtime_ns != when}
+    assert {path.name for path in changed - {lost}} == {"report.json", "failed.json"}
+    assert {path.parent.name for path in changed - {lost}} == {"question-0.5b-front", tmp_path.name}
 
 
 def test_nothing_begins_after_its_time(campaign, tmp_path, capsys, monkeypatch):

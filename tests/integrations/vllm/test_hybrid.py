@@ -25,12 +25,6 @@ def torchvision(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([STAND_INS, os.environ.get("PYTHONPATH", "")]))
 
 
-@pytest.fixture(autouse=True)
-def vec_pages(monkeypatch):
-    """A processor with AMX would have pages in bfloat16 that are refused."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-
-
 @pytest.fixture
 def calls(vllm, monkeypatch):
     """`(inputs, output)` of every sparse call of every layer."""

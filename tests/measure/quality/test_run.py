@@ -14,6 +14,7 @@ from npu_sparse.measure.quality.page import markdown, tabulate
 from npu_sparse.runs import stats
 from npu_sparse.runs.store import RunError
 from npu_sparse.tasks import encode, generate, score
+from npu_sparse.testing import tiny_model
 
 CONFIG = EvalConfig(
     model="tiny", tasks=("niah_single_1", "vt"), length=900, count=3, budget="k=32,block=16", batch=2, max_new_tokens=6,
@@ -250,13 +251,15 @@ def test_batches_and_early_stops_do_not_change_what_is_found(model, tokenizer, m
 
 def test_what_is_found_after_a_sparse_prefill_does_not_depend_on_the_batch(evaluate, tmp_path, tokenizer):
     """Blocks of queries and keys, and random draws, would begin at a batch's padding."""
+    model = tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=4096, eos_token_id=0)  # of peaked attention
+    indexer = Indexer.for_model(model, dim=64)
     names = ("dense", "oracle-shared", "indexer-shared", "random", "indexer+candidates=64")
     config = replace(CONFIG, tasks=("niah_single_1",), variants=names, budget="k=64,block=16,key_block=16", max_new_tokens=8)
     examples = generate("niah_single_1", tokenizer, length=900, count=3, seed=config.seed)
     assert len({len(encode(tokenizer, example)) for example in examples}) == 3
     found = {}
     for batch in (1, 3):
-        evaluate(replace(config, batch=batch), tmp_path / str(batch))
+        evaluate(replace(config, batch=batch), tmp_path / str(batch), model=model, indexer=indexer)
         for name in names:
             (path,) = (tmp_path / str(batch) / "records").glob(f"niah_single_1-{name}.json")
             record = json.loads(path.read_text())

@@ -46,6 +46,8 @@ FIELDS = {
                          "p->w[i * p->n + j] = p->w[(i - 1) * p->n + j] + 1;",
     "scalars": "r->sum = 0; for (int i = 0; i < n; i++) r->sum += p->a[i]; p->at.x = r->sum / 2;",
     "temporary": "for (int i = 0; i < n; i++) { p->sum = p->a[i] * 2; r->a[i] = p->sum * p->sum; }",
+    "temporary of a struct that lives on": (
+        "for (int i = 0; i < n; i++) { s.sum = s.a[i] * 2; r->a[i] = s.sum * s.sum; }", "struct grid s = *p;", "*p = s;"),
     "bounds": "for (int i = 0; i < p->n; i++) for (unsigned j = 0; j < r->m; j++) p->b[i][j] = i - j;",
     "two structs": "for (int i = 0; i < p->n; i++) for (int j = 0; j < r->n; j++) p->b[i][j] += r->b[j][i];",
     "struct in a struct": "for (int i = 0; i < 3; i++) { p->at.v[i] = i; p->a[i] = p->at.v[i]; } p->at.tag = n;",
@@ -72,7 +74,8 @@ def test_fields_are_variables_and_arrays(name, tmp_path):
 
 
 def test_no_thread_has_a_field_of_its_own():
-    text = function(FIELDS["temporary"], HEAD, file=TYPES)
+    body, before, after = FIELDS["temporary of a struct that lives on"]
+    text = function(body, HEAD, before, after, TYPES)
     assert "#pragma omp parallel for" not in generated(text, "cpu-vector")
 
 
