@@ -269,6 +269,10 @@ def _decoded(data: bytes):
             item for one in level if isinstance(one, (dict, list)) for item in (one.values() if isinstance(one, dict) else one)
         ]
         if not level:
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:  # half of a pair, which no report could be written with
+                raise ValueError("it must hold Unicode text, got a lone surrogate") from error
             return value
     raise ValueError("it is nested too deeply")
 

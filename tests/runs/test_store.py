@@ -322,6 +322,8 @@ def test_a_record_of_an_earlier_version_is_read_through_its_upgrade(cells, tmp_p
         (json.dumps({**RECORD, "samples": [{"output": 3}]}), r"it.samples\[0\].output must be a text, got 3"),
         (json.dumps({**RECORD, "samples": {}}), "it.samples must be a list, got {}"),
         (json.dumps({**RECORD, "evidence": "rumour"}), "it.evidence must be one of dense, oracle, got 'rumour'"),
+        (json.dumps({**RECORD, "extra": ["\ud800"]}), "it must hold Unicode text, got a lone surrogate"),
+        (json.dumps({**RECORD, "\udfff": 1}), "it must hold Unicode text, got a lone surrogate"),
         (json.dumps({**RECORD, "evidence": []}), r"it.evidence must be one of dense, oracle, got \[\]"),
     ],
 )
