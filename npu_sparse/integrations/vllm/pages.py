@@ -52,6 +52,8 @@ def _amx(k: Tensor, v: Tensor, size: int, D: int) -> tuple[Tensor, Tensor]:
 
 
 INSTRUCTION_SETS = {"vec": _vec, "vec16": _vec, "amx": _amx}  # of a CPU, as vLLM names them: how pages are read
+
+
 def read_keys(pages: Tensor, blocks: Tensor, length: int) -> Tensor:
     """Index keys `[1, length, Di]` of one request; pages: `[pages, tokens, Di]`."""
     used = blocks[: -(-length // pages.shape[1])].long()
