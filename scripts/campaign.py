@@ -31,6 +31,11 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from npu_sparse import cann
+
+with cann.required():
+    import torch  # noqa: F401
+
 from npu_sparse import checkpoints, cli
 from npu_sparse.errors import UNFINISHED
 from npu_sparse.measure.quality import EvalConfig, prepare_prompts

@@ -230,7 +230,7 @@ def test_a_stage_runs_and_shows_its_report(distillation, tmp_path, capsys):
         (["distill", "tiny", "--lengths", "64,many"], 2, "must be a comma-separated list of int, got '64,many'"),
         (["distill", "tiny", "--steps", "many"], 2, "Invalid value for '--steps'"),
         (["distill", "tiny", "--steps", "0"], 2, "steps must be >= 1, got 0"),
-        (["distill", "tiny", "--loss", "mse"], 2, "loss must be one of kl, sparse, both, got 'mse'"),
+        (["distill", "tiny", "--loss", "mse"], 2, "loss must be one of kl, sparse, both, shared, got 'mse'"),
         (["distill", "tiny", "--tasks", "niah_singel_1"], 2, "task must be a known name, got 'niah_singel_1'"),
         (["eval", "tiny", "--tasks", "niah_singel_1"], 2, "niah_singel_1"),
         (["eval", "tiny", "--qa-files", "qa_1"], 2, "must be a comma-separated list of NAME=VALUE, got 'qa_1'"),

@@ -43,6 +43,14 @@ def test_a_killed_run_ends_with_the_same_adapter(runs, weights_of, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_killed_run_ends_with_the_same_report(runs, name):
-    resumed, expected = (json.loads((runs / run / "report.json").read_text()) for run in (name, "whole"))
-    assert resumed == expected
-    assert (runs / name / "report.md").read_text() == (runs / "whole" / "report.md").read_text()
+    """All of it but the speed, which is that of the machine at the time."""
+
+    def written(run: str) -> tuple[dict, list[str]]:
+        report = json.loads((runs / run / "report.json").read_text())
+        assert report.pop("tokens_per_s") > 0
+        lines = (runs / run / "report.md").read_text().splitlines()
+        kept = [line for line in lines if "tokens of context a second in training" not in line]
+        assert len(kept) == len(lines) - 1
+        return report, kept
+
+    assert written(name) == written("whole")

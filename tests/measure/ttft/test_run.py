@@ -254,9 +254,9 @@ def test_fast_layers_that_do_not_run_are_refused_before_anything_is_measured(
     tmp_path, monkeypatch, layers, shape, error, message
 ):
     if error is KernelUnavailableError:  # as on a GPU
-        functions = hybrid._functions
+        implementation = hybrid._implementation
         monkeypatch.setattr(hybrid, "_missing", lambda module: True)
-        monkeypatch.setattr(hybrid, "_functions", lambda impl, device: functions(impl, "cuda"))
+        monkeypatch.setattr(hybrid, "_implementation", lambda impl, device: implementation(impl, "cuda"))
     monkeypatch.setattr(ttft, "_measure", lambda *_: pytest.fail("measured"))
     config = replace(SHAPE, shape=shape, layers=layers, chunk=0)
     with pytest.raises(error, match=message):
