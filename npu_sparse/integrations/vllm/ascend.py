@@ -18,7 +18,7 @@ import functools
 import torch
 from torch import Tensor
 
-from .plan import Plan, Request, divided, packed
+from .plan import Plan, Request, divided, packed, run_plan
 
 NAME = "ASCEND"  # of its pages, in pages.py
 BACKEND, IMPL = "AscendAttentionBackend", "AscendAttentionBackendImpl"
@@ -148,17 +148,12 @@ def sparse_backend(backend: type) -> type:
 
     class Impl(base_impl):
         def forward(self, layer, query, key, value, kv_cache, attn_metadata, output=None, *args, **kwargs):
-            plan = getattr(attn_metadata, "npu_sparse", None)
+            dense, plan = super().forward, getattr(attn_metadata, "npu_sparse", None)
             if plan is None:
-                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+                return dense(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            # what runs dense is written once more below, with the same values
             self.reshape_and_cache(query, key, value, kv_cache, attn_metadata, output)
-            if plan.dense is not None:  # these rows are written once more, with the same values
-                rows = plan.dense_rows
-                part = output.new_empty((len(rows), *output.shape[1:]))
-                super().forward(layer, query[rows], key[rows], value[rows], kv_cache, plan.dense, part, *args, **kwargs)
-                output[rows] = part
-            for request in plan.requests:
-                layer.npu_sparse.attend(request, plan, query, key, value, kv_cache, output)
+            run_plan(plan, lambda *inputs: dense(*inputs, *args, **kwargs), layer, query, key, value, kv_cache, output)
             return output
 
     class Sparse(backend):

@@ -9,7 +9,7 @@ import functools
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport
 
 from . import ascend
-from .plan import make_plan
+from .plan import make_plan, run_plan
 from .refusals import check_pages
 
 
@@ -49,16 +49,10 @@ def sparse_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 
     class Impl(base_impl):
         def forward(self, layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs):
-            plan = getattr(attn_metadata, "npu_sparse", None)
+            dense, plan = super().forward, getattr(attn_metadata, "npu_sparse", None)
             if plan is None:
-                return super().forward(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
-            if plan.dense is not None:
-                rows = plan.dense_rows
-                part = output.new_empty((len(rows), *output.shape[1:]))
-                super().forward(layer, query[rows], key[rows], value[rows], kv_cache, plan.dense, part, *args, **kwargs)
-                output[rows] = part
-            for request in plan.requests:
-                layer.npu_sparse.attend(request, plan, query, key, value, kv_cache, output)
+                return dense(layer, query, key, value, kv_cache, attn_metadata, output, *args, **kwargs)
+            run_plan(plan, lambda *inputs: dense(*inputs, *args, **kwargs), layer, query, key, value, kv_cache, output)
             return output
 
     class Sparse(backend):

@@ -46,6 +46,18 @@ class Plan:
     dense_rows: Tensor | None = None
 
 
+def run_plan(plan: Plan, dense, layer, query, key, value, kv_cache, output) -> None:
+    """Writes all rows of `output` `[T, Hq, D]`: those of a Plan's requests by the layer's branch, the others by `dense`, which is
+    the backend's own forward and takes `(layer, query, key, value, kv_cache, metadata, output)`."""
+    if plan.dense is not None:
+        rows = plan.dense_rows
+        part = output.new_empty((len(rows), *output.shape[1:]))
+        dense(layer, query[rows], key[rows], value[rows], kv_cache, plan.dense, part)
+        output[rows] = part
+    for request in plan.requests:
+        layer.npu_sparse.attend(request, plan, query, key, value, kv_cache, output)
+
+
 def make_plan(common, dense_below: int, build, prompts=lambda: None) -> Plan | None:
     """The Plan of a batch by vLLM's CommonAttentionMetadata; None where nothing of it runs sparse.
 
